@@ -1,0 +1,61 @@
+#include "model.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+using namespace py::literals;
+using personasteer::model;
+
+void bind_model(py::module_ & m) {
+    py::class_<model, std::shared_ptr<model>>(m, "Model", "A loaded GGUF file.")
+        .def(py::init([](const std::string & path, int n_gpu_layers, bool use_mmap, bool use_extra_bufts) {
+                 personasteer::model_params p;
+                 p.n_gpu_layers = n_gpu_layers;
+                 p.use_mmap = use_mmap;
+                 p.use_extra_bufts = use_extra_bufts;
+                 const py::gil_scoped_release release;
+                 return std::make_shared<model>(path, p);
+             }),
+             "path"_a, "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_extra_bufts"_a = true)
+        .def_property_readonly("n_layer", &model::n_layer)
+        .def_property_readonly("n_embd", &model::n_embd)
+        .def_property_readonly("n_vocab", &model::n_vocab)
+        .def_property_readonly("n_ctx_train", &model::n_ctx_train)
+        .def_property_readonly("description", &model::description)
+        .def_property_readonly("chat_template", [](const model & s) { return py::bytes(s.chat_template()); })
+        .def_property_readonly("metadata",
+                               [](const model & s) {
+                                   py::dict out;
+                                   for (const auto & [k, v] : s.metadata()) { out[py::bytes(k)] = py::bytes(v); }
+                                   return out;
+                               })
+        .def(
+            "tokenize",
+            [](const model & s, const py::bytes & text, bool add_special, bool parse_special) {
+                return s.tokenize(text, add_special, parse_special);
+            },
+            "text"_a, "add_special"_a, "parse_special"_a)
+        .def(
+            "piece", [](const model & s, int token, bool special) { return py::bytes(s.piece(token, special)); },
+            "token"_a, "special"_a = false, "The bytes of one token; control tokens are empty unless `special`.")
+        .def("is_end", &model::is_end, "token"_a)
+        .def_property_readonly("bos", [](const model & s) { return llama_vocab_bos(s.vocab()); })
+        .def_property_readonly("eos", [](const model & s) { return llama_vocab_eos(s.vocab()); });
+
+    m.def(
+        "summarize_gguf",
+        [](const std::string & path) {
+            personasteer::gguf_summary s;
+            {
+                const py::gil_scoped_release release;
+                s = personasteer::summarize_gguf(path);
+            }
+            py::list tensors;
+            for (const auto & t : s.tensors) {
+                tensors.append(py::make_tuple(t.name, t.type, t.shape, t.offset, t.n_bytes));
+            }
+            return py::make_tuple(s.architecture, py::bytes(s.metadata), tensors);
+        },
+        "path"_a, "(architecture, metadata bytes, [(name, type, shape, offset, n_bytes)]) of a GGUF file.");
+}

@@ -1,0 +1,59 @@
+#pragma once
+
+#include "edit_bank.h"
+#include "taps.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace personasteer {
+
+// THE hook: how nodes get into llama.cpp's graph. A sampler with the backend interface, set for a sequence id that is
+// never decoded, is called at the end of every graph build with the whole transformer in the graph. It samples
+// nothing. One graph_edit serves one attachment: a change of layers or taps needs a new one, because llama.cpp
+// rebuilds its graphs when a new chain is set, and a chain can be set once.
+class graph_edit {
+  public:
+    static constexpr llama_seq_id never_decoded = 1 << 30;
+
+    // bank and tap may be null; both must outlive the attachment
+    graph_edit(int n_layer, int n_columns, edit_bank * bank, taps * tap);
+    ~graph_edit();
+    graph_edit(const graph_edit &) = delete;
+    graph_edit & operator=(const graph_edit &) = delete;
+
+    llama_sampler * chain() const { return sampler_chain; }
+
+    int64_t n_builds() const { return builds; }
+    std::string problem() const; // what went wrong in the last build, "" if nothing
+
+    // The order of the tokens as the graph saw them, against the batch: true when they agree.
+    void arm_order_check();
+    bool order_was(const std::vector<llama_token> & tokens, const std::vector<llama_pos> & positions) const;
+
+  private:
+    static void backend_apply(llama_sampler * smpl, ggml_context * ctx, ggml_cgraph * gf, llama_sampler_data * data);
+    void apply(ggml_context * ctx, ggml_cgraph * gf);
+    void fill_probe(ggml_context * ctx, ggml_cgraph * gf) const;
+    int nodes_needed() const;
+    placement find_placement(ggml_cgraph * gf, const std::vector<int> & output_at) const;
+
+    int n_layer;
+    int n_columns;
+    edit_bank * bank;
+    taps * tap;
+    llama_sampler_i interface{};
+    llama_sampler * sampler_chain = nullptr;
+    int64_t builds = 0;                  // graphs of the model built since the attachment
+    std::string failure;                 // of the last build
+    ggml_context_ptr order_ctx;
+    ggml_backend_buffer_ptr order_buffer;
+    ggml_tensor * seen_tokens = nullptr;    // I32 [n_columns], copied by the graph from its own inputs
+    ggml_tensor * seen_positions = nullptr; // I32 [n_columns]
+    bool copies_positions = false;
+};
+
+} // namespace personasteer

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <string>
+
+namespace personasteer {
+
+// While one lives, what llama.cpp logs on this thread is kept here; other threads' lines go where they went before.
+class log_capture {
+  public:
+    log_capture();
+    ~log_capture();
+    log_capture(const log_capture &) = delete;
+    log_capture & operator=(const log_capture &) = delete;
+
+    // the error lines, joined; "" when llama.cpp reported none
+    std::string errors() const;
+
+    // call once, after llama_cpp has set its own callback
+    static void install();
+
+  private:
+    friend void capture_line(int level, const char * text);
+    std::string lines;         // error lines, each without its function prefix
+    log_capture * outer;       // captures nest
+};
+
+} // namespace personasteer

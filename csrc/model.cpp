@@ -1,0 +1,150 @@
+#include "model.h"
+
+#include "errors.h"
+#include "log_capture.h"
+
+#include "ggml.h"
+#include "gguf.h"
+
+#include <memory>
+
+namespace personasteer {
+
+model::model(const std::string & path, const model_params & params) {
+    llama_model_params mp = llama_model_default_params();
+    mp.n_gpu_layers = params.n_gpu_layers;
+    mp.load_mode = params.use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
+    mp.use_extra_bufts = params.use_extra_bufts;
+    const log_capture log;
+    handle = llama_model_load_from_file(path.c_str(), mp);
+    if (!handle) {
+        const std::string why = log.errors();
+        throw model_error(path + ": llama.cpp cannot load this file" + (why.empty() ? "" : " (" + why + ")"));
+    }
+    const char * lacks = nullptr;
+    if (llama_vocab_type(vocab()) == LLAMA_VOCAB_TYPE_NONE || n_vocab() == 0) {
+        lacks = "has no tokenizer";
+    } else if (llama_model_has_encoder(handle) || !llama_model_has_decoder(handle)) {
+        lacks = "is not a decoder-only language model";
+    }
+    if (lacks) {
+        llama_model_free(handle);
+        throw model_error(path + " " + lacks);
+    }
+}
+
+model::~model() { llama_model_free(handle); }
+
+std::string model::description() const {
+    char buffer[256];
+    llama_model_desc(handle, buffer, sizeof buffer);
+    return buffer;
+}
+
+std::string model::chat_template() const {
+    const char * text = llama_model_chat_template(handle, nullptr);
+    return text ? text : "";
+}
+
+std::vector<std::pair<std::string, std::string>> model::metadata() const {
+    std::vector<std::pair<std::string, std::string>> out;
+    const auto read = [](auto && get) {
+        std::string text(256, '\0');
+        int n = get(text.data(), text.size());
+        if (n < 0) { return std::string(); }
+        if (size_t(n) >= text.size()) {
+            text.resize(size_t(n) + 1);
+            n = get(text.data(), text.size());
+        }
+        text.resize(size_t(n));
+        return text;
+    };
+    for (int i = 0; i < llama_model_meta_count(handle); ++i) {
+        out.emplace_back(
+            read([&](char * buf, size_t size) { return llama_model_meta_key_by_index(handle, i, buf, size); }),
+            read([&](char * buf, size_t size) { return llama_model_meta_val_str_by_index(handle, i, buf, size); }));
+    }
+    return out;
+}
+
+std::vector<llama_token> model::tokenize(const std::string & text, bool add_special, bool parse_special) const {
+    const log_capture log;
+    std::vector<llama_token> tokens(text.size() + 8);
+    const int32_t n = llama_tokenize(vocab(), text.data(), int32_t(text.size()), tokens.data(), int32_t(tokens.size()),
+                                     add_special, parse_special);
+    if (n < 0) { throw model_error("text of " + std::to_string(text.size()) + " bytes cannot be tokenized"); }
+    tokens.resize(size_t(n));
+    return tokens;
+}
+
+std::string model::piece(llama_token token, bool special) const {
+    if (token < 0 || token >= n_vocab()) { throw model_error("token id " + std::to_string(token) + " out of range"); }
+    std::string text(32, '\0');
+    int32_t n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
+    if (n < 0) {
+        text.resize(size_t(-n));
+        n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
+    }
+    text.resize(size_t(n));
+    return text;
+}
+
+static void append_value(std::string & out, const gguf_context * g, int64_t id) {
+    const gguf_type type = gguf_get_kv_type(g, id);
+    if (type == GGUF_TYPE_STRING) {
+        out += gguf_get_val_str(g, id);
+    } else if (type == GGUF_TYPE_ARRAY) {
+        const size_t n = gguf_get_arr_n(g, id);
+        out += std::to_string(n);
+        if (gguf_get_arr_type(g, id) == GGUF_TYPE_STRING) {
+            for (size_t i = 0; i < n; ++i) { (out += '\0') += gguf_get_arr_str(g, id, i); }
+        } else if (gguf_get_arr_type(g, id) != GGUF_TYPE_ARRAY) {
+            static const size_t sizes[GGUF_TYPE_COUNT] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+            out.append(static_cast<const char *>(gguf_get_arr_data(g, id)), n * sizes[gguf_get_arr_type(g, id)]);
+        }
+    } else {
+        static const size_t sizes[GGUF_TYPE_COUNT] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+        out.append(static_cast<const char *>(gguf_get_val_data(g, id)), sizes[type]);
+    }
+}
+
+gguf_summary summarize_gguf(const std::string & path) {
+    const log_capture log;
+    ggml_context * meta = nullptr;
+    gguf_init_params params{};
+    params.no_alloc = true;
+    params.ctx = &meta;
+    const std::unique_ptr<gguf_context, decltype(&gguf_free)> g(gguf_init_from_file(path.c_str(), params), gguf_free);
+    if (!g) {
+        const std::string why = log.errors();
+        throw model_error(path + ": not a readable GGUF file" + (why.empty() ? "" : " (" + why + ")"));
+    }
+    const std::unique_ptr<ggml_context, decltype(&ggml_free)> owned(meta, ggml_free);
+
+    gguf_summary s;
+    const int64_t arch = gguf_find_key(g.get(), "general.architecture");
+    if (arch >= 0 && gguf_get_kv_type(g.get(), arch) == GGUF_TYPE_STRING) {
+        s.architecture = gguf_get_val_str(g.get(), arch);
+    }
+    for (int64_t i = 0; i < gguf_get_n_kv(g.get()); ++i) {
+        const std::string key = gguf_get_key(g.get(), i);
+        if (key.rfind("tokenizer.", 0) != 0 && key.rfind(s.architecture + ".", 0) != 0) { continue; }
+        (s.metadata += key) += '\0';
+        append_value(s.metadata, g.get(), i);
+        s.metadata += '\0';
+    }
+    const uint64_t data = gguf_get_data_offset(g.get());
+    for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
+        gguf_tensor_summary t;
+        t.name = gguf_get_tensor_name(g.get(), i);
+        t.type = ggml_type_name(gguf_get_tensor_type(g.get(), i));
+        const ggml_tensor * tensor = ggml_get_tensor(meta, t.name.c_str());
+        for (int d = 0; d < 4; ++d) { t.shape[size_t(d)] = tensor->ne[d]; }
+        t.offset = data + gguf_get_tensor_offset(g.get(), i);
+        t.n_bytes = gguf_get_tensor_size(g.get(), i);
+        s.tensors.push_back(std::move(t));
+    }
+    return s;
+}
+
+} // namespace personasteer

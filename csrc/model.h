@@ -1,0 +1,62 @@
+#pragma once
+
+#include "llama.h"
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace personasteer {
+
+struct model_params {
+    int n_gpu_layers = 0;        // -1: all
+    bool use_mmap = true;
+    bool use_extra_bufts = true; // repacked CPU weights; off where ggml's AMX kernels were built wrong
+};
+
+// Owns a llama_model. Thread-safe once loaded: llama.cpp's model is read-only.
+class model {
+  public:
+    model(const std::string & path, const model_params & params);
+    ~model();
+    model(const model &) = delete;
+    model & operator=(const model &) = delete;
+
+    llama_model * get() const { return handle; }
+    const llama_vocab * vocab() const { return llama_model_get_vocab(handle); }
+
+    int n_layer() const { return llama_model_n_layer(handle); }
+    int n_embd() const { return llama_model_n_embd(handle); }
+    int n_vocab() const { return llama_vocab_n_tokens(vocab()); }
+    int n_ctx_train() const { return llama_model_n_ctx_train(handle); }
+    std::string description() const;
+    std::string chat_template() const; // "" when the file has none
+    std::vector<std::pair<std::string, std::string>> metadata() const;
+
+    std::vector<llama_token> tokenize(const std::string & text, bool add_special, bool parse_special) const;
+    std::string piece(llama_token token, bool special) const;
+    bool is_end(llama_token token) const { return llama_vocab_is_eog(vocab(), token); }
+
+  private:
+    llama_model * handle = nullptr;
+};
+
+// What a fingerprint is made of, read without loading weights.
+struct gguf_tensor_summary {
+    std::string name;
+    std::string type;              // ggml's name: "q4_1", "f32", ...
+    std::array<int64_t, 4> shape;
+    uint64_t offset;               // of the data, from the start of the file
+    uint64_t n_bytes;
+};
+struct gguf_summary {
+    std::string architecture;
+    std::string metadata;          // canonical bytes of the architecture's and the tokenizer's key-values
+    std::vector<gguf_tensor_summary> tensors;
+};
+gguf_summary summarize_gguf(const std::string & path);
+
+} // namespace personasteer

@@ -1,0 +1,28 @@
+#include <pybind11/pybind11.h>
+
+#include "errors.h"
+#include "log_capture.h"
+
+#include "llama.h"
+
+namespace py = pybind11;
+
+void bind_model(py::module_ & m);
+void bind_session(py::module_ & m);
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Steering and capture inside llama.cpp's compute graph; used through the Python layer.";
+    m.attr("LLAMA_CPP_PYTHON") = PERSONASTEER_LLAMA_CPP_PYTHON; // the version that this was built against
+
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) { std::rethrow_exception(p); }
+        } catch (const personasteer::error & e) {
+            py::set_error(py::module_::import("personasteer.errors").attr(e.name), e.what());
+        }
+    });
+    llama_backend_init();
+    personasteer::log_capture::install();
+    bind_model(m);
+    bind_session(m);
+}

@@ -1,0 +1,152 @@
+#include "taps.h"
+
+#include <algorithm>
+#include <map>
+
+namespace personasteer {
+
+taps::taps(int n_embd_, tap_config config, int n_columns_)
+    : n_embd(n_embd_), cfg(std::move(config)), n_columns(n_columns_) {}
+
+size_t taps::bytes() const {
+    size_t n = 0;
+    for (const device & d : devices) { n += ggml_backend_buffer_get_size(d.buffer.get()); }
+    return n;
+}
+
+void taps::allocate(const placement & where) {
+    std::map<ggml_backend_buffer_type_t, device> by_device;
+    for (int il : cfg.pool_layers) { by_device[where[size_t(il)]].pool_layers.push_back(il); }
+    for (int il : cfg.raw_layers) { by_device[where[size_t(il)]].raw_layers.push_back(il); }
+    for (int il : cfg.reading_layers) { by_device[where[size_t(il)]].reading_layers.push_back(il); }
+    for (auto & [buft, d] : by_device) {
+        d.is_cpu = ggml_backend_buft_is_host(buft);
+        d.ctx = make_tensor_context(5);
+        ggml_context * ctx = d.ctx.get();
+        if (const auto n = int64_t(d.pool_layers.size())) {
+            d.pool_weights = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cfg.n_pools, n_columns);
+            d.pooled = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd, cfg.n_pools, n);
+            d.pooled_host.resize(size_t(n_embd) * size_t(cfg.n_pools) * size_t(n));
+        }
+        if (const auto n = int64_t(d.raw_layers.size())) {
+            d.raw = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd, n_columns, n);
+        }
+        if (const auto n = int64_t(d.reading_layers.size())) {
+            d.readouts = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd, cfg.n_readouts, n);
+            d.readings = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, cfg.n_readouts, n_columns, n);
+        }
+        d.buffer = allocate_tensors(ctx, buft);
+        devices.push_back(std::move(d));
+    }
+    if (!host_pool_weights.empty()) { set_pool_weights(host_pool_weights); }
+    if (!host_readouts.empty()) { set_readouts(host_readouts); }
+}
+
+void taps::set_pool_weights(const std::vector<float> & weights) {
+    if (devices.empty()) { host_pool_weights = weights; }
+    for (const device & d : devices) {
+        if (d.pool_weights) {
+            ggml_backend_tensor_set(d.pool_weights, weights.data(), 0, weights.size() * sizeof(float));
+        }
+    }
+}
+
+void taps::set_readouts(const std::vector<float> & directions) {
+    if (devices.empty()) { host_readouts = directions; }
+    const size_t per_layer = size_t(cfg.n_readouts) * size_t(n_embd);
+    for (const device & d : devices) {
+        for (size_t i = 0; i < d.reading_layers.size(); ++i) {
+            const auto at = size_t(position_in(cfg.reading_layers, d.reading_layers[i]));
+            ggml_backend_tensor_set(d.readouts, directions.data() + at * per_layer, i * d.readouts->nb[2],
+                                    per_layer * sizeof(float));
+        }
+    }
+}
+
+void taps::read_pooled() {
+    for (device & d : devices) {
+        if (d.pooled) {
+            ggml_backend_tensor_get(d.pooled, d.pooled_host.data(), 0, d.pooled_host.size() * sizeof(float));
+        }
+    }
+}
+
+const float * taps::pooled(int il, int pool) const {
+    for (const device & d : devices) {
+        const int at = position_in(d.pool_layers, il);
+        if (at >= 0) {
+            return d.pooled_host.data() + (size_t(at) * size_t(cfg.n_pools) + size_t(pool)) * size_t(n_embd);
+        }
+    }
+    return nullptr;
+}
+
+void taps::read_raw(int il, int column, int n, float * dst) const {
+    for (const device & d : devices) {
+        const int at = position_in(d.raw_layers, il);
+        if (at < 0) { continue; }
+        ggml_backend_tensor_get(d.raw, dst, size_t(at) * d.raw->nb[2] + size_t(column) * d.raw->nb[1],
+                                size_t(n) * d.raw->nb[1]);
+    }
+}
+
+void taps::read_readings(int il, int column, int n, float * dst) const {
+    for (const device & d : devices) {
+        const int at = position_in(d.reading_layers, il);
+        if (at < 0) { continue; }
+        ggml_backend_tensor_get(d.readings, dst, size_t(at) * d.readings->nb[2] + size_t(column) * d.readings->nb[1],
+                                size_t(n) * d.readings->nb[1]);
+    }
+}
+
+void taps::new_graph() {
+    for (device & d : devices) { d.weights_all = d.weights_out = nullptr; }
+}
+
+ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here,
+                                     const graph_inputs & in) {
+    const bool cut = n_columns_here != in.n_tokens;
+    ggml_tensor *& cached = cut ? d.weights_out : d.weights_all;
+    if (!cached) {
+        ggml_tensor * w = ggml_view_2d(ctx, d.pool_weights, cfg.n_pools, in.n_tokens, d.pool_weights->nb[1], 0);
+        if (cut) { w = ggml_get_rows(ctx, w, in.out_ids); }
+        cached = ggml_cont(ctx, ggml_transpose(ctx, w));
+    }
+    return cached;
+}
+
+std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
+                                     const graph_inputs & in) {
+    std::vector<ggml_tensor *> ends;
+    for (device & d : devices) {
+        if (const int at = position_in(d.pool_layers, il); at >= 0) {
+            ggml_tensor * w = pool_weights_for(ctx, d, x->ne[1], in);
+            ggml_tensor * xt = ggml_cont(ctx, ggml_transpose(ctx, x)); // [n_tokens, n_embd]
+            // CUDA multiplies more than three columns in TF32; three at a time stay float32
+            const int step = d.is_cpu ? cfg.n_pools : 3;
+            for (int s = 0; s < cfg.n_pools; s += step) {
+                const int n = std::min(step, cfg.n_pools - s);
+                ggml_tensor * ws =
+                    n == cfg.n_pools ? w : ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], size_t(s) * w->nb[1]);
+                ggml_tensor * dst =
+                    ggml_view_2d(ctx, d.pooled, n_embd, n, d.pooled->nb[1],
+                                 size_t(at) * d.pooled->nb[2] + size_t(s) * d.pooled->nb[1]);
+                ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, xt, ws), dst));
+            }
+        }
+        if (const int at = position_in(d.raw_layers, il); at >= 0) {
+            ggml_tensor * dst = ggml_view_2d(ctx, d.raw, n_embd, x->ne[1], d.raw->nb[1], size_t(at) * d.raw->nb[2]);
+            ends.push_back(ggml_cpy(ctx, x, dst));
+        }
+        if (const int at = position_in(d.reading_layers, il); at >= 0) {
+            ggml_tensor * u = ggml_view_2d(ctx, d.readouts, n_embd, cfg.n_readouts, d.readouts->nb[1],
+                                           size_t(at) * d.readouts->nb[2]);
+            ggml_tensor * dst = ggml_view_2d(ctx, d.readings, cfg.n_readouts, h->ne[1], d.readings->nb[1],
+                                             size_t(at) * d.readings->nb[2]);
+            ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, u, h), dst));
+        }
+    }
+    return ends;
+}
+
+} // namespace personasteer

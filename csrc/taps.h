@@ -1,0 +1,78 @@
+#pragma once
+
+#include "edit_bank.h"
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+namespace personasteer {
+
+struct tap_config {
+    std::vector<int> pool_layers;     // ascending; blocks whose output is pooled inside the graph
+    int n_pools = 0;                  // pools filled by one decode: weighted sums over its tokens
+    std::vector<int> raw_layers;      // ascending; blocks whose output is kept for every token
+    std::vector<int> reading_layers;  // ascending; blocks that are projected on read-out directions
+    int n_readouts = 0;               // read-out directions per block
+
+    bool empty() const { return pool_layers.empty() && raw_layers.empty() && reading_layers.empty(); }
+    bool operator==(const tap_config & o) const {
+        return pool_layers == o.pool_layers && n_pools == o.n_pools && raw_layers == o.raw_layers &&
+               reading_layers == o.reading_layers && n_readouts == o.n_readouts;
+    }
+};
+
+// Copies of block outputs, pooled, raw or projected, made on the device inside the graph, right behind the block.
+// Pooled and raw rows are the block's output as the next block sees it (after the edit); readings are <h, u> of the
+// block's output before the edit.
+class taps {
+  public:
+    taps(int n_embd, tap_config config, int n_columns);
+
+    const tap_config & config() const { return cfg; }
+    size_t bytes() const;
+    void allocate(const placement & where);
+    bool allocated() const { return !devices.empty() || cfg.empty(); }
+
+    // weights[t * n_pools + s]: the share of token t in pool s, for the tokens of the next decode
+    void set_pool_weights(const std::vector<float> & weights);
+    // directions[(i * n_readouts + r) * n_embd]: read-out r at reading_layers[i]
+    void set_readouts(const std::vector<float> & directions);
+
+    // After a decode. For a block cut down to the output rows, a column is the rank of the output row.
+    const float * pooled(int il, int pool) const;                  // [n_embd], valid until the next read_pooled
+    void read_pooled();
+    void read_raw(int il, int column, int n, float * dst) const;      // n columns of n_embd
+    void read_readings(int il, int column, int n, float * dst) const; // n columns of n_readouts
+
+    static constexpr int nodes_per_layer = 20;
+    // the tensors whose computation fills the buffers for this block; h before, x after the edit
+    std::vector<ggml_tensor *> tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
+                                   const graph_inputs & in);
+    void new_graph(); // forget the nodes shared by the blocks of the last graph
+
+  private:
+    struct device {
+        bool is_cpu = false;
+        std::vector<int> pool_layers, raw_layers, reading_layers; // ascending, the part on this device
+        ggml_context_ptr ctx;
+        ggml_backend_buffer_ptr buffer;
+        ggml_tensor * pool_weights = nullptr; // F32 [n_pools, n_columns]
+        ggml_tensor * pooled = nullptr;       // F32 [n_embd, n_pools, pool_layers.size()]
+        ggml_tensor * raw = nullptr;          // F32 [n_embd, n_columns, raw_layers.size()]
+        ggml_tensor * readouts = nullptr;     // F32 [n_embd, n_readouts, reading_layers.size()]
+        ggml_tensor * readings = nullptr;     // F32 [n_readouts, n_columns, reading_layers.size()]
+        ggml_tensor * weights_all = nullptr;  // node of the graph being built: [n_tokens, n_pools]
+        ggml_tensor * weights_out = nullptr;  // the same for output rows: [n_outputs, n_pools]
+        std::vector<float> pooled_host;       // copy of `pooled`
+    };
+    ggml_tensor * pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here, const graph_inputs & in);
+
+    int n_embd;
+    tap_config cfg;
+    int n_columns;
+    std::vector<device> devices;
+    std::vector<float> host_pool_weights, host_readouts; // set before the devices were known
+};
+
+} // namespace personasteer

@@ -1,0 +1,48 @@
+"""Every error that personasteer raises on purpose.
+
+PersonasteerError
+├── ArgumentError          an argument outside what the function takes (also a ValueError)
+├── ModelError             a model file cannot be read, loaded, steered or computed
+│   ├── ContextError       a request does not fit: empty, or longer than n_ctx
+│   └── TemplateError      the chat template is missing, broken, or lacks a role that is needed
+├── VectorError            a vector or a vector file is unusable
+│   └── IncompatibleVector it belongs to a model of another shape
+├── TraitError             a trait is unknown or its file breaks the rules
+└── ElicitationError       the model did not show the trait, so no vector can be certified
+"""
+
+
+class PersonasteerError(Exception):
+    """Base of all errors raised on purpose; its text is one line for the user."""
+
+
+class ArgumentError(PersonasteerError, ValueError):
+    """An argument outside what the function takes."""
+
+
+class ModelError(PersonasteerError):
+    """A model file cannot be read, loaded, steered or computed."""
+
+
+class ContextError(ModelError):
+    """A request does not fit: empty, or longer than n_ctx."""
+
+
+class TemplateError(ModelError):
+    """The chat template is missing, broken, or lacks a role that is needed."""
+
+
+class VectorError(PersonasteerError):
+    """A vector or a vector file is unusable."""
+
+
+class IncompatibleVector(VectorError):  # noqa: N818 (the name is part of the public surface)
+    """A vector belongs to a model of another shape."""
+
+
+class TraitError(PersonasteerError):
+    """A trait is unknown or its file breaks the rules."""
+
+
+class ElicitationError(PersonasteerError):
+    """The model did not show the trait, so no vector can be certified."""
