@@ -1,3 +1,4 @@
+#include "errors.h"
 #include "session.h"
 
 #include <pybind11/numpy.h>
@@ -35,7 +36,8 @@ static std::function<bool()> signal_check(raised_ptr & raised) {
     };
 }
 
-static py::dict to_dict(result && r, const model & m, const tap_config & taps) {
+static py::dict to_dict(result && r, const model & m) {
+    const tap_config & taps = r.taps;
     py::dict d;
     d["id"] = r.id;
     d["text"] = py::bytes(r.text);
@@ -65,15 +67,6 @@ static py::dict to_dict(result && r, const model & m, const tap_config & taps) {
     return d;
 }
 
-namespace {
-// What Python holds: a session with the taps it was last given, for shaping results.
-struct py_session {
-    std::shared_ptr<model> mdl;
-    std::unique_ptr<session> core;
-    tap_config taps;
-};
-} // namespace
-
 void bind_session(py::module_ & m) {
     py::class_<mix, std::shared_ptr<mix>>(m, "Mix", "Rows added to the residual stream: (n_layers, n_embd) float32.")
         .def(py::init([](uint64_t key, std::vector<int> layers, const float_array & data) {
@@ -87,7 +80,9 @@ void bind_session(py::module_ & m) {
         .def_readonly("key", &mix::key)
         .def_readonly("layers", &mix::layers);
 
-    py::class_<py_session>(m, "Session", "Many requests over one llama.cpp context.")
+    // Every call lets go of the GIL before it takes the session's lock: a step under way may need the GIL for signals.
+    const auto no_gil = py::call_guard<py::gil_scoped_release>();
+    py::class_<session>(m, "Session", "Many requests over one llama.cpp context.")
         .def(py::init([](std::shared_ptr<model> mdl, int n_ctx, int n_parallel, int n_batch, int n_threads,
                          int n_outputs, bool hook) {
                  session_params p;
@@ -97,16 +92,13 @@ void bind_session(py::module_ & m) {
                  p.n_threads = n_threads;
                  p.n_outputs = n_outputs;
                  p.hook = hook;
-                 auto out = std::make_unique<py_session>();
-                 out->mdl = mdl;
                  const py::gil_scoped_release release;
-                 out->core = std::make_unique<session>(std::move(mdl), p);
-                 return out;
+                 return std::make_unique<session>(std::move(mdl), p);
              }),
              "model"_a, "n_ctx"_a, "n_parallel"_a, "n_batch"_a, "n_threads"_a, "n_outputs"_a, "hook"_a = true)
         .def(
             "submit",
-            [](py_session & s, std::vector<llama_token> tokens, std::vector<std::shared_ptr<mix>> mixes,
+            [](session & s, std::vector<llama_token> tokens, const std::vector<std::shared_ptr<mix>> & mixes,
                std::vector<int> mix_of_token, int mix_of_generated, int max_tokens, float temperature, int top_k,
                float top_p, float min_p, float repeat_penalty, uint32_t seed, const std::vector<py::bytes> & stop,
                std::pair<int, int> outputs, bool keep_logits, bool keep_scores,
@@ -132,23 +124,24 @@ void bind_session(py::module_ & m) {
                 for (const auto & [begin, end] : raws) { r.raws.push_back({begin, end}); }
                 r.keep_readings = keep_readings;
                 r.reuse_prefix = reuse_prefix;
-                return s.core->submit(std::move(r));
+                const py::gil_scoped_release release;
+                return s.submit(std::move(r));
             },
             py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(),
             "mix_of_generated"_a = -1, "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40,
             "top_p"_a = 0.95f, "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "seed"_a = 0, "stop"_a = py::list(),
             "outputs"_a = std::pair<int, int>(0, 0), "keep_logits"_a = false, "keep_scores"_a = false,
             "pools"_a = py::list(), "raws"_a = py::list(), "keep_readings"_a = false, "reuse_prefix"_a = false)
-        .def("cancel", [](py_session & s, int id) { return s.core->cancel(id); }, "id"_a)
-        .def_property_readonly("busy", [](const py_session & s) { return s.core->busy(); })
+        .def("cancel", &session::cancel, "id"_a, no_gil)
+        .def_property_readonly("busy", py::cpp_function(&session::busy, no_gil))
         .def(
             "step",
-            [](py_session & s) {
+            [](session & s) {
                 raised_ptr raised;
                 std::vector<token_event> events;
                 try {
                     const py::gil_scoped_release release;
-                    events = s.core->step(signal_check(raised));
+                    events = s.step(signal_check(raised));
                 } catch (const std::exception &) {
                     if (!raised) { throw; }
                 }
@@ -159,49 +152,43 @@ void bind_session(py::module_ & m) {
             },
             "One decode; [(request id, token, bytes)] sampled by it.")
         .def("take_results",
-             [](py_session & s) {
+             [](session & s) {
+                 std::vector<result> results;
+                 {
+                     const py::gil_scoped_release release;
+                     results = s.take_results();
+                 }
                  py::list out;
-                 for (result & r : s.core->take_results()) { out.append(to_dict(std::move(r), *s.mdl, s.taps)); }
+                 for (result & r : results) { out.append(to_dict(std::move(r), s.loaded_model())); }
                  return out;
              })
-        .def("reset", [](py_session & s) { s.core->reset(); })
-        .def("detach",
-             [](py_session & s) {
-                 s.taps = {};
-                 s.core->detach();
-             })
+        .def("reset", &session::reset, no_gil)
+        .def("detach", &session::detach, no_gil)
         .def(
             "set_taps",
-            [](py_session & s, std::vector<int> pool_layers, int n_pools_per_request, std::vector<int> raw_layers,
+            [](session & s, std::vector<int> pool_layers, int n_pools_per_request, std::vector<int> raw_layers,
                std::vector<int> reading_layers, const py::object & readouts) {
                 tap_config c;
                 c.pool_layers = std::move(pool_layers);
-                c.n_pools = c.pool_layers.empty() ? 0 : n_pools_per_request * s.core->params().n_parallel;
+                c.n_pools = c.pool_layers.empty() ? 0 : n_pools_per_request * s.params().n_parallel;
                 c.raw_layers = std::move(raw_layers);
                 c.reading_layers = std::move(reading_layers);
                 std::vector<float> directions;
                 if (!readouts.is_none()) {
                     const auto array = float_array::ensure(readouts); // (n_reading_layers, n_readouts, n_embd)
+                    if (!array || array.ndim() != 3) { throw vector_error("readouts must have three dimensions"); }
                     c.n_readouts = int(array.shape(1));
                     directions = to_vector(array);
                 }
-                s.taps = c;
                 const py::gil_scoped_release release;
-                s.core->set_taps(c);
-                if (!directions.empty()) { s.core->set_readouts(directions); }
+                s.set_taps(std::move(c), std::move(directions));
             },
             py::kw_only(), "pool_layers"_a = py::list(), "n_pools_per_request"_a = 1, "raw_layers"_a = py::list(),
             "reading_layers"_a = py::list(), "readouts"_a = py::none())
-        .def("add_edit_layers",
-             [](py_session & s, const std::vector<int> & layers) { s.core->add_edit_layers(layers); })
-        .def_property_readonly("n_builds", [](const py_session & s) { return s.core->n_builds(); })
-        .def_property_readonly("n_attachments", [](const py_session & s) { return s.core->n_attachments(); })
-        .def_property_readonly("hook_bytes", [](const py_session & s) { return s.core->hook_bytes(); })
-        .def_static(
-            "self_test",
-            [](const std::shared_ptr<model> & mdl, int n_threads) {
-                const py::gil_scoped_release release;
-                return session::self_test(mdl, n_threads);
-            },
-            "model"_a, "n_threads"_a, "max |change of logits| that a unit edit at each block makes.");
+        .def("add_edit_layers", &session::add_edit_layers, "layers"_a, no_gil)
+        .def_property_readonly("n_builds", py::cpp_function(&session::n_builds, no_gil))
+        .def_property_readonly("n_attachments", py::cpp_function(&session::n_attachments, no_gil))
+        .def_property_readonly("hook_bytes", py::cpp_function(&session::hook_bytes, no_gil))
+        .def_static("self_test", &session::self_test, "model"_a, "n_threads"_a, no_gil,
+                    "max |change of logits| that a unit edit at each block makes.");
 }

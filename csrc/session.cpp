@@ -112,17 +112,49 @@ session::~session() {
     ctx.reset(); // reads the chain and the bank until it is gone
 }
 
-int64_t session::n_builds() const { return hook ? hook->n_builds() : 0; }
-size_t session::hook_bytes() const { return (bank ? bank->bytes() : 0) + (tap ? tap->bytes() : 0); }
+int64_t session::n_builds() const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return hook ? hook->n_builds() : 0;
+}
+
+int64_t session::n_attachments() const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return attachments;
+}
+
+size_t session::hook_bytes() const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return (bank ? bank->bytes() : 0) + (tap ? tap->bytes() : 0);
+}
+
+bool session::any_request() const {
+    return !queue.empty() || std::any_of(slots.begin(), slots.end(), [](const slot & s) { return s.id >= 0; });
+}
 
 bool session::busy() const {
     const std::lock_guard<std::mutex> lock(mutex);
-    return !queue.empty() || std::any_of(slots.begin(), slots.end(), [](const slot & s) { return s.id >= 0; });
+    return any_request();
+}
+
+void session::require_idle(const char * what) const {
+    if (!cfg.hook) { throw model_error("this session runs without the hook"); }
+    if (any_request()) { throw model_error(std::string(what) + " while requests are running is not possible"); }
+}
+
+std::vector<int> session::checked_layers(std::vector<int> layers) const {
+    std::sort(layers.begin(), layers.end());
+    layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
+    if (!layers.empty() && (layers.front() < 0 || layers.back() >= mdl->n_layer())) {
+        const int il = layers.front() < 0 ? layers.front() : layers.back();
+        throw vector_error("block " + std::to_string(il) + " out of range 0.." + std::to_string(mdl->n_layer() - 1));
+    }
+    return layers;
 }
 
 void session::detach() {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!hook) { return; }
+    require_idle("detaching");
     const log_capture log;
     llama_synchronize(ctx.get());
     llama_set_sampler(ctx.get(), graph_edit::never_decoded, nullptr);
@@ -132,6 +164,7 @@ void session::detach() {
     row_of_key.clear();
     wanted_layers.clear();
     wanted_taps = {};
+    readouts.clear();
 }
 
 // A new attachment for the layers and taps wanted now. llama.cpp rebuilds its graphs when the chain changes.
@@ -139,12 +172,14 @@ void session::attach() {
     const log_capture log;
     llama_synchronize(ctx.get());
     const std::vector<int> layers(wanted_layers.begin(), wanted_layers.end());
-    const int n_rows = 1 + 4 * cfg.n_parallel; // zero row; two mixes a request and as many kept from before
+    const int n_rows = 1 + mixes_per_request * cfg.n_parallel; // the zero row, and room for all in one decode
+    // llama.cpp sizes its graphs for a token count rounded up to a multiple of the sequences
+    const int n_columns = (cfg.n_batch + cfg.n_parallel - 1) / cfg.n_parallel * cfg.n_parallel;
     std::unique_ptr<edit_bank> new_bank;
     std::unique_ptr<taps> new_tap;
-    if (!layers.empty()) { new_bank = std::make_unique<edit_bank>(mdl->n_embd(), layers, n_rows, cfg.n_batch); }
-    if (!wanted_taps.empty()) { new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, cfg.n_batch); }
-    auto new_hook = std::make_unique<graph_edit>(mdl->n_layer(), cfg.n_batch, new_bank.get(), new_tap.get());
+    if (!layers.empty()) { new_bank = std::make_unique<edit_bank>(mdl->n_embd(), layers, n_rows, n_columns); }
+    if (!wanted_taps.empty()) { new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, n_columns); }
+    auto new_hook = std::make_unique<graph_edit>(mdl->n_layer(), n_columns, new_bank.get(), new_tap.get());
     if (new_hook->problem().empty() &&
         !llama_set_sampler(ctx.get(), graph_edit::never_decoded, new_hook->chain())) {
         throw model_error("llama.cpp refuses the graph hook here (a model split by tensor?)");
@@ -159,21 +194,23 @@ void session::attach() {
     ++attachments;
 }
 
-void session::set_taps(const tap_config & config) {
+void session::set_taps(tap_config config, std::vector<float> readout_directions) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (config == wanted_taps) { return; }
-    wanted_taps = config;
-    readouts.clear();
-    if (!cfg.hook) { throw model_error("this session runs without the hook"); }
-    attach();
-}
-
-void session::set_readouts(const std::vector<float> & directions) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const size_t n = wanted_taps.reading_layers.size() * size_t(wanted_taps.n_readouts) * size_t(mdl->n_embd());
-    if (directions.size() != n) { throw vector_error("read-outs need " + std::to_string(n) + " numbers"); }
-    readouts = directions;
-    if (tap) {
+    if (config.empty() && wanted_taps.empty()) { return; }
+    require_idle("changing what is captured");
+    config.pool_layers = checked_layers(std::move(config.pool_layers));
+    config.raw_layers = checked_layers(std::move(config.raw_layers));
+    const size_t n_given = config.reading_layers.size();
+    config.reading_layers = checked_layers(std::move(config.reading_layers));
+    if (config.reading_layers.size() != n_given) { throw vector_error("a block is read out twice"); }
+    const size_t n = n_given * size_t(config.n_readouts) * size_t(mdl->n_embd());
+    if (readout_directions.size() != n) { throw vector_error("read-outs need " + std::to_string(n) + " numbers"); }
+    const bool same = config == wanted_taps;
+    wanted_taps = std::move(config);
+    readouts = std::move(readout_directions);
+    if (!same) {
+        attach();
+    } else if (tap && !readouts.empty()) {
         llama_synchronize(ctx.get());
         tap->set_readouts(readouts);
     }
@@ -181,8 +218,10 @@ void session::set_readouts(const std::vector<float> & directions) {
 
 void session::add_edit_layers(const std::vector<int> & layers) {
     const std::lock_guard<std::mutex> lock(mutex);
+    require_idle("attaching");
     const size_t before = wanted_layers.size();
-    wanted_layers.insert(layers.begin(), layers.end());
+    const std::vector<int> checked = checked_layers(layers);
+    wanted_layers.insert(checked.begin(), checked.end());
     if (wanted_layers.size() != before || !hook) { attach(); }
 }
 
@@ -199,6 +238,22 @@ int session::submit(request r) {
     }
     if (!r.mix_of_token.empty() && int(r.mix_of_token.size()) != n) {
         throw vector_error("mix_of_token has another length than tokens");
+    }
+    const int n_mixes = int(r.mixes.size());
+    for (int m : r.mix_of_token) {
+        if (m < -1 || m >= n_mixes) { throw vector_error("mix_of_token names mix " + std::to_string(m)); }
+    }
+    if (r.mix_of_generated < -1 || r.mix_of_generated >= n_mixes) {
+        throw vector_error("mix_of_generated names mix " + std::to_string(r.mix_of_generated));
+    }
+    if (n_mixes > 256) { throw vector_error("a request has " + std::to_string(n_mixes) + " distinct mixes, 256 fit"); }
+    const auto inside = [](const span & s, int limit) { return 0 <= s.begin && s.begin <= s.end && s.end <= limit; };
+    if (!inside(r.outputs, n)) { throw context_error("the span of outputs is outside the given tokens"); }
+    if (r.raws.size() > 1 || (r.raws.size() == 1 && !inside(r.raws[0], n + r.max_tokens))) {
+        throw context_error("the span of raw rows is outside the request's tokens");
+    }
+    for (const span & p : r.pools) {
+        if (!inside(p, n + r.max_tokens) && !(p.begin >= 0 && p.end < 0)) { throw context_error("a pool's span is not one"); }
     }
     if (!cfg.hook && !(r.mixes.empty() && r.pools.empty() && r.raws.empty())) {
         throw model_error("this session runs without the hook");
@@ -349,6 +404,7 @@ void session::admit() {
         s.token_mix.resize(s.tokens.size(), -1);
         s.n_given = s.res.n_prompt = int(s.tokens.size());
         s.n_done = s.res.n_reused = n_reuse;
+        s.res.taps = wanted_taps;
         s.res.pool_sums.assign(s.req.pools.size(), std::vector<double>(wanted_taps.pool_layers.size() * size_t(mdl->n_embd())));
         s.res.pool_counts.assign(s.req.pools.size(), std::vector<int>(wanted_taps.pool_layers.size()));
         if (!s.req.raws.empty()) {
@@ -406,18 +462,32 @@ void session::build_batch(std::vector<batch_item> & items) const {
 std::vector<token_event> session::step(const std::function<bool()> & interrupted) {
     const std::lock_guard<std::mutex> lock(mutex);
     std::vector<token_event> events;
-    ++step_count;
+    try {
+        compute(interrupted, events);
+    } catch (...) { // no request is left half done: all are dropped, and the session can be used again
+        stop_asked = nullptr;
+        fail_all();
+        throw;
+    }
+    return events;
+}
 
-    // A request that edits blocks outside the attached set brings a new attachment.
+void session::compute(const std::function<bool()> & interrupted, std::vector<token_event> & events) {
+    ++step_count;
+    // A request that edits blocks outside the attached set, or needs more rows, brings a new attachment.
     for (const auto & [id, r] : queue) {
+        while (mixes_per_request < int(r.mixes.size())) { mixes_per_request *= 2; }
         for (const mix_ptr & m : r.mixes) { wanted_layers.insert(m->layers.begin(), m->layers.end()); }
     }
-    if (!wanted_layers.empty() && (!bank || bank->layers().size() != wanted_layers.size())) { attach(); }
+    if (!wanted_layers.empty() && (!bank || bank->layers().size() != wanted_layers.size() ||
+                                   bank->n_rows() != 1 + mixes_per_request * cfg.n_parallel)) {
+        attach();
+    }
 
     admit();
     std::vector<batch_item> items;
     build_batch(items);
-    if (items.empty()) { return events; }
+    if (items.empty()) { return; }
 
     const auto n = items.size();
     std::vector<llama_token> tokens(n);
@@ -478,10 +548,7 @@ std::vector<token_event> session::step(const std::function<bool()> & interrupted
     } else if (hook && !hook->order_was(tokens, positions)) {
         why = "llama.cpp computed this batch in another token order than given, so steering cannot be placed";
     }
-    if (!why.empty()) {
-        fail_all();
-        throw model_error(why);
-    }
+    if (!why.empty()) { throw model_error(why); }
 
     if (tap && pools_used) { tap->read_pooled(); }
     for (const batch_item & item : items) {
@@ -490,7 +557,6 @@ std::vector<token_event> session::step(const std::function<bool()> & interrupted
         s.n_done = item.index + 1;
     }
     collect(items, events);
-    return events;
 }
 
 void session::collect(const std::vector<batch_item> & items, std::vector<token_event> & events) {

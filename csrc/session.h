@@ -77,6 +77,7 @@ struct result {
     std::vector<float> readings;          // [n_reading_layers][n_tokens given + generated][n_readouts], NaN likewise
     int n_reused = 0;                     // tokens taken from the prefix cache
     int n_prompt = 0;
+    tap_config taps;                      // what gives the arrays above their shapes
 };
 
 struct token_event {
@@ -102,8 +103,8 @@ class session {
     std::vector<result> take_results();
     void reset();               // forget all requests and all cached text
 
-    void set_taps(const tap_config & config);
-    void set_readouts(const std::vector<float> & directions);
+    // These change the graph, and throw while requests are queued or running.
+    void set_taps(tap_config config, std::vector<float> readout_directions);
     void add_edit_layers(const std::vector<int> & layers);
     void detach();              // back to plain llama.cpp; the next steered request attaches again
 
@@ -111,10 +112,10 @@ class session {
     static std::vector<float> self_test(const std::shared_ptr<model> & m, int n_threads);
 
     int64_t n_builds() const;   // graph builds under the current attachment
-    int64_t n_attachments() const { return attachments; }
+    int64_t n_attachments() const;
     size_t hook_bytes() const;  // memory of edit bank and taps
-    llama_context * context() const { return ctx.get(); }
     const session_params & params() const { return cfg; }
+    const model & loaded_model() const { return *mdl; }
 
   private:
     struct slot {
@@ -132,6 +133,10 @@ class session {
     struct batch_item { int slot, index, output; };          // token `index` of a slot; rank of its output row or -1
 
     void attach();
+    void require_idle(const char * what) const;
+    bool any_request() const;
+    std::vector<int> checked_layers(std::vector<int> layers) const; // ascending, once each, in range
+    void compute(const std::function<bool()> & interrupted, std::vector<token_event> & events);
     void admit();
     int row_for(const mix_ptr & m);
     void build_batch(std::vector<batch_item> & items) const;
@@ -147,6 +152,7 @@ class session {
     bool one_sequence_per_decode;                 // recurrent and hybrid models regroup mixed batches
     mutable std::mutex mutex;
     std::set<int> wanted_layers;                  // blocks that some request edits; only grows
+    int mixes_per_request = 4;                    // rows kept for each; only grows
     tap_config wanted_taps;
     std::vector<float> readouts;                  // of wanted_taps
     std::unique_ptr<edit_bank> bank;

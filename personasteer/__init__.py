@@ -1,0 +1,46 @@
+"""Derive, apply and ship persona vectors for quantized GGUF models, inside llama.cpp's compute graph."""
+
+from personasteer._native import load_core as _load_core
+
+_load_core()
+
+from personasteer.chat import ChatTemplate  # noqa: E402
+from personasteer.derive import contrast, derive  # noqa: E402
+from personasteer.errors import (  # noqa: E402
+    ArgumentError,
+    ContextError,
+    ElicitationError,
+    IncompatibleVector,
+    ModelError,
+    PersonasteerError,
+    TemplateError,
+    TraitError,
+    VectorError,
+)
+from personasteer.model import Model, demo_model  # noqa: E402
+from personasteer.steering import Add, Steering  # noqa: E402
+from personasteer.traits import Trait  # noqa: E402
+from personasteer.vectors import PersonaVector  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Add",
+    "ArgumentError",
+    "ChatTemplate",
+    "ContextError",
+    "ElicitationError",
+    "IncompatibleVector",
+    "Model",
+    "ModelError",
+    "PersonaVector",
+    "PersonasteerError",
+    "Steering",
+    "TemplateError",
+    "Trait",
+    "TraitError",
+    "VectorError",
+    "contrast",
+    "demo_model",
+    "derive",
+]

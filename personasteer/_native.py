@@ -1,0 +1,147 @@
+"""Loads llama.cpp exactly once, checks that the extension fits it, and keeps clear of broken CPU kernels."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+
+from platformdirs import user_cache_dir
+
+log = logging.getLogger("personasteer")
+
+
+def load_core() -> ModuleType:
+    """Import llama_cpp, then the extension against the very libraries that it loaded.
+
+    In the other order a second copy of libllama would be mapped. Raises ImportError that says how to rebuild when the
+    installed llama-cpp-python is not the one that the extension was built against: the graph hook's interface is
+    experimental and changes between versions.
+    """
+    try:
+        installed = version("llama-cpp-python")
+    except PackageNotFoundError as e:
+        raise ImportError("personasteer needs llama-cpp-python, which is not installed: pip install .") from e
+    import_module("llama_cpp")
+    try:
+        core = import_module("personasteer._core")
+    except ImportError as e:
+        if Path(__file__).resolve().parent.parent.joinpath("CMakeLists.txt").exists():
+            hint = "this is the source folder; build it with `pip install -e .`, or start Python from another folder"
+        else:
+            hint = "rebuild it: pip install --force-reinstall --no-deps personasteer"
+        raise ImportError(f"personasteer._core cannot be loaded ({e}); {hint}") from e
+    if installed != core.LLAMA_CPP_PYTHON:
+        raise ImportError(
+            f"personasteer was built against llama-cpp-python {core.LLAMA_CPP_PYTHON}, but {installed} is installed; "
+            f"run `pip install llama-cpp-python=={core.LLAMA_CPP_PYTHON}`, or rebuild personasteer: "
+            "pip install --force-reinstall --no-deps personasteer"
+        )
+    return core
+
+
+def cache_dir() -> Path:
+    """Where measurements of models and builds are kept; PERSONASTEER_CACHE_DIR overrides the system's place."""
+    return Path(os.environ.get("PERSONASTEER_CACHE_DIR") or user_cache_dir("personasteer"))
+
+
+def read_cache(name: str) -> dict[str, object]:
+    try:
+        found = json.loads(cache_dir().joinpath(name).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(name: str, content: dict[str, object]) -> None:
+    """Best effort: a cache that cannot be written costs time, not correctness."""
+    try:
+        atomic_write(cache_dir() / name, json.dumps(content).encode(), make_parents=True)
+    except OSError as e:
+        log.debug("cache not written: %s", e)
+
+
+def atomic_write(path: Path, data: bytes, *, make_parents: bool = False) -> None:
+    """Write under a temporary name beside `path`, then rename: readers see the old file or the whole new one."""
+    if make_parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@functools.cache
+def build_id() -> str:
+    """Names the installed build of llama.cpp: version, size and time of its libraries."""
+    import llama_cpp
+
+    digest = hashlib.sha256(version("llama-cpp-python").encode())
+    for lib in sorted(Path(llama_cpp.__file__).parent.joinpath("lib").iterdir()):
+        stat = lib.stat()
+        digest.update(f"{lib.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        return "amx_tile" in cpuinfo.read_text("utf-8", "replace")
+    except OSError:
+        return False
+
+
+def survives(command: list[str], timeout: float = 120.0) -> bool:
+    """Whether a child process ends by itself, without a signal."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+PROBE = [sys.executable, "-m", "personasteer._probe"]
+
+
+@functools.cache
+def extra_buffers_work() -> bool:
+    """Whether ggml's repacked CPU weights can be used: found out once per build, in a child process.
+
+    llama.cpp built by GCC older than 13 drops the stores that configure the AMX tiles and crashes at the first token
+    (ggml_backend_amx_mul_mat). Only CPUs with AMX are probed.
+    """
+    if not cpu_has_amx():
+        return True
+    name = f"build-{build_id()}.json"
+    known = read_cache(name).get("extra_buffers_work")
+    if not isinstance(known, bool):
+        known = survives(PROBE)
+        write_cache(name, {"extra_buffers_work": known})
+    if not known:
+        log.warning(
+            "this build of llama.cpp crashes in its AMX kernels (compiled by GCC < 13); running without them, "
+            "see the README for a faster build"
+        )
+    return known

@@ -1,0 +1,75 @@
+"""Chat templates: from messages to the text that the model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn, TypeAlias
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from personasteer.errors import ArgumentError, TemplateError
+
+Message: TypeAlias = Mapping[str, str]
+Conversation: TypeAlias = str | Sequence[Message]
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+class ChatTemplate:
+    """A model's own Jinja template, rendered in a sandbox as Hugging Face transformers does.
+
+    Raises TemplateError when the source does not parse, and when rendering fails.
+    """
+
+    def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as e:
+            raise TemplateError(f"the model's chat template does not parse: {e}") from e
+        self._names = {"bos_token": bos, "eos_token": eos}
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text for `messages`; with `add_generation_prompt` it ends where the assistant starts to write."""
+        try:
+            return self._template.render(
+                messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **self._names
+            )
+        except Exception as e:  # a template is foreign code: TypeError, RecursionError, ... all mean the same here
+            raise TemplateError(f"the model's chat template cannot render these messages: {e}") from e
+
+    def takes_system(self) -> bool:
+        """Whether a system message reaches the model: it must show up in the text, and before the user's."""
+        try:
+            text = self.render([{"role": "system", "content": "xSYSx"}, {"role": "user", "content": "xUSRx"}])
+        except TemplateError:
+            return False
+        return 0 <= text.find("xSYSx") < text.find("xUSRx")
+
+
+def as_messages(conversation: Conversation, system: str | None = None) -> list[dict[str, str]]:
+    """A user's string or a list of messages, as a list of messages; `system` goes in front.
+
+    Raises ArgumentError when a message lacks a role or a content.
+    """
+    if isinstance(conversation, str):
+        messages: list[dict[str, Any]] = [{"role": "user", "content": conversation}]
+    else:
+        messages = [dict(m) for m in conversation]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    if not messages:
+        raise ArgumentError("the conversation has no message")
+    for m in messages:
+        if not (isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise ArgumentError(f'a message needs a "role" and a "content", both text; seen: {m!r}')
+    return messages

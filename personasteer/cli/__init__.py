@@ -1,0 +1,92 @@
+"""The command line: `personasteer VERB`. Results on stdout, the rest on stderr; exit 0, 1 failed, 2 usage."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from personasteer.errors import ArgumentError, PersonasteerError, TraitError
+
+app = typer.Typer(
+    name="personasteer",
+    help="Derive, apply and ship persona vectors for quantized GGUF models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+VERBS = ("demo", "traits", "derive", "inspect", "chat", "generate", "capture", "export", "bench")
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show Python tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        import personasteer
+
+        typer.echo(f"personasteer {personasteer.__version__}")
+        raise typer.Exit
+
+
+for _verb in VERBS:
+    importlib.import_module(f"personasteer.cli.{_verb}").register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; exits the process."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line; the exit code. Any failure is one line on stderr."""
+    logging.basicConfig(stream=sys.stderr, format="personasteer: %(message)s", level=logging.WARNING)
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps it
+    try:
+        code = app(args=arguments, prog_name="personasteer", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except typer.Exit as e:
+        return int(e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 1)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except usage_error as e:
+        if _debug:
+            raise
+        message = e.format_message() if hasattr(e, "format_message") else str(e)
+        if type(e).__name__ == "NoArgsIsHelpError":
+            typer.echo(message)
+            return 2
+        return _fail(f"{message} (see --help)", 2)
+    except (ArgumentError, TraitError) as e:
+        if _debug:
+            raise
+        return _fail(str(e), 2)
+    except PersonasteerError as e:
+        if _debug:
+            raise
+        return _fail(str(e), 1)
+    except OSError as e:
+        if _debug:
+            raise
+        return _fail(f"{e.filename + ': ' if isinstance(e.filename, str) else ''}{e.strerror or e}", 1)
+    except MemoryError:
+        return _fail("out of memory", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo("personasteer: " + " ".join(message.split()), err=True)
+    return code

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from personasteer.cli._common import (
+    CtxOption,
+    GpuOption,
+    JsonOption,
+    ModelOption,
+    PredictOption,
+    ScopeOption,
+    SeedOption,
+    TempOption,
+    ThreadsOption,
+    VectorsOption,
+    load_steering,
+    open_model,
+    print_json,
+    stderr,
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("chat")(chat)
+
+
+def chat(
+    model: ModelOption = "demo",
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="One message; a dialogue without it.")] = None,
+    vector: VectorsOption = None,
+    scope: ScopeOption = "all",
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    predict: PredictOption = 256,
+    temp: TempOption = 0.7,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1 is off.")] = 1.1,
+    seed: SeedOption = 0,
+    ctx: CtxOption = 2048,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuOption = -1,
+    json: JsonOption = False,
+) -> None:
+    """Chat through the model's template, steered by any number of vectors.
+
+    Example: `personasteer chat -m demo -v pessimistic.gguf:0.25 -p "How will my exam go?"`
+    """
+    steering = load_steering(vector, scope)
+    if prompt is None and json:
+        raise typer.BadParameter("--json needs -p")
+    with open_model(model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed) as m:
+        options: dict[str, Any] = {
+            "max_tokens": predict,
+            "temperature": temp,
+            "repeat_penalty": repeat_penalty,
+            "steer": steering,
+        }
+        if json:
+            print_json({"prompt": prompt, "text": m.chat(prompt or "", system=system, **options)})
+            return
+        messages: list[dict[str, str]] = []
+        while True:
+            if prompt is None:
+                if sys.stdin.isatty():
+                    stderr.print("> ", end="")
+                line = sys.stdin.readline()
+                if not line or line.strip() in ("/exit", "/quit"):
+                    return
+                if not line.strip():
+                    continue
+            messages.append({"role": "user", "content": prompt if prompt is not None else line.strip()})
+            answer = m.chat(messages, system=system, reuse_cache=True, on_token=_write, **options)
+            typer.echo()
+            if prompt is not None:
+                return
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _write(_: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

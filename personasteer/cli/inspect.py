@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from personasteer.cli._common import JsonOption, print_json, stdout
+from personasteer.identity import fingerprint
+from personasteer.vectors import PersonaVector
+
+
+def register(app: typer.Typer) -> None:
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Control-vector GGUF, of any tool.")],
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Check that it belongs to this GGUF.")] = None,
+    offset: Annotated[int, typer.Option("--offset", help="Of a foreign file: block = N - offset.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Show what a control-vector file holds, and whether it fits a model.
+
+    Example: `personasteer inspect pessimistic.gguf -m demo`
+    """
+    vector = PersonaVector.load(file, offset=offset)
+    lengths = np.linalg.norm(vector.directions, axis=1)
+    rows = [
+        {
+            "layer": il,
+            "steered": il in vector.layers,
+            "norm": _number(lengths[il]),
+            "norm_ratio": _number(lengths[il] / vector.norms[il]) if vector.norms is not None else None,
+            "separation": _number(vector.separations[il]) if vector.separations is not None else None,
+            "split_half_cosine": _number(vector.reliability[il]) if vector.reliability is not None else None,
+        }
+        for il in range(vector.n_layer)
+    ]
+    result: dict[str, Any] = {
+        "file": str(file),
+        "name": vector.name,
+        "n_layer": vector.n_layer,
+        "n_embd": vector.n_embd,
+        "layers": list(vector.layers),
+        "strength": vector.strength,
+        "provenance": dict(vector.provenance),
+        "per_layer": rows,
+    }
+    if model is not None:
+        from personasteer.cli._common import open_model
+        from personasteer.steering import check_fits
+
+        with open_model(model, n_ctx=64, n_parallel=1) as m:
+            check_fits(vector, m)
+            result["same_model"] = vector.provenance.get("fingerprint") == fingerprint(m.path)
+    if json:
+        print_json(result)
+        return
+    stdout.print(
+        f"{vector.name}: {vector.n_layer} blocks of width {vector.n_embd}, steers at {list(vector.layers)}, "
+        f"scale 1.0 in llama.cpp is strength {vector.strength:g}",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table("block", "‖v‖", "‖v‖ / m", "separation d", "split-half cosine")
+    for row in rows:
+        cells = (row["norm"], row["norm_ratio"], row["separation"], row["split_half_cosine"])
+        label = f"▸ {row['layer']}" if row["steered"] else str(row["layer"])
+        table.add_row(label, *("" if c is None else f"{c:.3f}" for c in cells))
+    stdout.print(table)
+    for key, value in vector.provenance.items():
+        stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
+    if "same_model" in result:
+        verdict = (
+            "derived on this very model" if result["same_model"] else "fits this model's shape, derived on another"
+        )
+        stdout.print(verdict)
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None

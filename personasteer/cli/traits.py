@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from personasteer import traits as library
+from personasteer.cli._common import JsonOption, print_json, stdout
+
+
+def register(app: typer.Typer) -> None:
+    app.command("traits")(traits)
+
+
+def traits(
+    name: Annotated[str | None, typer.Argument(help="A trait, or a .toml file, to show whole.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the trait library, or show one trait.
+
+    Example: `personasteer traits pessimistic`
+    """
+    if name is None:
+        found = [library.get(n) for n in library.names()]
+        if json:
+            print_json([{"name": t.name, "description": t.description} for t in found])
+            return
+        width = max(len(t.name) for t in found)
+        for t in found:
+            stdout.print(f"{t.name:<{width}}  {t.description}", markup=False)
+        return
+    trait = library.find(name)
+    if json:
+        print_json(asdict(trait))
+        return
+    stdout.print(f"{trait.name}: {trait.description}", markup=False)
+    for positive, negative in trait.system:
+        stdout.print(f"\n+ {positive}\n- {negative}", markup=False)
+    stdout.print("\nderived on:\n  " + "\n  ".join(trait.derive_questions), markup=False)
+    stdout.print("held out:\n  " + "\n  ".join(trait.evaluate_questions), markup=False)
+    stdout.print(f"{len(trait.continuations)} continuation pairs, such as", markup=False)
+    for a, b in trait.continuations[:3]:
+        stdout.print(f"  + {a}\n  - {b}", markup=False)

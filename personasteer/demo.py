@@ -1,0 +1,193 @@
+"""The demo: derive a persona on the bundled model, show it, and prove it against controls."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personasteer import plots, traits
+from personasteer._native import atomic_write
+from personasteer.derive import elicit, from_elicited
+from personasteer.derive.contrast import difference_of_means
+from personasteer.errors import ArgumentError
+from personasteer.evaluate import bootstrap_interval, log_odds, random_vectors
+from personasteer.model import Model, demo_model_path
+from personasteer.vectors import PersonaVector
+
+STRENGTHS = (-0.3, -0.15, 0.0, 0.15, 0.3)
+SHOWN = (-0.3, 0.0, 0.3)
+Stage = Callable[[str], Callable[[int, int], None]]  # names a stage, gives its progress callback
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """All that the demo found out; `summary()` is what `demo --json` prints."""
+
+    model: str
+    trait: str
+    vector: PersonaVector
+    layer_rows: tuple[dict[str, float], ...]  # layer, norm_ratio, separation, split_half_cosine
+    dose: tuple[dict[str, float], ...]  # strength, log_odds, delta, low, high
+    random: dict[str, float]  # n, mean, p95_abs of |delta| at the largest strength, both signs
+    shuffled_delta: float  # a vector from permuted labels, at the largest strength
+    system_prompt_delta: float  # no vector, the trait's first system prompt instead
+    answers: tuple[tuple[str, tuple[str, ...]], ...]  # held-out question, its answers at SHOWN
+    vector_path: Path
+    plot_path: Path
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "trait": self.trait,
+            "layers": list(self.vector.layers),
+            "dose": [dict(d) for d in self.dose],
+            "random": dict(self.random),
+            "shuffled": {"delta": self.shuffled_delta},
+            "system_prompt": {"delta": self.system_prompt_delta},
+            "answers": [{"question": q, "strengths": list(SHOWN), "texts": list(a)} for q, a in self.answers],
+            "per_layer": [dict(r) for r in self.layer_rows],
+            "vector": str(self.vector_path),
+            "plot": str(self.plot_path),
+            "seconds": dict(self.seconds),
+        }
+
+
+def run_demo(
+    out: Path,
+    *,
+    trait_name: str = "pessimistic",
+    n_questions: int = 8,
+    n_eval_questions: int = 6,
+    n_eval_pairs: int = 6,
+    n_random: int = 20,
+    seed: int = 0,
+    n_threads: int | None = None,
+    stage: Stage = lambda _: lambda done, total: None,
+) -> DemoReport:
+    """Derive, answer, measure, save. Everything reported is on questions that were not used to derive.
+
+    Files in `out`: <trait>.gguf (the control vector) and <trait>.png (the dose-response).
+    """
+    start = time.perf_counter()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write(out / ".writable", b"")
+        (out / ".writable").unlink()
+    except OSError as e:
+        raise ArgumentError(f"{out}: cannot write here ({e.strerror})") from e
+    trait = traits.find(trait_name)
+    with Model(demo_model_path(), n_ctx=512, n_parallel=16, n_threads=n_threads, seed=seed) as model:
+        model.norms  # noqa: B018 (measured here, once, so that the derive time below is derive's own)
+        derive_start = time.perf_counter()
+        found = elicit(model, trait, n_questions=n_questions, seed=seed, progress=stage("deriving"))
+        options = {"n_questions": n_questions, "max_tokens": 32, "temperature": 1.0, "seed": seed}
+        vector = from_elicited(model, trait, found, options=dict(options))
+        derive_seconds = time.perf_counter() - derive_start
+
+        questions = trait.evaluate_questions[-3:]
+        texts = model.chat_batch(
+            [q for q in questions for _ in SHOWN],
+            steer=[vector * s for _ in questions for s in SHOWN],
+            max_tokens=48,
+            temperature=0.0,
+            repeat_penalty=1.15,
+            progress=stage("answering held-out questions"),
+        )
+        answers = tuple(
+            (q, tuple(" ".join(t.split()) for t in texts[i * len(SHOWN) : (i + 1) * len(SHOWN)]))
+            for i, q in enumerate(questions)
+        )
+
+        largest = max(STRENGTHS)
+        shuffled = replace(vector, directions=difference_of_means(found.responses.shuffled(seed)), name="shuffled")
+        controls = random_vectors(vector, n_random, seed=seed)
+        steers = [replace(vector * s, scope="response") for s in STRENGTHS]
+        steers += [replace(c * s, scope="response") for c in controls for s in (-largest, largest)]
+        steers.append(replace(shuffled * largest, scope="response"))
+        odds = log_odds(
+            model,
+            trait,
+            steers,
+            n_questions=n_eval_questions,
+            n_pairs=n_eval_pairs,
+            progress=stage("measuring dose-response and controls"),
+        )
+        prompted = log_odds(
+            model, trait, [None], n_questions=n_eval_questions, n_pairs=n_eval_pairs, system=trait.system[0][0]
+        )[0]
+        name = model.name
+    base = odds[STRENGTHS.index(0.0)]
+    points = []
+    for s, values in zip(STRENGTHS, odds, strict=False):
+        low, high = bootstrap_interval(values - base, seed=seed)
+        points.append(
+            {
+                "strength": s,
+                "log_odds": float(values.mean()),
+                "delta": float((values - base).mean()),
+                "low": low,
+                "high": high,
+            }
+        )
+    deltas = (odds[len(STRENGTHS) : -1] - base).mean((1, 2))
+    vector_path, plot_path = out / f"{trait.name}.gguf", out / f"{trait.name}.png"
+    vector.save(vector_path)
+    report = DemoReport(
+        model=name,
+        trait=trait.name,
+        vector=vector,
+        layer_rows=_layer_rows(vector),
+        dose=tuple(points),
+        random={
+            "n": n_random,
+            "mean": float(deltas.mean()),
+            "p95_abs": float(np.quantile(np.abs(deltas), 0.95)),
+        },
+        shuffled_delta=float((odds[-1] - base).mean()),
+        system_prompt_delta=float((prompted - base).mean()),
+        answers=answers,
+        vector_path=vector_path,
+        plot_path=plot_path,
+        seconds={},
+    )
+    _save_plot(report, plot_path)
+    seconds = {"derive": round(derive_seconds, 2), "total": round(time.perf_counter() - start, 2)}
+    return replace(report, seconds=seconds)
+
+
+def _layer_rows(vector: PersonaVector) -> tuple[dict[str, float], ...]:
+    assert vector.norms is not None
+    assert vector.separations is not None
+    assert vector.reliability is not None
+    lengths = np.linalg.norm(vector.directions, axis=1)
+    return tuple(
+        {
+            "layer": il,
+            "norm_ratio": float(lengths[il] / vector.norms[il]),
+            "separation": float(vector.separations[il]),
+            "split_half_cosine": float(vector.reliability[il]),
+        }
+        for il in range(vector.n_layer)
+    )
+
+
+def _save_plot(report: DemoReport, path: Path) -> None:
+    zero = next(d["log_odds"] for d in report.dose if d["strength"] == 0)
+    figure = plots.dose_response(
+        [d["strength"] for d in report.dose],
+        [d["log_odds"] for d in report.dose],
+        [(zero + d["low"], zero + d["high"]) for d in report.dose],
+        (zero - report.random["p95_abs"], zero + report.random["p95_abs"]),
+        baselines=[("system prompt alone", zero + report.system_prompt_delta)],
+        title=f"“{report.trait}” on {report.model}, held-out questions",
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    atomic_write(path, buffer.getvalue())

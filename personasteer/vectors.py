@@ -1,0 +1,168 @@
+"""PersonaVector: one direction per block, and where it came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from personasteer.errors import ArgumentError, IncompatibleVector, VectorError
+from personasteer.steering import Add
+
+
+@dataclass(frozen=True, eq=False)
+class PersonaVector:
+    """Directions of one trait in the residual stream of one model.
+
+    Args:
+        directions: (n_layer, n_embd) float32; row il lives at the output of block il. A row of NaN means that the
+            block has no direction.
+        layers: the recommended blocks to steer at.
+        name: the trait.
+        strength: the recommended total strength rho for export, positive.
+        weights: share of the strength per layer, {il: w}; equal over the layers used when empty.
+        last_prompt: (n_layer, n_embd) direction at the last prompt token, for monitoring; or None.
+        norms: (n_layer,) median norms m_il of the model that it was derived on; or None.
+        provenance: method, fingerprint, seed, prompts hash, versions, ...: what a reader needs to derive it again.
+        separations: (n_layer,) Cohen's d of the projections of positive against negative samples; or None.
+        reliability: (n_layer,) cosine between directions from two halves of the samples; or None.
+
+    Arithmetic: `vector * s` is Add(vector, s); `a + b`, `a - b`, `-a` act on the data.
+
+    Raises:
+        VectorError: another shape than (n_layer, n_embd), infinite values, or layers without a usable direction.
+    """
+
+    directions: NDArray[np.float32]
+    layers: tuple[int, ...] = ()
+    name: str = "vector"
+    strength: float = 0.25
+    weights: Mapping[int, float] = field(default_factory=dict)
+    last_prompt: NDArray[np.float32] | None = None
+    norms: NDArray[np.float32] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    separations: NDArray[np.float32] | None = None
+    reliability: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        data = np.ascontiguousarray(self.directions, dtype=np.float32)
+        if data.ndim != 2 or 0 in data.shape:
+            raise VectorError(f"directions must have the shape (n_layer, n_embd), not {data.shape}")
+        if np.isinf(data).any():
+            raise VectorError(f"vector {self.name!r} holds infinite values")
+        object.__setattr__(self, "directions", data)
+        object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
+        for il in self.layers:
+            self.direction(il)
+        for attribute in ("last_prompt", "norms", "separations", "reliability"):
+            value = getattr(self, attribute)
+            if value is not None:
+                object.__setattr__(self, attribute, np.ascontiguousarray(value, dtype=np.float32))
+        for weight in self.weights.values():
+            if not (np.isfinite(weight) and weight >= 0):
+                raise VectorError(f"weights must be finite and not negative, not {weight}")
+
+    @property
+    def n_layer(self) -> int:
+        return int(self.directions.shape[0])
+
+    @property
+    def n_embd(self) -> int:
+        return int(self.directions.shape[1])
+
+    def direction(self, il: int) -> NDArray[np.float32]:
+        """The direction at block il, (n_embd,). Raises VectorError when it is missing, zero or not finite."""
+        if not 0 <= il < self.n_layer:
+            raise VectorError(f"layer {il} is out of range: vector {self.name!r} has blocks 0 to {self.n_layer - 1}")
+        v: NDArray[np.float32] = self.directions[il]
+        if not np.isfinite(v).all():
+            raise VectorError(f"vector {self.name!r} has no finite direction at layer {il}")
+        if not v.any():
+            raise VectorError(f"vector {self.name!r} is zero at layer {il}")
+        return v
+
+    def unit(self, il: int) -> NDArray[np.float32]:
+        """v / ||v|| at block il, (n_embd,)."""
+        v = self.direction(il).astype(np.float64)
+        return (v / np.linalg.norm(v)).astype(np.float32)
+
+    def weights_over(self, layers: Sequence[int]) -> dict[int, float]:
+        """Share of the total strength for each of `layers`, summing to 1."""
+        given = {il: float(self.weights.get(il, 0.0)) for il in layers} if self.weights else {}
+        total = sum(given.values())
+        if total <= 0:
+            return {il: 1.0 / len(layers) for il in layers}
+        return {il: w / total for il, w in given.items()}
+
+    def at(self, layers: Iterable[int]) -> PersonaVector:
+        """The same vector, recommended at other layers."""
+        return replace(self, layers=tuple(layers), weights={})
+
+    def __mul__(self, strength: float) -> Add:
+        return Add(self, float(strength))
+
+    __rmul__ = __mul__
+
+    def _with(self, data: NDArray[np.float32], name: str) -> PersonaVector:
+        usable = [il for il in self.layers if np.isfinite(data[il]).all() and data[il].any()]
+        origin = {"method": "arithmetic", "expression": name, "fingerprint": self.provenance.get("fingerprint", "")}
+        return PersonaVector(data, tuple(usable), name, self.strength, norms=self.norms, provenance=origin)
+
+    def __add__(self, other: PersonaVector) -> PersonaVector:
+        if not isinstance(other, PersonaVector):
+            return NotImplemented
+        self._check_same(other)
+        return self._with(self.directions + other.directions, f"{self.name}+{other.name}")
+
+    def __sub__(self, other: PersonaVector) -> PersonaVector:
+        if not isinstance(other, PersonaVector):
+            return NotImplemented
+        self._check_same(other)
+        return self._with(self.directions - other.directions, f"{self.name}-{other.name}")
+
+    def __neg__(self) -> PersonaVector:
+        return self._with(-self.directions, f"-{self.name}")
+
+    def _check_same(self, other: PersonaVector) -> None:
+        if self.directions.shape != other.directions.shape:
+            raise IncompatibleVector(
+                f"{self.name!r} is {self.directions.shape}, {other.name!r} is {other.directions.shape} "
+                "(n_layer, n_embd): they are for different models"
+            )
+
+    def cosine(self, other: PersonaVector) -> NDArray[np.float64]:
+        """Cosine with another vector per block, (n_layer,); NaN where one has no direction."""
+        self._check_same(other)
+        a, b = self.directions.astype(np.float64), other.directions.astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        return out
+
+    def save(self, path: str | os.PathLike[str], *, strength: float | None = None) -> None:
+        """Write a control-vector GGUF that llama.cpp loads as it is; see personasteer.ship.save_control_vector."""
+        from personasteer.ship import save_control_vector
+
+        save_control_vector(self, path, strength=strength)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, offset: int = 0) -> PersonaVector:
+        """Read a control-vector GGUF of any origin; see personasteer.ship.load_control_vector for `offset`."""
+        from personasteer.ship import load_control_vector
+
+        return load_control_vector(path, offset=offset)
+
+    @classmethod
+    def from_array(cls, directions: ArrayLike, layers: Iterable[int], name: str = "vector") -> PersonaVector:
+        """From any (n_layer, n_embd) array; raises VectorError as the constructor does."""
+        try:
+            data = np.asarray(directions, dtype=np.float32)
+        except (TypeError, ValueError) as e:
+            raise ArgumentError(f"directions must be numbers of the shape (n_layer, n_embd): {e}") from e
+        return cls(data, tuple(layers), name)
+
+    def __repr__(self) -> str:
+        return f"PersonaVector({self.name!r}, n_layer={self.n_layer}, n_embd={self.n_embd}, layers={self.layers})"
