@@ -27,7 +27,9 @@ void bind_model(py::module_ & m) {
         .def_property_readonly("metadata",
                                [](const model & s) {
                                    py::dict out;
-                                   for (const auto & [k, v] : s.metadata()) { out[py::bytes(k)] = py::bytes(v); }
+                                   for (const auto & [k, v] : s.metadata()) {
+                                       out[py::bytes(k)] = py::bytes(v);
+                                   }
                                    return out;
                                })
         .def(

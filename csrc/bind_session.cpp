@@ -28,10 +28,14 @@ static std::function<bool()> signal_check(raised_ptr & raised) {
     auto last = std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());
     return [last, &raised] {
         const auto now = std::chrono::steady_clock::now();
-        if (raised || now - *last < std::chrono::milliseconds(100)) { return raised != nullptr; }
+        if (raised || now - *last < std::chrono::milliseconds(100)) {
+            return raised != nullptr;
+        }
         *last = now;
         const py::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0) { raised = std::make_unique<py::error_already_set>(); }
+        if (PyErr_CheckSignals() != 0) {
+            raised = std::make_unique<py::error_already_set>();
+        }
         return raised != nullptr;
     };
 }
@@ -48,8 +52,12 @@ static py::dict to_dict(result && r, const model & m) {
     const py::ssize_t n_embd = m.n_embd();
     const auto n_pool_layers = py::ssize_t(taps.pool_layers.size());
     py::list sums, counts;
-    for (auto & sum : r.pool_sums) { sums.append(to_array(std::move(sum), {n_pool_layers, n_embd})); }
-    for (auto & count : r.pool_counts) { counts.append(to_array(std::move(count), {n_pool_layers})); }
+    for (auto & sum : r.pool_sums) {
+        sums.append(to_array(std::move(sum), {n_pool_layers, n_embd}));
+    }
+    for (auto & count : r.pool_counts) {
+        counts.append(to_array(std::move(count), {n_pool_layers}));
+    }
     d["pool_sums"] = sums;
     d["pool_counts"] = counts;
     const py::ssize_t n_vocab = m.n_vocab();
@@ -116,22 +124,28 @@ void bind_session(py::module_ & m) {
                 r.sampling.min_p = min_p;
                 r.sampling.repeat_penalty = repeat_penalty;
                 r.sampling.seed = seed;
-                for (const py::bytes & text : stop) { r.stop.push_back(text); }
+                for (const py::bytes & text : stop) {
+                    r.stop.push_back(text);
+                }
                 r.outputs = {outputs.first, outputs.second};
                 r.keep_logits = keep_logits;
                 r.keep_scores = keep_scores;
-                for (const auto & [begin, end] : pools) { r.pools.push_back({begin, end}); }
-                for (const auto & [begin, end] : raws) { r.raws.push_back({begin, end}); }
+                for (const auto & [begin, end] : pools) {
+                    r.pools.push_back({begin, end});
+                }
+                for (const auto & [begin, end] : raws) {
+                    r.raws.push_back({begin, end});
+                }
                 r.keep_readings = keep_readings;
                 r.reuse_prefix = reuse_prefix;
                 const py::gil_scoped_release release;
                 return s.submit(std::move(r));
             },
-            py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(),
-            "mix_of_generated"_a = -1, "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40,
-            "top_p"_a = 0.95f, "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "seed"_a = 0, "stop"_a = py::list(),
-            "outputs"_a = std::pair<int, int>(0, 0), "keep_logits"_a = false, "keep_scores"_a = false,
-            "pools"_a = py::list(), "raws"_a = py::list(), "keep_readings"_a = false, "reuse_prefix"_a = false)
+            py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(), "mix_of_generated"_a = -1,
+            "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f, "min_p"_a = 0.05f,
+            "repeat_penalty"_a = 1.0f, "seed"_a = 0, "stop"_a = py::list(), "outputs"_a = std::pair<int, int>(0, 0),
+            "keep_logits"_a = false, "keep_scores"_a = false, "pools"_a = py::list(), "raws"_a = py::list(),
+            "keep_readings"_a = false, "reuse_prefix"_a = false)
         .def("cancel", &session::cancel, "id"_a, no_gil)
         .def_property_readonly("busy", py::cpp_function(&session::busy, no_gil))
         .def(
@@ -143,11 +157,17 @@ void bind_session(py::module_ & m) {
                     const py::gil_scoped_release release;
                     events = s.step(signal_check(raised));
                 } catch (const std::exception &) {
-                    if (!raised) { throw; }
+                    if (!raised) {
+                        throw;
+                    }
                 }
-                if (raised) { throw py::error_already_set(*raised); }
+                if (raised) {
+                    throw py::error_already_set(*raised);
+                }
                 py::list out;
-                for (const token_event & e : events) { out.append(py::make_tuple(e.id, e.token, py::bytes(e.piece))); }
+                for (const token_event & e : events) {
+                    out.append(py::make_tuple(e.id, e.token, py::bytes(e.piece)));
+                }
                 return out;
             },
             "One decode; [(request id, token, bytes)] sampled by it.")
@@ -159,7 +179,9 @@ void bind_session(py::module_ & m) {
                      results = s.take_results();
                  }
                  py::list out;
-                 for (result & r : results) { out.append(to_dict(std::move(r), s.loaded_model())); }
+                 for (result & r : results) {
+                     out.append(to_dict(std::move(r), s.loaded_model()));
+                 }
                  return out;
              })
         .def("reset", &session::reset, no_gil)
@@ -176,7 +198,9 @@ void bind_session(py::module_ & m) {
                 std::vector<float> directions;
                 if (!readouts.is_none()) {
                     const auto array = float_array::ensure(readouts); // (n_reading_layers, n_readouts, n_embd)
-                    if (!array || array.ndim() != 3) { throw vector_error("readouts must have three dimensions"); }
+                    if (!array || array.ndim() != 3) {
+                        throw vector_error("readouts must have three dimensions");
+                    }
                     c.n_readouts = int(array.shape(1));
                     directions = to_vector(array);
                 }

@@ -45,13 +45,17 @@ bool edit_bank::covers(const mix & m) const {
 
 size_t edit_bank::bytes() const {
     size_t n = 0;
-    for (const device & d : devices) { n += ggml_backend_buffer_get_size(d.buffer.get()); }
+    for (const device & d : devices) {
+        n += ggml_backend_buffer_get_size(d.buffer.get());
+    }
     return n;
 }
 
 void edit_bank::allocate(const placement & where) {
     std::map<ggml_backend_buffer_type_t, std::vector<int>> by_device;
-    for (int il : edited) { by_device[where[size_t(il)]].push_back(il); }
+    for (int il : edited) {
+        by_device[where[size_t(il)]].push_back(il);
+    }
     for (auto & [buft, layers] : by_device) {
         device d;
         d.layers = std::move(layers);
@@ -64,7 +68,9 @@ void edit_bank::allocate(const placement & where) {
         devices.push_back(std::move(d));
     }
     for (const device & d : devices) {
-        for (int row = 1; row < rows_max; ++row) { upload_row(d, row); }
+        for (int row = 1; row < rows_max; ++row) {
+            upload_row(d, row);
+        }
         ggml_backend_tensor_set(d.index, host_index.data(), 0, host_index.size() * sizeof(int32_t));
     }
 }
@@ -87,10 +93,14 @@ void edit_bank::set_row(int row, const mix & m) {
     std::fill(dst, dst + edited.size() * size_t(n_embd), 0.0f);
     for (size_t i = 0; i < m.layers.size(); ++i) {
         const int at = position_in(edited, m.layers[i]);
-        if (at < 0) { throw vector_error("block " + std::to_string(m.layers[i]) + " is not in the edited set"); }
+        if (at < 0) {
+            throw vector_error("block " + std::to_string(m.layers[i]) + " is not in the edited set");
+        }
         std::copy_n(m.data.data() + i * size_t(n_embd), n_embd, dst + size_t(at) * size_t(n_embd));
     }
-    for (const device & d : devices) { upload_row(d, row); }
+    for (const device & d : devices) {
+        upload_row(d, row);
+    }
 }
 
 void edit_bank::set_index(const std::vector<int32_t> & row_of_token) {
@@ -103,7 +113,9 @@ void edit_bank::set_index(const std::vector<int32_t> & row_of_token) {
 ggml_tensor * edit_bank::edit(ggml_context * ctx, int il, ggml_tensor * h, const graph_inputs & in) const {
     for (const device & d : devices) {
         const int at = position_in(d.layers, il);
-        if (at < 0) { continue; }
+        if (at < 0) {
+            continue;
+        }
         ggml_tensor * rows = ggml_view_2d(ctx, d.rows, n_embd, rows_max, d.rows->nb[2], size_t(at) * d.rows->nb[1]);
         ggml_tensor * index;
         if (h->ne[1] == in.n_tokens) {

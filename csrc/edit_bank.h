@@ -15,9 +15,9 @@ using placement = std::vector<ggml_backend_buffer_type_t>;
 
 // What is added to the residual stream for one kind of token: a row of n_embd floats for each of some blocks.
 struct mix {
-    uint64_t key = 0;         // steering fingerprint; 0 means unsteered
-    std::vector<int> layers;  // ascending block indices
-    std::vector<float> data;  // [layers.size()][n_embd]
+    uint64_t key = 0;        // steering fingerprint; 0 means unsteered
+    std::vector<int> layers; // ascending block indices
+    std::vector<float> data; // [layers.size()][n_embd]
 };
 using mix_ptr = std::shared_ptr<const mix>;
 
@@ -39,7 +39,7 @@ class edit_bank {
     const std::vector<int> & layers() const { return edited; }
     bool covers(const mix & m) const;
     int n_rows() const { return rows_max; }
-    size_t bytes() const;            // on all devices
+    size_t bytes() const; // on all devices
 
     void allocate(const placement & where); // once, when the devices are known
     bool allocated() const { return !devices.empty() || edited.empty(); }
@@ -53,21 +53,21 @@ class edit_bank {
 
   private:
     struct device {
-        std::vector<int> layers;             // ascending
+        std::vector<int> layers; // ascending
         ggml_context_ptr ctx;
         ggml_backend_buffer_ptr buffer;
-        ggml_tensor * rows = nullptr;        // F32 [n_embd, layers.size(), n_rows]
-        ggml_tensor * index = nullptr;       // I32 [n_columns]
+        ggml_tensor * rows = nullptr;  // F32 [n_embd, layers.size(), n_rows]
+        ggml_tensor * index = nullptr; // I32 [n_columns]
     };
     void upload_row(const device & d, int row) const;
 
     int n_embd;
     int rows_max;
-    int n_columns;                           // tokens in a ubatch, at most
-    std::vector<int> edited;                 // ascending
+    int n_columns;           // tokens in a ubatch, at most
+    std::vector<int> edited; // ascending
     std::vector<device> devices;
-    std::vector<float> host_rows;            // [n_rows][edited.size()][n_embd], what the devices hold or will hold
-    std::vector<int32_t> host_index;         // [n_columns]
+    std::vector<float> host_rows;    // [n_rows][edited.size()][n_embd], what the devices hold or will hold
+    std::vector<int32_t> host_index; // [n_columns]
 };
 
 // Where il stands in an ascending list, or -1.

@@ -13,7 +13,9 @@ namespace personasteer {
 // "l_out-12" -> 12; anything else, "l_out-12 (view)" included -> -1
 static int block_of(const char * name) {
     static const char prefix[] = "l_out-";
-    if (std::strncmp(name, prefix, sizeof prefix - 1) != 0) { return -1; }
+    if (std::strncmp(name, prefix, sizeof prefix - 1) != 0) {
+        return -1;
+    }
     char * end = nullptr;
     const char * digits = name + sizeof prefix - 1;
     const long il = std::strtol(digits, &end, 10);
@@ -41,7 +43,9 @@ std::string graph_edit::problem() const { return failure; }
 
 int graph_edit::nodes_needed() const {
     int n = 16; // the order check and the nodes shared by all blocks
-    if (bank) { n += int(bank->layers().size()) * edit_bank::nodes_per_layer; }
+    if (bank) {
+        n += int(bank->layers().size()) * edit_bank::nodes_per_layer;
+    }
     if (tap) {
         const tap_config & c = tap->config();
         n += int(c.pool_layers.size()) * (2 + 4 * ((c.n_pools + 2) / 3));
@@ -53,7 +57,9 @@ int graph_edit::nodes_needed() const {
 // llama.cpp counts our nodes on an empty graph of 2048 before it sizes the real one.
 void graph_edit::fill_probe(ggml_context * ctx, ggml_cgraph * gf) const {
     ggml_tensor * t = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
-    for (int i = 0, n = std::min(nodes_needed(), 2000); i < n; ++i) { t = ggml_scale(ctx, t, 1.0f); }
+    for (int i = 0, n = std::min(nodes_needed(), 2000); i < n; ++i) {
+        t = ggml_scale(ctx, t, 1.0f);
+    }
     ggml_build_forward_expand(gf, t);
 }
 
@@ -66,14 +72,21 @@ placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & 
         const int end = output_at[size_t(il)];
         for (int i = begin; i < end; ++i) {
             for (const ggml_tensor * src : nodes[i]->src) {
-                if (!src || src->op != GGML_OP_NONE || !src->buffer || src->ne[1] != 1) { continue; }
-                if (std::strncmp(src->name, "blk.", 4) != 0 || std::atoi(src->name + 4) != il) { continue; }
-                ggml_backend_dev_t dev =
-                    ggml_backend_buft_get_device(ggml_backend_buffer_get_type(src->buffer));
-                if (dev) { where[size_t(il)] = ggml_backend_dev_buffer_type(dev); }
+                if (!src || src->op != GGML_OP_NONE || !src->buffer || src->ne[1] != 1) {
+                    continue;
+                }
+                if (std::strncmp(src->name, "blk.", 4) != 0 || std::atoi(src->name + 4) != il) {
+                    continue;
+                }
+                ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(src->buffer));
+                if (dev) {
+                    where[size_t(il)] = ggml_backend_dev_buffer_type(dev);
+                }
             }
         }
-        if (!where[size_t(il)]) { where[size_t(il)] = ggml_backend_cpu_buffer_type(); }
+        if (!where[size_t(il)]) {
+            where[size_t(il)] = ggml_backend_cpu_buffer_type();
+        }
         begin = std::max(begin, end);
     }
     return where;
@@ -92,21 +105,33 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     std::vector<int> output_at(size_t(n_layer), -1); // node index of each block's output
     for (int i = 0; i < n_before; ++i) {
         const int il = block_of(nodes[i]->name);
-        if (il >= 0 && il < n_layer) { output_at[size_t(il)] = i; }
+        if (il >= 0 && il < n_layer) {
+            output_at[size_t(il)] = i;
+        }
     }
     graph_inputs in;
     ggml_tensor * tokens = ggml_graph_get_tensor(gf, "inp_tokens");
     in.out_ids = ggml_graph_get_tensor(gf, "out_ids");
-    if (!tokens) { throw model_error("the graph has no leaf inp_tokens"); }
+    if (!tokens) {
+        throw model_error("the graph has no leaf inp_tokens");
+    }
     in.n_tokens = tokens->ne[0];
-    if (in.n_tokens > n_columns) { throw model_error("more tokens in a graph than n_ubatch"); }
+    if (in.n_tokens > n_columns) {
+        throw model_error("more tokens in a graph than n_ubatch");
+    }
 
     if ((bank && !bank->allocated()) || (tap && !tap->allocated())) {
         const placement where = find_placement(gf, output_at);
-        if (bank && !bank->allocated()) { bank->allocate(where); }
-        if (tap && !tap->allocated()) { tap->allocate(where); }
+        if (bank && !bank->allocated()) {
+            bank->allocate(where);
+        }
+        if (tap && !tap->allocated()) {
+            tap->allocate(where);
+        }
     }
-    if (tap) { tap->new_graph(); }
+    if (tap) {
+        tap->new_graph();
+    }
 
     // The inputs that no node reads must stay leaves of the graph: llama.cpp writes to them.
     std::vector<ggml_tensor *> leaves;
@@ -117,20 +142,24 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     }
 
     std::vector<ggml_tensor *> before(nodes, nodes + n_before);
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> edited;        // a block's output -> what replaces it
-    std::unordered_map<const ggml_tensor *, std::pair<int, int>> behind;  // -> its new nodes [begin, end)
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> edited;       // a block's output -> what replaces it
+    std::unordered_map<const ggml_tensor *, std::pair<int, int>> behind; // -> its new nodes [begin, end)
     for (int il = 0; il < n_layer; ++il) {
         const bool wants_edit = bank && position_in(bank->layers(), il) >= 0;
-        const bool wants_tap = tap && (position_in(tap->config().pool_layers, il) >= 0 ||
-                                       position_in(tap->config().raw_layers, il) >= 0 ||
-                                       position_in(tap->config().reading_layers, il) >= 0);
-        if (!wants_edit && !wants_tap) { continue; }
+        const bool wants_tap =
+            tap && (position_in(tap->config().pool_layers, il) >= 0 || position_in(tap->config().raw_layers, il) >= 0 ||
+                    position_in(tap->config().reading_layers, il) >= 0);
+        if (!wants_edit && !wants_tap) {
+            continue;
+        }
         if (output_at[size_t(il)] < 0) {
-            throw model_error("this architecture does not name the output of block " + std::to_string(il) +
-                              " (l_out-" + std::to_string(il) + "), so the block cannot be steered or captured");
+            throw model_error("this architecture does not name the output of block " + std::to_string(il) + " (l_out-" +
+                              std::to_string(il) + "), so the block cannot be steered or captured");
         }
         ggml_tensor * h = before[size_t(output_at[size_t(il)])];
-        if (h->ne[1] == 0) { continue; } // a decode without outputs leaves the last block no rows
+        if (h->ne[1] == 0) {
+            continue;
+        } // a decode without outputs leaves the last block no rows
         if (h->ne[1] != in.n_tokens && (!in.out_ids || in.out_ids->ne[0] != h->ne[1])) {
             throw model_error("the output of block " + std::to_string(il) + " has an unknown set of rows");
         }
@@ -143,7 +172,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             edited[h] = x;
         }
         if (wants_tap) {
-            for (ggml_tensor * end : tap->tap(ctx, il, h, x, in)) { ggml_build_forward_expand(gf, end); }
+            for (ggml_tensor * end : tap->tap(ctx, il, h, x, in)) {
+                ggml_build_forward_expand(gf, end);
+            }
         }
         behind[h] = {begin, ggml_graph_n_nodes(gf)};
     }
@@ -155,13 +186,17 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     copy_input(tokens, seen_tokens);
     ggml_tensor * positions = ggml_graph_get_tensor(gf, "inp_pos");
     copies_positions = positions && positions->ne[0] == in.n_tokens && positions->type == GGML_TYPE_I32;
-    if (copies_positions) { copy_input(positions, seen_positions); }
+    if (copies_positions) {
+        copy_input(positions, seen_positions);
+    }
 
     // Later readers of a block's output read the edit instead.
     const std::vector<ggml_tensor *> all(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
     for (ggml_tensor * node : before) {
         for (ggml_tensor *& src : node->src) {
-            if (const auto it = edited.find(src); src && it != edited.end()) { src = it->second; }
+            if (const auto it = edited.find(src); src && it != edited.end()) {
+                src = it->second;
+            }
         }
         if (const auto it = edited.find(node->view_src); node->view_src && it != edited.end()) {
             node->view_src = it->second;
@@ -171,7 +206,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     // Every new node right behind its block: the buffer of a block's output is free again soon after. Expanding anew
     // gives right use counts, on which the devices' fusion relies; the order variant leaves the compute flags alone.
     ggml_graph_clear(gf);
-    for (ggml_tensor * leaf : leaves) { ggml_build_forward_order(gf, leaf); }
+    for (ggml_tensor * leaf : leaves) {
+        ggml_build_forward_order(gf, leaf);
+    }
     for (ggml_tensor * node : before) {
         ggml_build_forward_order(gf, node);
         if (const auto it = behind.find(node); it != behind.end()) {
@@ -180,7 +217,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             }
         }
     }
-    for (size_t i = size_t(checks_begin); i < all.size(); ++i) { ggml_build_forward_order(gf, all[i]); }
+    for (size_t i = size_t(checks_begin); i < all.size(); ++i) {
+        ggml_build_forward_order(gf, all[i]);
+    }
 }
 
 void graph_edit::backend_apply(llama_sampler * smpl, ggml_context * ctx, ggml_cgraph * gf, llama_sampler_data * data) {

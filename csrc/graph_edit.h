@@ -47,8 +47,8 @@ class graph_edit {
     taps * tap;
     llama_sampler_i interface{};
     llama_sampler * sampler_chain = nullptr;
-    int64_t builds = 0;                  // graphs of the model built since the attachment
-    std::string failure;                 // of the last build
+    int64_t builds = 0;  // graphs of the model built since the attachment
+    std::string failure; // of the last build
     ggml_context_ptr order_ctx;
     ggml_backend_buffer_ptr order_buffer;
     ggml_tensor * seen_tokens = nullptr;    // I32 [n_columns], copied by the graph from its own inputs

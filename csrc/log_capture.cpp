@@ -11,12 +11,20 @@ static ggml_log_callback previous = nullptr;
 static void * previous_data = nullptr;
 
 void capture_line(int level, const char * text) {
-    if (level != GGML_LOG_LEVEL_ERROR) { return; }
+    if (level != GGML_LOG_LEVEL_ERROR) {
+        return;
+    }
     const char * colon = std::strstr(text, ": "); // "function_name: message"
     std::string line = colon && std::memchr(text, ' ', size_t(colon - text)) == nullptr ? colon + 2 : text;
-    while (!line.empty() && (line.back() == '\n' || line.back() == '\r')) { line.pop_back(); }
-    if (line.empty()) { return; }
-    if (!current->lines.empty()) { current->lines += "; "; }
+    while (!line.empty() && (line.back() == '\n' || line.back() == '\r')) {
+        line.pop_back();
+    }
+    if (line.empty()) {
+        return;
+    }
+    if (!current->lines.empty()) {
+        current->lines += "; ";
+    }
     current->lines += line;
 }
 

@@ -20,8 +20,8 @@ class log_capture {
 
   private:
     friend void capture_line(int level, const char * text);
-    std::string lines;         // error lines, each without its function prefix
-    log_capture * outer;       // captures nest
+    std::string lines;   // error lines, each without its function prefix
+    log_capture * outer; // captures nest
 };
 
 } // namespace personasteer

@@ -51,7 +51,9 @@ std::vector<std::pair<std::string, std::string>> model::metadata() const {
     const auto read = [](auto && get) {
         std::string text(256, '\0');
         int n = get(text.data(), text.size());
-        if (n < 0) { return std::string(); }
+        if (n < 0) {
+            return std::string();
+        }
         if (size_t(n) >= text.size()) {
             text.resize(size_t(n) + 1);
             n = get(text.data(), text.size());
@@ -72,13 +74,17 @@ std::vector<llama_token> model::tokenize(const std::string & text, bool add_spec
     std::vector<llama_token> tokens(text.size() + 8);
     const int32_t n = llama_tokenize(vocab(), text.data(), int32_t(text.size()), tokens.data(), int32_t(tokens.size()),
                                      add_special, parse_special);
-    if (n < 0) { throw model_error("text of " + std::to_string(text.size()) + " bytes cannot be tokenized"); }
+    if (n < 0) {
+        throw model_error("text of " + std::to_string(text.size()) + " bytes cannot be tokenized");
+    }
     tokens.resize(size_t(n));
     return tokens;
 }
 
 std::string model::piece(llama_token token, bool special) const {
-    if (token < 0 || token >= n_vocab()) { throw model_error("token id " + std::to_string(token) + " out of range"); }
+    if (token < 0 || token >= n_vocab()) {
+        throw model_error("token id " + std::to_string(token) + " out of range");
+    }
     std::string text(32, '\0');
     int32_t n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
     if (n < 0) {
@@ -97,7 +103,9 @@ static void append_value(std::string & out, const gguf_context * g, int64_t id) 
         const size_t n = gguf_get_arr_n(g, id);
         out += std::to_string(n);
         if (gguf_get_arr_type(g, id) == GGUF_TYPE_STRING) {
-            for (size_t i = 0; i < n; ++i) { (out += '\0') += gguf_get_arr_str(g, id, i); }
+            for (size_t i = 0; i < n; ++i) {
+                (out += '\0') += gguf_get_arr_str(g, id, i);
+            }
         } else if (gguf_get_arr_type(g, id) != GGUF_TYPE_ARRAY) {
             static const size_t sizes[GGUF_TYPE_COUNT] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
             out.append(static_cast<const char *>(gguf_get_arr_data(g, id)), n * sizes[gguf_get_arr_type(g, id)]);
@@ -128,7 +136,9 @@ gguf_summary summarize_gguf(const std::string & path) {
     }
     for (int64_t i = 0; i < gguf_get_n_kv(g.get()); ++i) {
         const std::string key = gguf_get_key(g.get(), i);
-        if (key.rfind("tokenizer.", 0) != 0 && key.rfind(s.architecture + ".", 0) != 0) { continue; }
+        if (key.rfind("tokenizer.", 0) != 0 && key.rfind(s.architecture + ".", 0) != 0) {
+            continue;
+        }
         (s.metadata += key) += '\0';
         append_value(s.metadata, g.get(), i);
         s.metadata += '\0';
@@ -139,7 +149,9 @@ gguf_summary summarize_gguf(const std::string & path) {
         t.name = gguf_get_tensor_name(g.get(), i);
         t.type = ggml_type_name(gguf_get_tensor_type(g.get(), i));
         const ggml_tensor * tensor = ggml_get_tensor(meta, t.name.c_str());
-        for (int d = 0; d < 4; ++d) { t.shape[size_t(d)] = tensor->ne[d]; }
+        for (int d = 0; d < 4; ++d) {
+            t.shape[size_t(d)] = tensor->ne[d];
+        }
         t.offset = data + gguf_get_tensor_offset(g.get(), i);
         t.n_bytes = gguf_get_tensor_size(g.get(), i);
         s.tensors.push_back(std::move(t));

@@ -12,7 +12,7 @@
 namespace personasteer {
 
 struct model_params {
-    int n_gpu_layers = 0;        // -1: all
+    int n_gpu_layers = 0; // -1: all
     bool use_mmap = true;
     bool use_extra_bufts = true; // repacked CPU weights; off where ggml's AMX kernels were built wrong
 };
@@ -47,14 +47,14 @@ class model {
 // What a fingerprint is made of, read without loading weights.
 struct gguf_tensor_summary {
     std::string name;
-    std::string type;              // ggml's name: "q4_1", "f32", ...
+    std::string type; // ggml's name: "q4_1", "f32", ...
     std::array<int64_t, 4> shape;
-    uint64_t offset;               // of the data, from the start of the file
+    uint64_t offset; // of the data, from the start of the file
     uint64_t n_bytes;
 };
 struct gguf_summary {
     std::string architecture;
-    std::string metadata;          // canonical bytes of the architecture's and the tokenizer's key-values
+    std::string metadata; // canonical bytes of the architecture's and the tokenizer's key-values
     std::vector<gguf_tensor_summary> tensors;
 };
 gguf_summary summarize_gguf(const std::string & path);

@@ -16,7 +16,9 @@ PYBIND11_MODULE(_core, m) {
 
     py::register_exception_translator([](std::exception_ptr p) {
         try {
-            if (p) { std::rethrow_exception(p); }
+            if (p) {
+                std::rethrow_exception(p);
+            }
         } catch (const personasteer::error & e) {
             py::set_error(py::module_::import("personasteer.errors").attr(e.name), e.what());
         }

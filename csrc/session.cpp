@@ -52,9 +52,15 @@ llama_sampler_ptr make_sampler(const sampling_params & p, int n_vocab) {
         llama_sampler_chain_add(chain.get(), llama_sampler_init_greedy());
         return chain;
     }
-    if (p.top_k > 0) { llama_sampler_chain_add(chain.get(), llama_sampler_init_top_k(p.top_k)); }
-    if (p.top_p < 1.0f) { llama_sampler_chain_add(chain.get(), llama_sampler_init_top_p(p.top_p, 1)); }
-    if (p.min_p > 0.0f) { llama_sampler_chain_add(chain.get(), llama_sampler_init_min_p(p.min_p, 1)); }
+    if (p.top_k > 0) {
+        llama_sampler_chain_add(chain.get(), llama_sampler_init_top_k(p.top_k));
+    }
+    if (p.top_p < 1.0f) {
+        llama_sampler_chain_add(chain.get(), llama_sampler_init_top_p(p.top_p, 1));
+    }
+    if (p.min_p > 0.0f) {
+        llama_sampler_chain_add(chain.get(), llama_sampler_init_min_p(p.min_p, 1));
+    }
     llama_sampler_chain_add(chain.get(), llama_sampler_init_temp(p.temperature));
     llama_sampler_chain_add(chain.get(), llama_sampler_init_dist(p.seed));
     return chain;
@@ -137,8 +143,12 @@ bool session::busy() const {
 }
 
 void session::require_idle(const char * what) const {
-    if (!cfg.hook) { throw model_error("this session runs without the hook"); }
-    if (any_request()) { throw model_error(std::string(what) + " while requests are running is not possible"); }
+    if (!cfg.hook) {
+        throw model_error("this session runs without the hook");
+    }
+    if (any_request()) {
+        throw model_error(std::string(what) + " while requests are running is not possible");
+    }
 }
 
 std::vector<int> session::checked_layers(std::vector<int> layers) const {
@@ -153,7 +163,9 @@ std::vector<int> session::checked_layers(std::vector<int> layers) const {
 
 void session::detach() {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!hook) { return; }
+    if (!hook) {
+        return;
+    }
     require_idle("detaching");
     const log_capture log;
     llama_synchronize(ctx.get());
@@ -177,17 +189,22 @@ void session::attach() {
     const int n_columns = (cfg.n_batch + cfg.n_parallel - 1) / cfg.n_parallel * cfg.n_parallel;
     std::unique_ptr<edit_bank> new_bank;
     std::unique_ptr<taps> new_tap;
-    if (!layers.empty()) { new_bank = std::make_unique<edit_bank>(mdl->n_embd(), layers, n_rows, n_columns); }
-    if (!wanted_taps.empty()) { new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, n_columns); }
+    if (!layers.empty()) {
+        new_bank = std::make_unique<edit_bank>(mdl->n_embd(), layers, n_rows, n_columns);
+    }
+    if (!wanted_taps.empty()) {
+        new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, n_columns);
+    }
     auto new_hook = std::make_unique<graph_edit>(mdl->n_layer(), n_columns, new_bank.get(), new_tap.get());
-    if (new_hook->problem().empty() &&
-        !llama_set_sampler(ctx.get(), graph_edit::never_decoded, new_hook->chain())) {
+    if (new_hook->problem().empty() && !llama_set_sampler(ctx.get(), graph_edit::never_decoded, new_hook->chain())) {
         throw model_error("llama.cpp refuses the graph hook here (a model split by tensor?)");
     }
     hook = std::move(new_hook); // the old chain, bank and taps are no longer reachable from the context
     bank = std::move(new_bank);
     tap = std::move(new_tap);
-    if (tap && !readouts.empty()) { tap->set_readouts(readouts); }
+    if (tap && !readouts.empty()) {
+        tap->set_readouts(readouts);
+    }
     row_of_key.clear();
     key_of_row.assign(size_t(n_rows), 0);
     row_used.assign(size_t(n_rows), -1);
@@ -196,15 +213,21 @@ void session::attach() {
 
 void session::set_taps(tap_config config, std::vector<float> readout_directions) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (config.empty() && wanted_taps.empty()) { return; }
+    if (config.empty() && wanted_taps.empty()) {
+        return;
+    }
     require_idle("changing what is captured");
     config.pool_layers = checked_layers(std::move(config.pool_layers));
     config.raw_layers = checked_layers(std::move(config.raw_layers));
     const size_t n_given = config.reading_layers.size();
     config.reading_layers = checked_layers(std::move(config.reading_layers));
-    if (config.reading_layers.size() != n_given) { throw vector_error("a block is read out twice"); }
+    if (config.reading_layers.size() != n_given) {
+        throw vector_error("a block is read out twice");
+    }
     const size_t n = n_given * size_t(config.n_readouts) * size_t(mdl->n_embd());
-    if (readout_directions.size() != n) { throw vector_error("read-outs need " + std::to_string(n) + " numbers"); }
+    if (readout_directions.size() != n) {
+        throw vector_error("read-outs need " + std::to_string(n) + " numbers");
+    }
     const bool same = config == wanted_taps;
     wanted_taps = std::move(config);
     readouts = std::move(readout_directions);
@@ -222,38 +245,52 @@ void session::add_edit_layers(const std::vector<int> & layers) {
     const size_t before = wanted_layers.size();
     const std::vector<int> checked = checked_layers(layers);
     wanted_layers.insert(checked.begin(), checked.end());
-    if (wanted_layers.size() != before || !hook) { attach(); }
+    if (wanted_layers.size() != before || !hook) {
+        attach();
+    }
 }
 
 int session::submit(request r) {
     const std::lock_guard<std::mutex> lock(mutex);
     const int n = int(r.tokens.size());
-    if (n == 0) { throw context_error("the prompt is empty: it has no token"); }
+    if (n == 0) {
+        throw context_error("the prompt is empty: it has no token");
+    }
     if (n + (r.max_tokens > 0 ? 1 : 0) > cfg.n_ctx) {
         throw context_error("the prompt has " + std::to_string(n) + " tokens, but a request has room for " +
                             std::to_string(cfg.n_ctx) + "; shorten it or raise n_ctx");
     }
     for (llama_token t : r.tokens) {
-        if (t < 0 || t >= mdl->n_vocab()) { throw model_error("token id " + std::to_string(t) + " out of range"); }
+        if (t < 0 || t >= mdl->n_vocab()) {
+            throw model_error("token id " + std::to_string(t) + " out of range");
+        }
     }
     if (!r.mix_of_token.empty() && int(r.mix_of_token.size()) != n) {
         throw vector_error("mix_of_token has another length than tokens");
     }
     const int n_mixes = int(r.mixes.size());
     for (int m : r.mix_of_token) {
-        if (m < -1 || m >= n_mixes) { throw vector_error("mix_of_token names mix " + std::to_string(m)); }
+        if (m < -1 || m >= n_mixes) {
+            throw vector_error("mix_of_token names mix " + std::to_string(m));
+        }
     }
     if (r.mix_of_generated < -1 || r.mix_of_generated >= n_mixes) {
         throw vector_error("mix_of_generated names mix " + std::to_string(r.mix_of_generated));
     }
-    if (n_mixes > 256) { throw vector_error("a request has " + std::to_string(n_mixes) + " distinct mixes, 256 fit"); }
+    if (n_mixes > 256) {
+        throw vector_error("a request has " + std::to_string(n_mixes) + " distinct mixes, 256 fit");
+    }
     const auto inside = [](const span & s, int limit) { return 0 <= s.begin && s.begin <= s.end && s.end <= limit; };
-    if (!inside(r.outputs, n)) { throw context_error("the span of outputs is outside the given tokens"); }
+    if (!inside(r.outputs, n)) {
+        throw context_error("the span of outputs is outside the given tokens");
+    }
     if (r.raws.size() > 1 || (r.raws.size() == 1 && !inside(r.raws[0], n + r.max_tokens))) {
         throw context_error("the span of raw rows is outside the request's tokens");
     }
     for (const span & p : r.pools) {
-        if (!inside(p, n + r.max_tokens) && !(p.begin >= 0 && p.end < 0)) { throw context_error("a pool's span is not one"); }
+        if (!inside(p, n + r.max_tokens) && !(p.begin >= 0 && p.end < 0)) {
+            throw context_error("a pool's span is not one");
+        }
     }
     if (!cfg.hook && !(r.mixes.empty() && r.pools.empty() && r.raws.empty())) {
         throw model_error("this session runs without the hook");
@@ -282,7 +319,9 @@ bool session::cancel(int id) {
         }
     }
     const auto it = std::find_if(queue.begin(), queue.end(), [&](const auto & q) { return q.first == id; });
-    if (it == queue.end()) { return false; }
+    if (it == queue.end()) {
+        return false;
+    }
     queue.erase(it);
     return true;
 }
@@ -295,7 +334,9 @@ void session::reset() {
 void session::fail_all() {
     llama_synchronize(ctx.get());
     llama_memory_clear(llama_get_memory(ctx.get()), false);
-    for (slot & s : slots) { s = slot(); }
+    for (slot & s : slots) {
+        s = slot();
+    }
     queue.clear();
     results.clear();
 }
@@ -318,8 +359,12 @@ int session::row_for(const mix_ptr & m) {
         row = it->second;
     } else {
         row = int(std::min_element(row_used.begin() + 1, row_used.end()) - row_used.begin());
-        if (row_used[size_t(row)] == step_count) { throw model_error("more mixes in one decode than rows"); }
-        if (row_used[size_t(row)] >= 0) { row_of_key.erase(key_of_row[size_t(row)]); }
+        if (row_used[size_t(row)] == step_count) {
+            throw model_error("more mixes in one decode than rows");
+        }
+        if (row_used[size_t(row)] >= 0) {
+            row_of_key.erase(key_of_row[size_t(row)]);
+        }
         bank->set_row(row, *m);
         row_of_key[m->key] = row;
         key_of_row[size_t(row)] = m->key;
@@ -334,20 +379,32 @@ void session::admit() {
     const auto mem = llama_get_memory(ctx.get());
     for (auto it = queue.begin(); it != queue.end();) {
         const auto free_slot = std::find_if(slots.begin(), slots.end(), [](const slot & s) { return s.id < 0; });
-        if (free_slot == slots.end()) { return; }
+        if (free_slot == slots.end()) {
+            return;
+        }
         const request & r = it->second;
         const auto key_of = [&](size_t i) -> uint64_t {
-            if (r.mix_of_token.empty() || r.mix_of_token[i] < 0) { return 0; }
+            if (r.mix_of_token.empty() || r.mix_of_token[i] < 0) {
+                return 0;
+            }
             return r.mixes[size_t(r.mix_of_token[i])]->key;
         };
         int target = int(free_slot - slots.begin());
         int source = -1, n_reuse = 0;
         if (r.reuse_prefix && !one_sequence_per_decode) {
             int limit = int(r.tokens.size()) - 1; // tokens from here on must be computed
-            if (r.outputs.end > r.outputs.begin) { limit = std::min(limit, r.outputs.begin); }
-            for (const span & p : r.pools) { limit = std::min(limit, p.begin); }
-            for (const span & p : r.raws) { limit = std::min(limit, p.begin); }
-            if (r.keep_readings) { limit = 0; }
+            if (r.outputs.end > r.outputs.begin) {
+                limit = std::min(limit, r.outputs.begin);
+            }
+            for (const span & p : r.pools) {
+                limit = std::min(limit, p.begin);
+            }
+            for (const span & p : r.raws) {
+                limit = std::min(limit, p.begin);
+            }
+            if (r.keep_readings) {
+                limit = 0;
+            }
             const auto shared = [&](const slot & s, bool promised) {
                 const size_t n = promised ? size_t(s.n_given) : s.cached.size();
                 int i = 0;
@@ -355,7 +412,9 @@ void session::admit() {
                     const auto at = size_t(i);
                     const llama_token token = promised ? s.tokens[at] : s.cached[at].first;
                     const uint64_t key = promised ? key_at(s, at) : s.cached[at].second;
-                    if (token != r.tokens[at] || key != key_of(at)) { break; }
+                    if (token != r.tokens[at] || key != key_of(at)) {
+                        break;
+                    }
                 }
                 return i;
             };
@@ -363,12 +422,15 @@ void session::admit() {
             for (size_t q = 0; q < slots.size(); ++q) {
                 const int ready = shared(slots[q], false);
                 // at equal length an idle slot's own text is continued in place
-                const bool idle_instead = ready == n_reuse && ready > 0 && slots[q].id < 0 && slots[size_t(source)].id >= 0;
+                const bool idle_instead =
+                    ready == n_reuse && ready > 0 && slots[q].id < 0 && slots[size_t(source)].id >= 0;
                 if (ready > n_reuse || idle_instead) {
                     n_reuse = ready;
                     source = int(q);
                 }
-                if (slots[q].id >= 0) { promised = std::max(promised, shared(slots[q], true)); }
+                if (slots[q].id >= 0) {
+                    promised = std::max(promised, shared(slots[q], true));
+                }
             }
             if (promised >= n_reuse + 8) {
                 ++it;
@@ -386,15 +448,20 @@ void session::admit() {
         }
         slot & s = slots[size_t(target)];
         if (target == source) {
-            if (!llama_memory_seq_rm(mem, target, n_reuse, -1)) { n_reuse = 0; }
+            if (!llama_memory_seq_rm(mem, target, n_reuse, -1)) {
+                n_reuse = 0;
+            }
         }
         if (target != source || n_reuse == 0) {
             llama_memory_seq_rm(mem, target, -1, -1);
-            if (n_reuse > 0) { llama_memory_seq_cp(mem, source, target, 0, n_reuse); }
+            if (n_reuse > 0) {
+                llama_memory_seq_cp(mem, source, target, 0, n_reuse);
+            }
         }
-        auto kept = n_reuse > 0 ? std::vector<std::pair<llama_token, uint64_t>>(
-                                      slots[size_t(source)].cached.begin(), slots[size_t(source)].cached.begin() + n_reuse)
-                                : std::vector<std::pair<llama_token, uint64_t>>();
+        auto kept = n_reuse > 0
+                        ? std::vector<std::pair<llama_token, uint64_t>>(slots[size_t(source)].cached.begin(),
+                                                                        slots[size_t(source)].cached.begin() + n_reuse)
+                        : std::vector<std::pair<llama_token, uint64_t>>();
         s = slot();
         s.cached = std::move(kept);
         s.id = s.res.id = it->first;
@@ -405,7 +472,8 @@ void session::admit() {
         s.n_given = s.res.n_prompt = int(s.tokens.size());
         s.n_done = s.res.n_reused = n_reuse;
         s.res.taps = wanted_taps;
-        s.res.pool_sums.assign(s.req.pools.size(), std::vector<double>(wanted_taps.pool_layers.size() * size_t(mdl->n_embd())));
+        s.res.pool_sums.assign(s.req.pools.size(),
+                               std::vector<double>(wanted_taps.pool_layers.size() * size_t(mdl->n_embd())));
         s.res.pool_counts.assign(s.req.pools.size(), std::vector<int>(wanted_taps.pool_layers.size()));
         if (!s.req.raws.empty()) {
             const auto n = size_t(s.req.raws[0].end - s.req.raws[0].begin);
@@ -413,15 +481,21 @@ void session::admit() {
         }
         if (s.req.max_tokens > 0) {
             s.sampler = make_sampler(s.req.sampling, mdl->n_vocab());
-            for (llama_token t : s.tokens) { llama_sampler_accept(s.sampler.get(), t); }
+            for (llama_token t : s.tokens) {
+                llama_sampler_accept(s.sampler.get(), t);
+            }
         }
         it = queue.erase(it);
     }
 }
 
 bool session::wants_output(const slot & s, int index) const {
-    if (index >= s.n_given) { return true; }                                  // to sample from, and for the last block's pools
-    if (index == s.n_given - 1 && s.req.max_tokens > 0) { return true; }
+    if (index >= s.n_given) {
+        return true;
+    } // to sample from, and for the last block's pools
+    if (index == s.n_given - 1 && s.req.max_tokens > 0) {
+        return true;
+    }
     return in(s.req.outputs, index) && s.req.outputs.end > s.req.outputs.begin;
 }
 
@@ -431,24 +505,34 @@ void session::build_batch(std::vector<batch_item> & items) const {
     std::vector<int> share(slots.size(), 0);
     for (size_t q = 0; q < slots.size(); ++q) {
         const slot & s = slots[q];
-        if (s.id < 0 || s.n_done < s.n_given) { continue; }
+        if (s.id < 0 || s.n_done < s.n_given) {
+            continue;
+        }
         share[q] = 1;
         --tokens_left;
         --outputs_left;
-        if (one_sequence_per_decode) { break; }
+        if (one_sequence_per_decode) {
+            break;
+        }
     }
     const bool generating = tokens_left < cfg.n_batch;
     for (size_t q = 0; q < slots.size() && !(one_sequence_per_decode && generating); ++q) {
         const slot & s = slots[q];
-        if (s.id < 0 || s.n_done >= s.n_given) { continue; }
+        if (s.id < 0 || s.n_done >= s.n_given) {
+            continue;
+        }
         while (s.n_done + share[q] < s.n_given && tokens_left > 0) {
             const bool output = wants_output(s, s.n_done + share[q]);
-            if (output && outputs_left == 0) { break; }
+            if (output && outputs_left == 0) {
+                break;
+            }
             outputs_left -= output;
             --tokens_left;
             ++share[q];
         }
-        if (one_sequence_per_decode && share[q] > 0) { break; }
+        if (one_sequence_per_decode && share[q] > 0) {
+            break;
+        }
     }
     int rank = 0;
     for (size_t q = 0; q < slots.size(); ++q) {
@@ -476,8 +560,12 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
     ++step_count;
     // A request that edits blocks outside the attached set, or needs more rows, brings a new attachment.
     for (const auto & [id, r] : queue) {
-        while (mixes_per_request < int(r.mixes.size())) { mixes_per_request *= 2; }
-        for (const mix_ptr & m : r.mixes) { wanted_layers.insert(m->layers.begin(), m->layers.end()); }
+        while (mixes_per_request < int(r.mixes.size())) {
+            mixes_per_request *= 2;
+        }
+        for (const mix_ptr & m : r.mixes) {
+            wanted_layers.insert(m->layers.begin(), m->layers.end());
+        }
     }
     if (!wanted_layers.empty() && (!bank || bank->layers().size() != wanted_layers.size() ||
                                    bank->n_rows() != 1 + mixes_per_request * cfg.n_parallel)) {
@@ -487,7 +575,9 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
     admit();
     std::vector<batch_item> items;
     build_batch(items);
-    if (items.empty()) { return; }
+    if (items.empty()) {
+        return;
+    }
 
     const auto n = items.size();
     std::vector<llama_token> tokens(n);
@@ -509,17 +599,25 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
         seq_ids[i] = &seq[i];
         outputs[i] = items[i].output >= 0;
         const int m = s.token_mix[index];
-        if (m >= 0) { rows[i] = row_for(s.req.mixes[size_t(m)]); }
+        if (m >= 0) {
+            rows[i] = row_for(s.req.mixes[size_t(m)]);
+        }
         for (size_t p = 0; p < s.req.pools.size() && p < pools_per_slot; ++p) {
-            if (!in(s.req.pools[p], items[i].index)) { continue; }
+            if (!in(s.req.pools[p], items[i].index)) {
+                continue;
+            }
             pool_weights[i * n_pools + size_t(items[i].slot) * pools_per_slot + p] = 1.0f;
             pools_used = true;
         }
     }
     if (hook) {
         llama_synchronize(ctx.get());
-        if (bank) { bank->set_index(rows); }
-        if (tap && n_pools > 0) { tap->set_pool_weights(pool_weights); }
+        if (bank) {
+            bank->set_index(rows);
+        }
+        if (tap && n_pools > 0) {
+            tap->set_pool_weights(pool_weights);
+        }
         hook->arm_order_check();
     }
 
@@ -548,9 +646,13 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
     } else if (hook && !hook->order_was(tokens, positions)) {
         why = "llama.cpp computed this batch in another token order than given, so steering cannot be placed";
     }
-    if (!why.empty()) { throw model_error(why); }
+    if (!why.empty()) {
+        throw model_error(why);
+    }
 
-    if (tap && pools_used) { tap->read_pooled(); }
+    if (tap && pools_used) {
+        tap->read_pooled();
+    }
     for (const batch_item & item : items) {
         slot & s = slots[size_t(item.slot)];
         s.cached.emplace_back(s.tokens[size_t(item.index)], key_at(s, size_t(item.index)));
@@ -566,33 +668,45 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
     const size_t pools_per_slot = size_t(wanted_taps.n_pools) / slots.size();
     for (size_t begin = 0; begin < items.size();) {
         size_t end = begin;
-        while (end < items.size() && items[end].slot == items[begin].slot) { ++end; }
+        while (end < items.size() && items[end].slot == items[begin].slot) {
+            ++end;
+        }
         const int q = items[begin].slot;
         slot & s = slots[size_t(q)];
 
         for (size_t p = 0; p < s.req.pools.size() && p < pools_per_slot; ++p) {
             int n_all = 0, n_out = 0;
             for (size_t i = begin; i < end; ++i) {
-                if (in(s.req.pools[p], items[i].index)) { ++n_all, n_out += items[i].output >= 0; }
+                if (in(s.req.pools[p], items[i].index)) {
+                    ++n_all, n_out += items[i].output >= 0;
+                }
             }
             for (size_t l = 0; l < wanted_taps.pool_layers.size(); ++l) {
                 const int il = wanted_taps.pool_layers[l];
                 const int counted = il == last_block ? n_out : n_all;
-                if (counted == 0) { continue; }
+                if (counted == 0) {
+                    continue;
+                }
                 const float * sum = tap->pooled(il, int(size_t(q) * pools_per_slot + p));
                 double * into = s.res.pool_sums[p].data() + l * n_embd;
-                for (size_t k = 0; k < n_embd; ++k) { into[k] += double(sum[k]); }
+                for (size_t k = 0; k < n_embd; ++k) {
+                    into[k] += double(sum[k]);
+                }
                 s.res.pool_counts[p][l] += counted;
             }
         }
         for (size_t i = begin; i < end && !s.req.raws.empty(); ++i) {
             const span & want = s.req.raws[0];
-            if (!in(want, items[i].index)) { continue; }
+            if (!in(want, items[i].index)) {
+                continue;
+            }
             const auto n_rows = size_t(want.end - want.begin);
             for (size_t l = 0; l < wanted_taps.raw_layers.size(); ++l) {
                 const int il = wanted_taps.raw_layers[l];
                 const int column = il == last_block ? items[i].output : int(i);
-                if (column < 0) { continue; }
+                if (column < 0) {
+                    continue;
+                }
                 tap->read_raw(il, column, 1,
                               s.res.raw.data() + (l * n_rows + size_t(items[i].index - want.begin)) * n_embd);
             }
@@ -606,24 +720,32 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
                 for (size_t l = 0; l < n_layers; ++l) {
                     const int il = wanted_taps.reading_layers[l];
                     const int column = il == last_block ? items[i].output : int(i);
-                    if (column >= 0) { tap->read_readings(il, column, 1, s.res.readings.data() + at + l * n_read); }
+                    if (column >= 0) {
+                        tap->read_readings(il, column, 1, s.res.readings.data() + at + l * n_read);
+                    }
                 }
             }
         }
         int sampled_from = -1;
         for (size_t i = begin; i < end; ++i) {
-            if (items[i].output < 0) { continue; }
+            if (items[i].output < 0) {
+                continue;
+            }
             const int index = items[i].index;
             if (index < s.n_given && in(s.req.outputs, index)) {
                 const float * row = llama_get_logits_ith(ctx.get(), int32_t(i));
-                if (s.req.keep_logits) { s.res.logits.insert(s.res.logits.end(), row, row + n_vocab); }
+                if (s.req.keep_logits) {
+                    s.res.logits.insert(s.res.logits.end(), row, row + n_vocab);
+                }
                 if (s.req.keep_scores) {
                     s.res.scores.push_back(index + 1 < s.n_given
                                                ? log_prob(row, int(n_vocab), s.tokens[size_t(index) + 1])
                                                : std::numeric_limits<double>::quiet_NaN());
                 }
             }
-            if (index >= s.n_given - 1) { sampled_from = int(i); }
+            if (index >= s.n_given - 1) {
+                sampled_from = int(i);
+            }
         }
         if (s.closing) {
             finish(s, "length");
@@ -687,7 +809,9 @@ std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_th
     for (int first = 0; first < n_layer; first += p.n_parallel - 1) {
         const int last = std::min(n_layer, first + p.n_parallel - 1);
         std::vector<int> blocks(1, -1);
-        for (int il = first; il < last; ++il) { blocks.push_back(il); }
+        for (int il = first; il < last; ++il) {
+            blocks.push_back(il);
+        }
         s.reset();
         std::map<int, int> block_of_id;
         for (int il : blocks) {
@@ -699,7 +823,9 @@ std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_th
                 auto unit = std::make_shared<mix>();
                 unit->key = uint64_t(il) + 1;
                 unit->layers = {il};
-                for (int k = 0; k < m->n_embd(); ++k) { unit->data.push_back(k % 3 == 0 ? 1.0f : -1.0f); }
+                for (int k = 0; k < m->n_embd(); ++k) {
+                    unit->data.push_back(k % 3 == 0 ? 1.0f : -1.0f);
+                }
                 r.mixes = {unit};
                 r.mix_of_token = {0};
             }
@@ -709,7 +835,9 @@ std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_th
             s.step([] { return false; });
         }
         std::map<int, std::vector<float>> logits;
-        for (result & r : s.take_results()) { logits[block_of_id[r.id]] = std::move(r.logits); }
+        for (result & r : s.take_results()) {
+            logits[block_of_id[r.id]] = std::move(r.logits);
+        }
         const std::vector<float> & plain = logits[-1];
         for (int il = first; il < last; ++il) {
             for (size_t k = 0; k < plain.size(); ++k) {

@@ -20,12 +20,12 @@
 namespace personasteer {
 
 struct session_params {
-    int n_ctx = 2048;        // tokens per request
-    int n_parallel = 4;      // sequences in one batch
-    int n_batch = 512;       // tokens per decode; always one ubatch
+    int n_ctx = 2048;   // tokens per request
+    int n_parallel = 4; // sequences in one batch
+    int n_batch = 512;  // tokens per decode; always one ubatch
     int n_threads = 2;
-    int n_outputs = 64;      // output rows per decode, at most
-    bool hook = true;        // false: plain llama.cpp, no steering, no capture
+    int n_outputs = 64; // output rows per decode, at most
+    bool hook = true;   // false: plain llama.cpp, no steering, no capture
     bool flash_attn = true;
 };
 
@@ -46,38 +46,38 @@ struct span {
 };
 
 struct request {
-    std::vector<llama_token> tokens;     // given text: prompt, and answer when it is forced
-    std::vector<mix_ptr> mixes;          // the distinct mixes of this request
-    std::vector<int> mix_of_token;       // per given token: index into mixes, -1 unsteered; empty: all -1
-    int mix_of_generated = -1;           // for tokens generated here
+    std::vector<llama_token> tokens; // given text: prompt, and answer when it is forced
+    std::vector<mix_ptr> mixes;      // the distinct mixes of this request
+    std::vector<int> mix_of_token;   // per given token: index into mixes, -1 unsteered; empty: all -1
+    int mix_of_generated = -1;       // for tokens generated here
 
-    int max_tokens = 0;                  // 0: only the given text is computed
+    int max_tokens = 0; // 0: only the given text is computed
     sampling_params sampling;
-    std::vector<std::string> stop;       // the text ends before the first of these
+    std::vector<std::string> stop; // the text ends before the first of these
 
-    span outputs;                        // given tokens whose output row is wanted
-    bool keep_logits = false;            // the rows themselves
-    bool keep_scores = false;            // log p(next given token) of each row
-    std::vector<span> pools;             // one pooled sum per span; end < 0: to the end of what is generated
-    std::vector<span> raws;              // tokens whose block outputs are kept (one span at most)
-    bool keep_readings = false;          // projections of every token computed
-    bool reuse_prefix = false;           // take over a computed prefix under the same steering
+    span outputs;               // given tokens whose output row is wanted
+    bool keep_logits = false;   // the rows themselves
+    bool keep_scores = false;   // log p(next given token) of each row
+    std::vector<span> pools;    // one pooled sum per span; end < 0: to the end of what is generated
+    std::vector<span> raws;     // tokens whose block outputs are kept (one span at most)
+    bool keep_readings = false; // projections of every token computed
+    bool reuse_prefix = false;  // take over a computed prefix under the same steering
 };
 
 struct result {
     int id = -1;
-    std::string text;                     // generated, stop string and end-of-turn token left out
-    std::vector<llama_token> tokens;      // generated, end-of-turn token left out
-    std::string finish;                   // "stop", "length", "given" or "cancelled"
-    std::vector<float> logits;            // [rows][n_vocab]
-    std::vector<double> scores;           // [rows]
+    std::string text;                           // generated, stop string and end-of-turn token left out
+    std::vector<llama_token> tokens;            // generated, end-of-turn token left out
+    std::string finish;                         // "stop", "length", "given" or "cancelled"
+    std::vector<float> logits;                  // [rows][n_vocab]
+    std::vector<double> scores;                 // [rows]
     std::vector<std::vector<double>> pool_sums; // per pool [n_pool_layers * n_embd]
     std::vector<std::vector<int>> pool_counts;  // per pool and pool layer: tokens summed
-    std::vector<float> raw;               // [n_raw_layers][n_tokens of the span][n_embd], NaN where there is no row
-    std::vector<float> readings;          // [n_reading_layers][n_tokens given + generated][n_readouts], NaN likewise
-    int n_reused = 0;                     // tokens taken from the prefix cache
+    std::vector<float> raw;      // [n_raw_layers][n_tokens of the span][n_embd], NaN where there is no row
+    std::vector<float> readings; // [n_reading_layers][n_tokens given + generated][n_readouts], NaN likewise
+    int n_reused = 0;            // tokens taken from the prefix cache
     int n_prompt = 0;
-    tap_config taps;                      // what gives the arrays above their shapes
+    tap_config taps; // what gives the arrays above their shapes
 };
 
 struct token_event {
@@ -95,42 +95,44 @@ class session {
     session(const session &) = delete;
     session & operator=(const session &) = delete;
 
-    int submit(request r);      // throws when the request can never run
+    int submit(request r); // throws when the request can never run
     bool cancel(int id);
     bool busy() const;
     // One decode; the tokens that came out of it. `interrupted` is polled while computing.
     std::vector<token_event> step(const std::function<bool()> & interrupted);
     std::vector<result> take_results();
-    void reset();               // forget all requests and all cached text
+    void reset(); // forget all requests and all cached text
 
     // These change the graph, and throw while requests are queued or running.
     void set_taps(tap_config config, std::vector<float> readout_directions);
     void add_edit_layers(const std::vector<int> & layers);
-    void detach();              // back to plain llama.cpp; the next steered request attaches again
+    void detach(); // back to plain llama.cpp; the next steered request attaches again
 
     // Each block's unit edit, one decode: max |change of logits| per block.
     static std::vector<float> self_test(const std::shared_ptr<model> & m, int n_threads);
 
-    int64_t n_builds() const;   // graph builds under the current attachment
+    int64_t n_builds() const; // graph builds under the current attachment
     int64_t n_attachments() const;
-    size_t hook_bytes() const;  // memory of edit bank and taps
+    size_t hook_bytes() const; // memory of edit bank and taps
     const session_params & params() const { return cfg; }
     const model & loaded_model() const { return *mdl; }
 
   private:
     struct slot {
-        int id = -1;                              // request id, -1 when free
+        int id = -1; // request id, -1 when free
         request req;
         result res;
-        std::vector<llama_token> tokens;          // given + generated
-        std::vector<int> token_mix;               // per token, index into req.mixes or -1
-        int n_done = 0;                           // tokens in the cache
+        std::vector<llama_token> tokens; // given + generated
+        std::vector<int> token_mix;      // per token, index into req.mixes or -1
+        int n_done = 0;                  // tokens in the cache
         int n_given = 0;
-        bool closing = false;                     // last generated token only feeds a pool
+        bool closing = false;                                 // last generated token only feeds a pool
         std::vector<std::pair<llama_token, uint64_t>> cached; // what the sequence's cache holds: token, mix key
         llama_sampler_ptr sampler;
     };
-    struct batch_item { int slot, index, output; };          // token `index` of a slot; rank of its output row or -1
+    struct batch_item {
+        int slot, index, output;
+    }; // token `index` of a slot; rank of its output row or -1
 
     void attach();
     void require_idle(const char * what) const;
@@ -149,19 +151,19 @@ class session {
 
     std::shared_ptr<model> mdl;
     session_params cfg;
-    bool one_sequence_per_decode;                 // recurrent and hybrid models regroup mixed batches
+    bool one_sequence_per_decode; // recurrent and hybrid models regroup mixed batches
     mutable std::mutex mutex;
-    std::set<int> wanted_layers;                  // blocks that some request edits; only grows
-    int mixes_per_request = 4;                    // rows kept for each; only grows
+    std::set<int> wanted_layers; // blocks that some request edits; only grows
+    int mixes_per_request = 4;   // rows kept for each; only grows
     tap_config wanted_taps;
-    std::vector<float> readouts;                  // of wanted_taps
+    std::vector<float> readouts; // of wanted_taps
     std::unique_ptr<edit_bank> bank;
     std::unique_ptr<taps> tap;
-    std::unique_ptr<graph_edit> hook;             // destroyed after ctx, before bank and tap
+    std::unique_ptr<graph_edit> hook; // destroyed after ctx, before bank and tap
     llama_context_ptr ctx;
-    std::map<uint64_t, int> row_of_key;           // mixes in the bank
+    std::map<uint64_t, int> row_of_key; // mixes in the bank
     std::vector<uint64_t> key_of_row;
-    std::vector<int64_t> row_used;                // step of last use
+    std::vector<int64_t> row_used; // step of last use
     std::vector<slot> slots;
     std::deque<std::pair<int, request>> queue;
     std::vector<result> results;

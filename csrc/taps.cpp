@@ -10,15 +10,23 @@ taps::taps(int n_embd_, tap_config config, int n_columns_)
 
 size_t taps::bytes() const {
     size_t n = 0;
-    for (const device & d : devices) { n += ggml_backend_buffer_get_size(d.buffer.get()); }
+    for (const device & d : devices) {
+        n += ggml_backend_buffer_get_size(d.buffer.get());
+    }
     return n;
 }
 
 void taps::allocate(const placement & where) {
     std::map<ggml_backend_buffer_type_t, device> by_device;
-    for (int il : cfg.pool_layers) { by_device[where[size_t(il)]].pool_layers.push_back(il); }
-    for (int il : cfg.raw_layers) { by_device[where[size_t(il)]].raw_layers.push_back(il); }
-    for (int il : cfg.reading_layers) { by_device[where[size_t(il)]].reading_layers.push_back(il); }
+    for (int il : cfg.pool_layers) {
+        by_device[where[size_t(il)]].pool_layers.push_back(il);
+    }
+    for (int il : cfg.raw_layers) {
+        by_device[where[size_t(il)]].raw_layers.push_back(il);
+    }
+    for (int il : cfg.reading_layers) {
+        by_device[where[size_t(il)]].reading_layers.push_back(il);
+    }
     for (auto & [buft, d] : by_device) {
         d.is_cpu = ggml_backend_buft_is_host(buft);
         d.ctx = make_tensor_context(5);
@@ -38,12 +46,18 @@ void taps::allocate(const placement & where) {
         d.buffer = allocate_tensors(ctx, buft);
         devices.push_back(std::move(d));
     }
-    if (!host_pool_weights.empty()) { set_pool_weights(host_pool_weights); }
-    if (!host_readouts.empty()) { set_readouts(host_readouts); }
+    if (!host_pool_weights.empty()) {
+        set_pool_weights(host_pool_weights);
+    }
+    if (!host_readouts.empty()) {
+        set_readouts(host_readouts);
+    }
 }
 
 void taps::set_pool_weights(const std::vector<float> & weights) {
-    if (devices.empty()) { host_pool_weights = weights; }
+    if (devices.empty()) {
+        host_pool_weights = weights;
+    }
     for (const device & d : devices) {
         if (d.pool_weights) {
             ggml_backend_tensor_set(d.pool_weights, weights.data(), 0, weights.size() * sizeof(float));
@@ -52,7 +66,9 @@ void taps::set_pool_weights(const std::vector<float> & weights) {
 }
 
 void taps::set_readouts(const std::vector<float> & directions) {
-    if (devices.empty()) { host_readouts = directions; }
+    if (devices.empty()) {
+        host_readouts = directions;
+    }
     const size_t per_layer = size_t(cfg.n_readouts) * size_t(n_embd);
     for (const device & d : devices) {
         for (size_t i = 0; i < d.reading_layers.size(); ++i) {
@@ -84,7 +100,9 @@ const float * taps::pooled(int il, int pool) const {
 void taps::read_raw(int il, int column, int n, float * dst) const {
     for (const device & d : devices) {
         const int at = position_in(d.raw_layers, il);
-        if (at < 0) { continue; }
+        if (at < 0) {
+            continue;
+        }
         ggml_backend_tensor_get(d.raw, dst, size_t(at) * d.raw->nb[2] + size_t(column) * d.raw->nb[1],
                                 size_t(n) * d.raw->nb[1]);
     }
@@ -93,23 +111,28 @@ void taps::read_raw(int il, int column, int n, float * dst) const {
 void taps::read_readings(int il, int column, int n, float * dst) const {
     for (const device & d : devices) {
         const int at = position_in(d.reading_layers, il);
-        if (at < 0) { continue; }
+        if (at < 0) {
+            continue;
+        }
         ggml_backend_tensor_get(d.readings, dst, size_t(at) * d.readings->nb[2] + size_t(column) * d.readings->nb[1],
                                 size_t(n) * d.readings->nb[1]);
     }
 }
 
 void taps::new_graph() {
-    for (device & d : devices) { d.weights_all = d.weights_out = nullptr; }
+    for (device & d : devices) {
+        d.weights_all = d.weights_out = nullptr;
+    }
 }
 
-ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here,
-                                     const graph_inputs & in) {
+ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here, const graph_inputs & in) {
     const bool cut = n_columns_here != in.n_tokens;
     ggml_tensor *& cached = cut ? d.weights_out : d.weights_all;
     if (!cached) {
         ggml_tensor * w = ggml_view_2d(ctx, d.pool_weights, cfg.n_pools, in.n_tokens, d.pool_weights->nb[1], 0);
-        if (cut) { w = ggml_get_rows(ctx, w, in.out_ids); }
+        if (cut) {
+            w = ggml_get_rows(ctx, w, in.out_ids);
+        }
         cached = ggml_cont(ctx, ggml_transpose(ctx, w));
     }
     return cached;
@@ -121,16 +144,17 @@ std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h
     for (device & d : devices) {
         if (const int at = position_in(d.pool_layers, il); at >= 0) {
             ggml_tensor * w = pool_weights_for(ctx, d, x->ne[1], in);
-            ggml_tensor * xt = ggml_cont(ctx, ggml_transpose(ctx, x)); // [n_tokens, n_embd]
+            // [n_tokens, n_embd]; one token needs no copy to be transposed
+            ggml_tensor * xt =
+                x->ne[1] == 1 ? ggml_reshape_2d(ctx, x, 1, n_embd) : ggml_cont(ctx, ggml_transpose(ctx, x));
             // CUDA multiplies more than three columns in TF32; three at a time stay float32
             const int step = d.is_cpu ? cfg.n_pools : 3;
             for (int s = 0; s < cfg.n_pools; s += step) {
                 const int n = std::min(step, cfg.n_pools - s);
                 ggml_tensor * ws =
                     n == cfg.n_pools ? w : ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], size_t(s) * w->nb[1]);
-                ggml_tensor * dst =
-                    ggml_view_2d(ctx, d.pooled, n_embd, n, d.pooled->nb[1],
-                                 size_t(at) * d.pooled->nb[2] + size_t(s) * d.pooled->nb[1]);
+                ggml_tensor * dst = ggml_view_2d(ctx, d.pooled, n_embd, n, d.pooled->nb[1],
+                                                 size_t(at) * d.pooled->nb[2] + size_t(s) * d.pooled->nb[1]);
                 ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, xt, ws), dst));
             }
         }

@@ -9,11 +9,11 @@
 namespace personasteer {
 
 struct tap_config {
-    std::vector<int> pool_layers;     // ascending; blocks whose output is pooled inside the graph
-    int n_pools = 0;                  // pools filled by one decode: weighted sums over its tokens
-    std::vector<int> raw_layers;      // ascending; blocks whose output is kept for every token
-    std::vector<int> reading_layers;  // ascending; blocks that are projected on read-out directions
-    int n_readouts = 0;               // read-out directions per block
+    std::vector<int> pool_layers;    // ascending; blocks whose output is pooled inside the graph
+    int n_pools = 0;                 // pools filled by one decode: weighted sums over its tokens
+    std::vector<int> raw_layers;     // ascending; blocks whose output is kept for every token
+    std::vector<int> reading_layers; // ascending; blocks that are projected on read-out directions
+    int n_readouts = 0;              // read-out directions per block
 
     bool empty() const { return pool_layers.empty() && raw_layers.empty() && reading_layers.empty(); }
     bool operator==(const tap_config & o) const {
@@ -40,7 +40,7 @@ class taps {
     void set_readouts(const std::vector<float> & directions);
 
     // After a decode. For a block cut down to the output rows, a column is the rank of the output row.
-    const float * pooled(int il, int pool) const;                  // [n_embd], valid until the next read_pooled
+    const float * pooled(int il, int pool) const; // [n_embd], valid until the next read_pooled
     void read_pooled();
     void read_raw(int il, int column, int n, float * dst) const;      // n columns of n_embd
     void read_readings(int il, int column, int n, float * dst) const; // n columns of n_readouts

@@ -20,8 +20,8 @@ from personasteer.evaluate import bootstrap_interval, log_odds, random_vectors
 from personasteer.model import Model, demo_model_path
 from personasteer.vectors import PersonaVector
 
-STRENGTHS = (-0.3, -0.15, 0.0, 0.15, 0.3)
-SHOWN = (-0.3, 0.0, 0.3)
+STRENGTHS = (-0.2, -0.1, 0.0, 0.1, 0.2)
+SHOWN = (-0.2, 0.0, 0.2)
 Stage = Callable[[str], Callable[[int, int], None]]  # names a stage, gives its progress callback
 
 
@@ -35,7 +35,7 @@ class DemoReport:
     layer_rows: tuple[dict[str, float], ...]  # layer, norm_ratio, separation, split_half_cosine
     dose: tuple[dict[str, float], ...]  # strength, log_odds, delta, low, high
     random: dict[str, float]  # n, mean, p95_abs of |delta| at the largest strength, both signs
-    shuffled_delta: float  # a vector from permuted labels, at the largest strength
+    shuffled: dict[str, float]  # vectors from permuted labels, at the largest strength: n, mean_abs of delta
     system_prompt_delta: float  # no vector, the trait's first system prompt instead
     answers: tuple[tuple[str, tuple[str, ...]], ...]  # held-out question, its answers at SHOWN
     vector_path: Path
@@ -49,7 +49,7 @@ class DemoReport:
             "layers": list(self.vector.layers),
             "dose": [dict(d) for d in self.dose],
             "random": dict(self.random),
-            "shuffled": {"delta": self.shuffled_delta},
+            "shuffled": dict(self.shuffled),
             "system_prompt": {"delta": self.system_prompt_delta},
             "answers": [{"question": q, "strengths": list(SHOWN), "texts": list(a)} for q, a in self.answers],
             "per_layer": [dict(r) for r in self.layer_rows],
@@ -64,9 +64,10 @@ def run_demo(
     *,
     trait_name: str = "pessimistic",
     n_questions: int = 8,
-    n_eval_questions: int = 6,
-    n_eval_pairs: int = 6,
+    n_eval_questions: int = 5,
+    n_eval_pairs: int = 3,
     n_random: int = 20,
+    n_shuffled: int = 3,
     seed: int = 0,
     n_threads: int | None = None,
     stage: Stage = lambda _: lambda done, total: None,
@@ -87,7 +88,7 @@ def run_demo(
         model.norms  # noqa: B018 (measured here, once, so that the derive time below is derive's own)
         derive_start = time.perf_counter()
         found = elicit(model, trait, n_questions=n_questions, seed=seed, progress=stage("deriving"))
-        options = {"n_questions": n_questions, "max_tokens": 32, "temperature": 1.0, "seed": seed}
+        options = {"n_questions": n_questions, "max_tokens": 32, "temperature": 0.7, "seed": seed}
         vector = from_elicited(model, trait, found, options=dict(options))
         derive_seconds = time.perf_counter() - derive_start
 
@@ -106,11 +107,13 @@ def run_demo(
         )
 
         largest = max(STRENGTHS)
-        shuffled = replace(vector, directions=difference_of_means(found.responses.shuffled(seed)), name="shuffled")
         controls = random_vectors(vector, n_random, seed=seed)
         steers = [replace(vector * s, scope="response") for s in STRENGTHS]
         steers += [replace(c * s, scope="response") for c in controls for s in (-largest, largest)]
-        steers.append(replace(shuffled * largest, scope="response"))
+        for i in range(n_shuffled):
+            directions = difference_of_means(found.responses.shuffled(seed + i))
+            shuffled = replace(vector, directions=directions, name=f"shuffled-{i}")
+            steers.append(replace(shuffled * largest, scope="response"))
         odds = log_odds(
             model,
             trait,
@@ -136,7 +139,8 @@ def run_demo(
                 "high": high,
             }
         )
-    deltas = (odds[len(STRENGTHS) : -1] - base).mean((1, 2))
+    deltas = (odds - base).mean((1, 2))[len(STRENGTHS) :]
+    random_deltas, shuffled_deltas = deltas[: 2 * n_random], deltas[2 * n_random :]
     vector_path, plot_path = out / f"{trait.name}.gguf", out / f"{trait.name}.png"
     vector.save(vector_path)
     report = DemoReport(
@@ -147,10 +151,10 @@ def run_demo(
         dose=tuple(points),
         random={
             "n": n_random,
-            "mean": float(deltas.mean()),
-            "p95_abs": float(np.quantile(np.abs(deltas), 0.95)),
+            "mean": float(random_deltas.mean()),
+            "p95_abs": float(np.quantile(np.abs(random_deltas), 0.95)),
         },
-        shuffled_delta=float((odds[-1] - base).mean()),
+        shuffled={"n": n_shuffled, "mean_abs": float(np.abs(shuffled_deltas).mean())},
         system_prompt_delta=float((prompted - base).mean()),
         answers=answers,
         vector_path=vector_path,

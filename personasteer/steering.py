@@ -95,15 +95,16 @@ class Add:
         layers = self.layers if self.layers is not None else vector.layers
         if self.strength == 0.0 or not layers:
             return {}
-        weights = vector.weights_over(layers)
-        rows = {}
         for il in layers:
             if not 0 <= il < model.n_layer:
                 raise VectorError(f"layer {il} is out of range: the model has blocks 0 to {model.n_layer - 1}")
-            v = vector.direction(il).astype(np.float64)
-            scale = self.strength if self.raw else self.strength * weights[il] * model.norms[il] / np.linalg.norm(v)
-            rows[il] = scale * v
-        return rows
+        data, lengths = vector.directions_at(layers)
+        if self.raw:
+            scales = np.full(len(layers), self.strength)
+        else:
+            weights = np.array(list(vector.weights_over(layers).values()))
+            scales = self.strength * weights * model.norms[list(layers)] / lengths
+        return dict(zip(layers, scales[:, None] * data, strict=True))
 
     def covers(self, n_tokens: int, n_prompt: int | None) -> tuple[NDArray[np.bool_], bool]:
         """Which of n_tokens given tokens are edited, and whether generated ones are. n_prompt None: all is prompt."""

@@ -40,7 +40,7 @@ class PersonaVector:
     directions: NDArray[np.float32]
     layers: tuple[int, ...] = ()
     name: str = "vector"
-    strength: float = 0.25
+    strength: float = 0.2
     weights: Mapping[int, float] = field(default_factory=dict)
     last_prompt: NDArray[np.float32] | None = None
     norms: NDArray[np.float32] | None = None
@@ -85,10 +85,16 @@ class PersonaVector:
             raise VectorError(f"vector {self.name!r} is zero at layer {il}")
         return v
 
-    def unit(self, il: int) -> NDArray[np.float32]:
-        """v / ||v|| at block il, (n_embd,)."""
-        v = self.direction(il).astype(np.float64)
-        return (v / np.linalg.norm(v)).astype(np.float32)
+    def directions_at(self, layers: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(directions (len(layers), n_embd), their lengths). Raises VectorError as `direction` does."""
+        if any(not 0 <= il < self.n_layer for il in layers):
+            self.direction(next(il for il in layers if not 0 <= il < self.n_layer))
+        data = self.directions[list(layers)].astype(np.float64)
+        lengths: NDArray[np.float64] = np.sqrt(np.einsum("le,le->l", data, data))
+        for il, length in zip(layers, lengths, strict=True):
+            if not (np.isfinite(length) and length > 0):
+                self.direction(il)  # says which of the two it is
+        return data, lengths
 
     def weights_over(self, layers: Sequence[int]) -> dict[int, float]:
         """Share of the total strength for each of `layers`, summing to 1."""

@@ -30,7 +30,7 @@ def bench(
     model: ModelOption = "demo",
     pairs: Annotated[int, typer.Option("--pairs", help="Interleaved pairs of runs per row.", min=2)] = 30,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prefill.", min=2)] = 128,
-    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Tokens decoded one by one.", min=2)] = 16,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Tokens decoded one by one.", min=2)] = 12,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
     json: JsonOption = False,

@@ -60,15 +60,16 @@ def _print(report: DemoReport) -> None:
         dose.add_row(f"{point['strength']:+.2f}", f"{point['log_odds']:+.2f}", f"{point['delta']:+.2f}", interval)
     stdout.print(dose)
     largest = max(p["strength"] for p in report.dose)
+    random, shuffled = report.random, report.shuffled
     stdout.print(
-        f"Controls at ρ = ±{largest}: {report.random['n']:.0f} random vectors move it by at most "
-        f"{report.random['p95_abs']:.2f} (95th percentile); shuffled labels by {report.shuffled_delta:.2f} "
-        f"(mean of the absolute); the system prompt alone, without a vector, by {report.system_prompt_delta:+.2f}."
+        f"Controls at ρ = ±{largest}: {random['n']:.0f} random vectors move it by at most {random['p95_abs']:.2f} "
+        f"(95th percentile); {shuffled['n']:.0f} vectors from shuffled labels by {shuffled['mean_abs']:.2f} on "
+        f"average; the system prompt alone, without a vector, by {report.system_prompt_delta:+.2f}."
     )
     stdout.print(f"vector  {report.vector_path}", soft_wrap=True)
     stdout.print(f"plot    {report.plot_path}", soft_wrap=True)
     stdout.print(
         f"derived in {report.seconds['derive']:.0f} s, all of it in {report.seconds['total']:.0f} s. Next: "
-        f'personasteer chat -m demo -v {report.vector_path}:0.25 -p "How is my plan?"',
+        f'personasteer chat -m demo -v {report.vector_path}:0.2 -p "How is my plan?"',
         soft_wrap=True,
     )

@@ -33,7 +33,7 @@ def derive(
     model: ModelOption = "demo",
     questions: Annotated[int | None, typer.Option("--questions", help="Questions per system prompt.", min=1)] = None,
     predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 32,
-    temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 1.0,
+    temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.7,
     layers: Annotated[str | None, typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9.")] = None,
     parallel: Annotated[int, typer.Option("--parallel", help="Answers generated at once.", min=1, max=256)] = 16,
     seed: SeedOption = 0,

@@ -26,7 +26,7 @@ def derive(
     *,
     n_questions: int | None = None,
     max_tokens: int = 32,
-    temperature: float = 1.0,
+    temperature: float = 0.7,
     seed: int | None = None,
     layers: Sequence[int] | None = None,
     progress: Progress | None = None,

@@ -41,7 +41,7 @@ def elicit(
     *,
     n_questions: int | None = None,
     max_tokens: int = 32,
-    temperature: float = 1.0,
+    temperature: float = 0.7,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Elicited:

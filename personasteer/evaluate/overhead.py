@@ -65,8 +65,8 @@ def measure_overhead(
 
     Modes: "off" (a second plain context: the noise), "add" of K random vectors at all layers, "capture" (mean over
     the text of all blocks but the last, pooled in the graph), "capture_last" (of all blocks: an output row per
-    token), "capture_raw" (every row of all blocks but the last). Each mode has a context of its own; in every round
-    each is run right next to a run of the plain one, in alternating order.
+    token), "capture_raw" (every row of all blocks but the last). Each mode has a context of its own and is run right
+    next to a run of the plain one, before it in one round and after it in the next.
 
     Args:
         ks: numbers of vectors in the steering.
@@ -93,16 +93,23 @@ def measure_overhead(
         runner.run()
         runner.run()
     times: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    total = pairs * len(runners)
     for i in range(pairs):
+        # plain, two modes, plain, two modes, ...: each mode next to a plain run; every other round backwards
+        order: list[tuple[int, _Runner]] = [(-1, plain)]
         for j, runner in enumerate(runners):
-            order = [plain, runner] if (i + j) % 2 else [runner, plain]
-            seconds = {id(r): r.run() for r in order}
+            order.append((j, runner))
+            if j % 2 or j == len(runners) - 1:
+                order.append((-1, plain))
+        order = order[:: 1 if i % 2 else -1]
+        seconds = [runner.run() for _, runner in order]
+        for at, (j, _) in enumerate(order):
+            if j < 0:
+                continue
+            beside = at - 1 if order[at - 1][0] < 0 else at + 1
             for phase in ("prefill", "decode"):
-                pair = (seconds[id(runner)][phase], seconds[id(plain)][phase])
-                times.setdefault((j, phase), []).append(pair)
-            if progress:
-                progress(i * len(runners) + j + 1, total)
+                times.setdefault((j, phase), []).append((seconds[at][phase], seconds[beside][phase]))
+        if progress:
+            progress(i + 1, pairs)
     return [
         _row(mode, phase, times[j, phase], prompt_tokens if phase == "prefill" else decode_tokens, runners[j].hook_mib)
         for phase in ("prefill", "decode")

@@ -1,0 +1,416 @@
+"""Directions and what is made of them: NumPy formulas beside the package's, no model at work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import samples
+from numpy.typing import NDArray
+
+from personasteer import Add, ArgumentError, IncompatibleVector, PersonaVector, Steering, VectorError
+from personasteer.evaluate import bootstrap_interval, random_vectors
+from personasteer.steering import as_steering, compile_mixes, per_request
+
+NORMS = np.array([5.0, 8.0, 11.0, 13.0], np.float32)
+
+
+@dataclass
+class Shape:
+    """What an edit needs to know of a model."""
+
+    n_layer: int = 4
+    n_embd: int = 64
+    fingerprint: str = "this-model"
+    name: str = "shape"
+    norms: NDArray[np.float32] = field(default_factory=lambda: NORMS)
+
+
+MODEL = Shape()
+
+
+def rows_of(v: PersonaVector, rho: float, layers: Sequence[int], weights: Sequence[float]) -> dict[int, np.ndarray]:
+    """rho * w * m / ||v|| * v in float64."""
+    out = {}
+    for il, w in zip(layers, weights, strict=True):
+        row = v.directions[il].astype(np.float64)
+        out[il] = rho * w * float(NORMS[il]) / np.sqrt((row**2).sum()) * row
+    return out
+
+
+def assert_rows(got: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> None:
+    assert sorted(got) == sorted(expected)
+    for il, row in expected.items():  # float64 on both sides; only the order of a few products may differ
+        np.testing.assert_allclose(got[il], row, rtol=1e-13)
+
+
+# ---- PersonaVector
+
+
+def test_a_number_times_a_vector_is_an_edit_of_that_strength() -> None:
+    v = samples.vector()
+    for edit in (v * 0.3, 0.3 * v, v * np.float32(0.3)):
+        assert isinstance(edit, Add)
+        assert edit.vector is v
+        assert edit.strength == pytest.approx(0.3, abs=1e-7)
+    assert (v * -2).strength == -2.0
+    assert (-(v * 0.3)).strength == -0.3
+    assert (v * 0.3 * -2).strength == -0.6
+    assert (2 * (v * 0.3)).strength == 0.6
+
+
+def test_sums_and_differences_of_vectors_act_on_the_data() -> None:
+    a, b = samples.vector(seed=1), samples.vector(seed=2, layers=(2, 3))
+    assert np.array_equal((a + b).directions, a.directions + b.directions)
+    assert np.array_equal((a - b).directions, a.directions - b.directions)
+    assert np.array_equal((-a).directions, -a.directions)
+    assert (a + b).layers == (1, 2)  # the first one's
+    assert (a - a).layers == ()  # zero: nothing left to steer at
+    assert np.array_equal(a.directions, samples.vector(seed=1).directions)  # the operands stay what they were
+
+
+def test_vectors_of_different_models_do_not_add_up() -> None:
+    for other in (samples.vector(n_embd=32), samples.vector(n_layer=5)):
+        with pytest.raises(IncompatibleVector, match="different models"):
+            samples.vector() + other
+        with pytest.raises(IncompatibleVector):
+            samples.vector() - other
+    with pytest.raises(TypeError):
+        samples.vector() + 1.0  # type: ignore[operator]
+
+
+def test_the_cosine_is_taken_per_block_and_is_nan_where_a_direction_is_missing() -> None:
+    a, b = samples.vector(seed=1), samples.vector(seed=2)
+    data = b.directions.copy()
+    data[3] = np.nan
+    x, y = a.directions.astype(np.float64), b.directions.astype(np.float64)
+    expected = [x[il] @ y[il] / np.sqrt((x[il] @ x[il]) * (y[il] @ y[il])) for il in range(3)]
+    cosine = a.cosine(PersonaVector(data))
+    np.testing.assert_allclose(cosine[:3], expected, rtol=1e-12)
+    assert np.isnan(cosine[3])
+
+
+@pytest.mark.parametrize("shape", [(64,), (4, 64, 1), (0, 64), (4, 0), ()])
+def test_directions_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(VectorError, match="n_layer, n_embd"):
+        PersonaVector(np.ones(shape, np.float32))
+
+
+def test_infinite_values_are_refused_everywhere_and_nan_only_where_it_is_used() -> None:
+    data = samples.vector().directions.copy()
+    data[0, 5] = np.inf
+    with pytest.raises(VectorError, match="infinite"):
+        PersonaVector(data, (1,))
+    data[0, 5] = np.nan
+    assert PersonaVector(data, (1, 2)).layers == (1, 2)
+    with pytest.raises(VectorError, match="no finite direction at layer 0"):
+        PersonaVector(data, (0, 1))
+
+
+def test_a_zero_direction_is_refused_where_it_is_used() -> None:
+    data = samples.vector().directions.copy()
+    data[2] = 0
+    with pytest.raises(VectorError, match="zero at layer 2"):
+        PersonaVector(data, (1, 2))
+    v = PersonaVector(data, (1,))
+    with pytest.raises(VectorError, match="zero at layer 2"):
+        Add(v, 0.1, layers=(2,)).rows(MODEL)
+
+
+@pytest.mark.parametrize("il", [-1, 4])
+def test_a_layer_that_the_vector_lacks_is_refused(il: int) -> None:
+    with pytest.raises(VectorError, match="out of range"):
+        samples.vector(layers=(1, il))
+    with pytest.raises(VectorError, match="out of range"):
+        Add(samples.vector(), 0.1, layers=(1, il)).rows(MODEL)
+
+
+@pytest.mark.parametrize("weight", [-0.1, np.nan, np.inf])
+def test_weights_are_finite_and_not_negative(weight: float) -> None:
+    with pytest.raises(VectorError, match="weights"):
+        samples.vector(weights={1: 0.5, 2: weight})
+
+
+@pytest.mark.parametrize(
+    ("attribute", "shape"), [("norms", (3,)), ("last_prompt", (4, 63)), ("separations", (5,)), ("reliability", (4, 1))]
+)
+def test_what_comes_with_the_directions_has_their_shape(attribute: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(VectorError, match=attribute):
+        samples.vector(**{attribute: np.ones(shape, np.float32)})
+
+
+def test_layers_are_sorted_and_named_once() -> None:
+    assert samples.vector(layers=(2, 1, 2)).layers == (1, 2)
+    assert samples.vector(layers=(1,)).at([3, 2]).layers == (2, 3)
+
+
+def test_a_list_of_lists_makes_a_vector_and_text_does_not() -> None:
+    v = PersonaVector.from_array([[0.0, 1.0], [2.0, 0.0]], [1], "hand-made")
+    assert v.directions.dtype == np.float32
+    assert v.directions.tolist() == [[0.0, 1.0], [2.0, 0.0]]
+    assert v.layers == (1,)
+    for bad in ("text", [[1.0, 2.0], [3.0]], [["a"]]):
+        with pytest.raises(ArgumentError, match="n_layer, n_embd"):
+            PersonaVector.from_array(bad, [0])
+
+
+# ---- Add
+
+
+def test_a_strength_is_the_total_dose_in_units_of_the_streams_norm() -> None:
+    v = samples.vector(layers=(1, 2, 3))
+    rows = (v * 0.3).rows(MODEL)
+    assert_rows(rows, rows_of(v, 0.3, (1, 2, 3), (1 / 3, 1 / 3, 1 / 3)))
+    dose = sum(np.linalg.norm(row) / NORMS[il] for il, row in rows.items())
+    assert dose == pytest.approx(0.3, rel=1e-12)
+
+
+def test_one_layer_or_three_and_any_scale_of_the_data_are_the_same_dose() -> None:
+    v = samples.vector(layers=(1, 2, 3))
+    big = PersonaVector(v.directions * 1000, (2,))
+    for edit in (v * 0.3, Add(v, 0.3, layers=(2,)), big * 0.3):
+        rows = edit.rows(MODEL)
+        assert sum(np.linalg.norm(r) / NORMS[il] for il, r in rows.items()) == pytest.approx(0.3, rel=1e-12)
+    np.testing.assert_allclose((big * 0.3).rows(MODEL)[2], Add(v, 0.3, layers=(2,)).rows(MODEL)[2], rtol=1e-6)
+
+
+def test_weights_share_the_dose_and_sum_to_one_over_the_layers_in_use() -> None:
+    v = samples.vector(layers=(1, 2, 3), weights={1: 3.0, 2: 1.0, 3: 4.0})
+    assert_rows((v * -0.2).rows(MODEL), rows_of(v, -0.2, (1, 2, 3), (3 / 8, 1 / 8, 4 / 8)))
+    assert_rows(Add(v, 0.2, layers=(1, 2)).rows(MODEL), rows_of(v, 0.2, (1, 2), (0.75, 0.25)))
+    assert_rows(Add(v, 0.2, layers=(0,)).rows(MODEL), rows_of(v, 0.2, (0,), (1.0,)))
+
+
+def test_a_raw_strength_is_the_factor_of_the_data_as_stored() -> None:
+    v = samples.vector(layers=(1, 3), weights={1: 3.0, 3: 1.0})
+    rows = Add(v, -1.5, raw=True).rows(MODEL)
+    assert_rows(rows, {il: -1.5 * v.directions[il].astype(np.float64) for il in (1, 3)})
+
+
+@pytest.mark.parametrize("strength", [np.nan, np.inf, -np.inf])
+def test_a_strength_is_finite(strength: float) -> None:
+    with pytest.raises(ArgumentError, match="finite"):
+        samples.vector() * strength
+
+
+@pytest.mark.parametrize("scope", ["everything", "", "Response"])
+def test_a_scope_is_one_of_three_words_or_positions(scope: str) -> None:
+    with pytest.raises(ArgumentError, match="all, prompt, response"):
+        Add(samples.vector(), 0.1, scope=scope)
+
+
+@pytest.mark.parametrize(
+    ("scope", "n_prompt", "given", "generated"),
+    [
+        ("all", 5, [1, 1, 1, 1, 1, 1, 1, 1], True),
+        ("prompt", 5, [1, 1, 1, 1, 0, 0, 0, 0], False),  # t <= P - 2
+        ("response", 5, [0, 0, 0, 0, 1, 1, 1, 1], True),  # t >= P - 1
+        ((0, 4, 99), 5, [1, 0, 0, 0, 1, 0, 0, 0], False),
+        ("response", 1, [1, 1, 1, 1, 1, 1, 1, 1], True),
+        ("prompt", 8, [1, 1, 1, 1, 1, 1, 1, 0], False),
+        ("all", None, [1, 1, 1, 1, 1, 1, 1, 1], True),  # raw text is all prompt
+        ("prompt", None, [1, 1, 1, 1, 1, 1, 1, 1], False),
+        ("response", None, [0, 0, 0, 0, 0, 0, 0, 0], True),
+    ],
+)
+def test_a_scope_covers_the_tokens_that_the_conventions_say(
+    scope: str | tuple[int, ...], n_prompt: int | None, given: list[int], generated: bool
+) -> None:
+    mask, after = Add(samples.vector(), 0.1, scope=scope).covers(8, n_prompt)
+    assert mask.astype(int).tolist() == given
+    assert after is generated
+
+
+@pytest.mark.parametrize("shape", [{"n_embd": 32}, {"n_layer": 3}, {"n_layer": 5}])
+def test_a_vector_of_a_model_of_another_shape_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(IncompatibleVector, match="blocks of width"):
+        (samples.vector(layers=(1,), **shape) * 0.1).rows(MODEL)
+
+
+def test_an_imported_file_may_have_fewer_blocks_than_the_model_but_not_more() -> None:
+    imported = {"method": "imported"}
+    short = samples.vector(n_layer=3, layers=(2,), provenance=imported)
+    assert_rows((short * 0.1).rows(MODEL), rows_of(short, 0.1, (2,), (1.0,)))
+    with pytest.raises(IncompatibleVector):
+        (samples.vector(n_layer=5, layers=(2,), provenance=imported) * 0.1).rows(MODEL)
+
+
+def test_another_fingerprint_warns_once_and_names_both_models(caplog: pytest.LogCaptureFixture) -> None:
+    v = samples.vector(provenance={"fingerprint": "feed" * 16, "model": "old-model"})
+    same = samples.vector(provenance={"fingerprint": "this-model"})
+    with caplog.at_level(logging.WARNING, "personasteer"):
+        (same * 0.1).rows(MODEL)
+        (samples.vector() * 0.1).rows(MODEL)
+        assert caplog.messages == []
+        for strength in (0.1, 0.2):
+            (v * strength).rows(MODEL)
+    (message,) = caplog.messages
+    assert "old-model" in message
+    assert "feedfeed" in message
+    assert "shape" in message
+    assert "this-model"[:12] in message
+
+
+# ---- Steering
+
+
+def test_edits_add_up_to_a_steering_which_scales_as_a_whole() -> None:
+    a, b, c = (samples.vector(seed=s) * 0.1 * (s + 1) for s in range(3))
+    single, pair = Steering([a]), Steering([b, c])
+    for steering in (a + b + c, a + (b + c), single + pair, single + list(pair), list(single) + pair, single + b + c):
+        assert isinstance(steering, Steering)
+        assert list(steering) == [a, b, c]
+    assert [e.strength for e in (a + b) * -2] == [-0.2, -0.4]
+    assert [e.strength for e in 0.5 * (a + b)] == [0.05, 0.1]
+
+
+def test_a_steering_grows_and_scales_in_place() -> None:
+    a, b = samples.vector(seed=1) * 0.1, samples.vector(seed=2) * 0.2
+    steering = a + b
+    steering *= 2
+    assert [e.strength for e in steering] == [0.2, 0.4]
+    steering += a
+    assert [e.strength for e in steering] == [0.2, 0.4, 0.1]
+
+
+def test_one_edit_goes_to_all_requests_and_a_list_gives_one_entry_to_each() -> None:
+    a, b = samples.vector(seed=1) * 0.1, samples.vector(seed=2) * 0.1
+    assert per_request(a, 2) == [[a], [a]]
+    assert per_request(None, 2) == [[], []]
+    assert per_request(a + b, 2) == [[a, b], [a, b]]  # a Steering is one thing, not a list of entries
+    assert per_request([a, b], 2) == [[a], [b]]
+    assert per_request((None, [a, b]), 2) == [[], [a, b]]
+    assert all(isinstance(s, Steering) for s in per_request([a, None], 2))
+    for entries in ([a], [a, b, None], []):
+        with pytest.raises(ArgumentError, match=f"{len(entries)} entries for 2"):
+            per_request(entries, 2)
+
+
+def test_what_is_not_an_edit_is_refused_by_name() -> None:
+    v = samples.vector()
+    with pytest.raises(ArgumentError, match="multiply it by a strength"):
+        as_steering(v)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="multiply it by a strength"):
+        as_steering([v * 0.1, v])  # type: ignore[list-item]
+    for bad in ("pessimistic", {"a": v * 0.1}, 0.3, b"x"):
+        with pytest.raises(ArgumentError, match=type(bad).__name__):
+            as_steering(bad)  # type: ignore[arg-type]
+
+
+# ---- compile_mixes
+
+
+def compiled(
+    *edits: Add, n_tokens: int = 8, n_prompt: int | None = 5
+) -> tuple[list[dict[int, np.ndarray]], list[int], int]:
+    mixes, of_token, of_generated = compile_mixes(Steering(edits), MODEL, n_tokens, n_prompt)
+    assert len({m.key for m in mixes}) == len(mixes)
+    return [dict(zip(m.layers, m.data, strict=True)) for m in mixes], of_token, of_generated
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (),
+        (samples.vector() * 0.0,),
+        (samples.vector() * 0.3 * 0,),
+        (samples.vector(layers=()) * 0.3,),
+        (samples.vector() * 0.3, samples.vector() * -0.3),
+        (Add(samples.vector(), 0.3, scope=(99,)),),
+        (Add(samples.vector(), 0.3, "response"), Add(samples.vector(), -0.3, "response")),
+    ],
+)
+def test_edits_that_do_nothing_or_cancel_leave_no_trace(edits: tuple[Add, ...]) -> None:
+    mixes, of_token, of_generated = compiled(*edits)
+    assert mixes == []
+    assert set(of_token) <= {-1}
+    assert of_generated == -1
+
+
+def test_an_edit_without_directions_where_it_is_active_is_an_error_whatever_its_scope() -> None:
+    data = samples.vector().directions.copy()
+    data[2] = np.nan
+    with pytest.raises(VectorError):
+        compiled(Add(PersonaVector(data, (1,)), 0.2, layers=(2,)))
+
+
+def test_every_combination_of_scopes_on_a_token_is_a_mix_of_the_summed_rows() -> None:
+    a, b = samples.vector(seed=1, layers=(1, 2)), samples.vector(seed=2, layers=(2, 3))
+    mixes, of_token, of_generated = compiled(Add(a, 0.2), Add(b, -0.1, "response"), Add(b, 0.4, (0,)))
+    assert len(mixes) == 3
+    assert of_token[1:4] == [of_token[1]] * 3
+    assert of_token[4:] == [of_generated] * 4
+    assert len({of_token[0], of_token[1], of_generated}) == 3
+    plain = rows_of(a, 0.2, (1, 2), (0.5, 0.5))
+    for at, strength in ((of_token[0], 0.4), (of_token[1], 0.0), (of_generated, -0.1)):
+        expected = dict(plain)
+        for il, row in rows_of(b, strength, (2, 3), (0.5, 0.5)).items():
+            if strength:
+                expected[il] = expected.get(il, 0) + row
+        assert sorted(mixes[at]) == sorted(expected)
+        for il, row in expected.items():  # rounded to float32 once
+            np.testing.assert_allclose(mixes[at][il], row, rtol=1e-6, atol=1e-7)
+
+
+def test_tokens_without_an_edit_have_no_mix() -> None:
+    mixes, of_token, of_generated = compiled(Add(samples.vector(), 0.2, "response"))
+    assert len(mixes) == 1
+    assert of_token == [-1, -1, -1, -1, 0, 0, 0, 0]
+    assert of_generated == 0
+    mixes, of_token, of_generated = compiled(Add(samples.vector(), 0.2, "prompt"))
+    assert of_token == [0, 0, 0, 0, -1, -1, -1, -1]
+    assert of_generated == -1
+
+
+def test_the_key_of_a_mix_depends_on_its_numbers_and_layers_alone() -> None:
+    def key(*edits: Add) -> int:
+        (mix,), _, _ = compile_mixes(Steering(edits), MODEL, 8, 5)
+        return mix.key
+
+    v = samples.vector(layers=(1,))
+    moved = PersonaVector(np.roll(v.directions, 1, axis=0), (2,))
+    assert key(v * 0.2) == key(v * 0.2)
+    assert key(v * 0.2) == key(samples.vector(layers=(1,), name="other", provenance={"seed": 3}) * 0.2)
+    keys = [key(v * 0.2), key(v * -0.2), key(v * 0.3), key(v.at([2]) * 0.2), key(Add(moved, 0.2, raw=True)),
+            key(Add(v, 0.2, raw=True)), key(v * 0.2, samples.vector(seed=9) * 0.1)]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert all(0 < k < 2**64 for k in keys)
+
+
+def test_a_strength_too_large_for_float32_is_an_error() -> None:
+    with pytest.raises(VectorError, match="too large"):
+        compiled(samples.vector() * 1e39)
+
+
+# ---- controls
+
+
+def test_random_vectors_have_the_norms_of_the_vector_and_point_elsewhere() -> None:
+    v = samples.vector(n_embd=512, weights={1: 1.0, 2: 3.0}, strength=0.4)
+    controls = random_vectors(v, 20, seed=3)
+    assert len(controls) == 20
+    for c in controls:
+        np.testing.assert_allclose(
+            np.linalg.norm(c.directions, axis=1), np.linalg.norm(v.directions, axis=1), rtol=1e-5
+        )
+        assert (c.layers, c.weights, c.strength) == (v.layers, v.weights, v.strength)
+        # the cosine of random directions in 512 dimensions has a standard deviation of 0.044
+        assert (np.abs(v.cosine(c)) < 6 * 0.044).all()
+    again = random_vectors(v, 20, seed=3)
+    assert all(np.array_equal(a.directions, b.directions) for a, b in zip(controls, again, strict=True))
+    assert not np.array_equal(controls[0].directions, controls[1].directions)
+    assert not np.array_equal(controls[0].directions, random_vectors(v, 1, seed=4)[0].directions)
+
+
+def test_the_bootstrap_resamples_questions_and_not_single_pairs() -> None:
+    rng = np.random.default_rng(0)
+    of_question = rng.standard_normal(50)
+    values = of_question[:, None] + np.zeros((50, 30))  # pairs of one question all agree: they add no evidence
+    low, high = bootstrap_interval(values, seed=1)
+    half_width = 1.96 * of_question.std() / np.sqrt(50)
+    assert low < of_question.mean() < high
+    assert (high - low) / 2 == pytest.approx(half_width, rel=0.15)  # 2000 draws: about 5 % noise
+    assert bootstrap_interval(values, seed=1) == (low, high)
