@@ -22,7 +22,7 @@ void bind_model(py::module_ & m) {
         .def_property_readonly("n_embd", &model::n_embd)
         .def_property_readonly("n_vocab", &model::n_vocab)
         .def_property_readonly("n_ctx_train", &model::n_ctx_train)
-        .def_property_readonly("description", &model::description)
+        .def_property_readonly("description", [](const model & s) { return py::bytes(s.description()); })
         .def_property_readonly("chat_template", [](const model & s) { return py::bytes(s.chat_template()); })
         .def_property_readonly("metadata",
                                [](const model & s) {
@@ -55,9 +55,9 @@ void bind_model(py::module_ & m) {
             }
             py::list tensors;
             for (const auto & t : s.tensors) {
-                tensors.append(py::make_tuple(t.name, t.type, t.shape, t.offset, t.n_bytes));
+                tensors.append(py::make_tuple(py::bytes(t.name), t.type, t.shape, t.offset, t.n_bytes));
             }
-            return py::make_tuple(s.architecture, py::bytes(s.metadata), tensors);
+            return py::make_tuple(py::bytes(s.architecture), py::bytes(s.metadata), tensors);
         },
-        "path"_a, "(architecture, metadata bytes, [(name, type, shape, offset, n_bytes)]) of a GGUF file.");
+        "path"_a, "(architecture, metadata, [(name, type, shape, offset, n_bytes)]) of a GGUF file, texts as bytes.");
 }

@@ -20,7 +20,9 @@ PYBIND11_MODULE(_core, m) {
                 std::rethrow_exception(p);
             }
         } catch (const personasteer::error & e) {
-            py::set_error(py::module_::import("personasteer.errors").attr(e.name), e.what());
+            // the text may quote the file, whose bytes need not be UTF-8
+            const auto text = py::bytes(e.what()).attr("decode")("utf-8", "replace");
+            PyErr_SetObject(py::module_::import("personasteer.errors").attr(e.name).ptr(), text.ptr());
         }
     });
     llama_backend_init();

@@ -220,6 +220,9 @@ void session::set_taps(tap_config config, std::vector<float> readout_directions)
     config.pool_layers = checked_layers(std::move(config.pool_layers));
     config.raw_layers = checked_layers(std::move(config.raw_layers));
     const size_t n_given = config.reading_layers.size();
+    if (!std::is_sorted(config.reading_layers.begin(), config.reading_layers.end())) {
+        throw vector_error("the blocks to read out must ascend");
+    }
     config.reading_layers = checked_layers(std::move(config.reading_layers));
     if (config.reading_layers.size() != n_given) {
         throw vector_error("a block is read out twice");

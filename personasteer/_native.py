@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
-import os
 import platform
+import signal
 import subprocess
 import sys
-import tempfile
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-from platformdirs import user_cache_dir
+from personasteer.files import read_cache, write_cache
 
 log = logging.getLogger("personasteer")
 
@@ -50,48 +48,6 @@ def load_core() -> ModuleType:
     return core
 
 
-def cache_dir() -> Path:
-    """Where measurements of models and builds are kept; PERSONASTEER_CACHE_DIR overrides the system's place."""
-    return Path(os.environ.get("PERSONASTEER_CACHE_DIR") or user_cache_dir("personasteer"))
-
-
-def read_cache(name: str) -> dict[str, object]:
-    try:
-        found = json.loads(cache_dir().joinpath(name).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_cache(name: str, content: dict[str, object]) -> None:
-    """Best effort: a cache that cannot be written costs time, not correctness."""
-    try:
-        atomic_write(cache_dir() / name, json.dumps(content).encode(), make_parents=True)
-    except OSError as e:
-        log.debug("cache not written: %s", e)
-
-
-def atomic_write(path: Path, data: bytes, *, make_parents: bool = False) -> None:
-    """Write under a temporary name beside `path`, then rename: readers see the old file or the whole new one."""
-    if make_parents:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @functools.cache
 def build_id() -> str:
     """Names the installed build of llama.cpp: version, size and time of its libraries."""
@@ -113,16 +69,17 @@ def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return False
 
 
-def survives(command: list[str], timeout: float = 120.0) -> bool:
-    """Whether a child process ends by itself, without a signal."""
+CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, getattr(signal, "SIGBUS", 7))}
+PROBE = [sys.executable, "-m", "personasteer._probe"]
+
+
+def survives(command: list[str], timeout: float = 120.0) -> bool | None:
+    """True when a child process ends well, False when it crashes, None when it could not show either."""
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
-
-
-PROBE = [sys.executable, "-m", "personasteer._probe"]
+        return None
+    return True if done.returncode == 0 else False if done.returncode in CRASHES else None
 
 
 @functools.cache
@@ -138,10 +95,13 @@ def extra_buffers_work() -> bool:
     known = read_cache(name).get("extra_buffers_work")
     if not isinstance(known, bool):
         known = survives(PROBE)
-        write_cache(name, {"extra_buffers_work": known})
-    if not known:
+        if known is not None:
+            write_cache(name, {"extra_buffers_work": known})
+    if known is None:
+        log.warning("could not try out llama.cpp's AMX kernels; running without them, which is slower but safe")
+    elif not known:
         log.warning(
             "this build of llama.cpp crashes in its AMX kernels (compiled by GCC < 13); running without them, "
             "see the README for a faster build"
         )
-    return known
+    return bool(known)

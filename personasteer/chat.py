@@ -34,7 +34,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as e:
+        except (jinja2.TemplateError, RecursionError) as e:
             raise TemplateError(f"the model's chat template does not parse: {e}") from e
         self._names = {"bos_token": bos, "eos_token": eos}
 
@@ -63,8 +63,12 @@ def as_messages(conversation: Conversation, system: str | None = None) -> list[d
     """
     if isinstance(conversation, str):
         messages: list[dict[str, Any]] = [{"role": "user", "content": conversation}]
+    elif isinstance(conversation, Sequence) and all(isinstance(m, Mapping) for m in conversation):
+        messages = [dict(m) for m in conversation if isinstance(m, Mapping)]
     else:
-        messages = [dict(m) for m in conversation]
+        raise ArgumentError(
+            f'a conversation is a text, or a list of messages with "role" and "content", not {conversation!r:.80}'
+        )
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     if not messages:

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from personasteer import plots, traits
-from personasteer._native import atomic_write
 from personasteer.derive import elicit, from_elicited
 from personasteer.derive.contrast import difference_of_means
 from personasteer.errors import ArgumentError
 from personasteer.evaluate import bootstrap_interval, log_odds, random_vectors
+from personasteer.files import atomic_write, check_output
 from personasteer.model import Model, demo_model_path
 from personasteer.vectors import PersonaVector
 
-STRENGTHS = (-0.2, -0.1, 0.0, 0.1, 0.2)
-SHOWN = (-0.2, 0.0, 0.2)
+STRENGTHS = (-0.3, -0.15, 0.0, 0.15, 0.3)
+SHOWN = (-0.3, 0.0, 0.3)
 Stage = Callable[[str], Callable[[int, int], None]]  # names a stage, gives its progress callback
 
 
@@ -79,16 +79,17 @@ def run_demo(
     start = time.perf_counter()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / ".writable", b"")
-        (out / ".writable").unlink()
     except OSError as e:
         raise ArgumentError(f"{out}: cannot write here ({e.strerror})") from e
     trait = traits.find(trait_name)
+    vector_path, plot_path = out / f"{trait.name}.gguf", out / f"{trait.name}.png"
+    check_output(vector_path)
+    check_output(plot_path)
     with Model(demo_model_path(), n_ctx=512, n_parallel=16, n_threads=n_threads, seed=seed) as model:
         model.norms  # noqa: B018 (measured here, once, so that the derive time below is derive's own)
         derive_start = time.perf_counter()
         found = elicit(model, trait, n_questions=n_questions, seed=seed, progress=stage("deriving"))
-        options = {"n_questions": n_questions, "max_tokens": 32, "temperature": 0.7, "seed": seed}
+        options = {"n_questions": n_questions, "max_tokens": 40, "temperature": 0.2, "seed": seed}
         vector = from_elicited(model, trait, found, options=dict(options))
         derive_seconds = time.perf_counter() - derive_start
 
@@ -141,7 +142,6 @@ def run_demo(
         )
     deltas = (odds - base).mean((1, 2))[len(STRENGTHS) :]
     random_deltas, shuffled_deltas = deltas[: 2 * n_random], deltas[2 * n_random :]
-    vector_path, plot_path = out / f"{trait.name}.gguf", out / f"{trait.name}.png"
     vector.save(vector_path)
     report = DemoReport(
         model=name,

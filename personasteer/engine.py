@@ -80,6 +80,31 @@ class Taps:
     readouts: NDArray[np.float32] | None = None  # (reading_layers, n_readouts, n_embd)
 
 
+class TextStream:
+    """The text of one request as it grows: whole characters only, and nothing that a stop string may take back."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [s.encode() for s in stop]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
+        self._n_sent = 0
+
+    def push(self, piece: bytes) -> str:
+        """The text that is certain now."""
+        self._held += piece
+        if any(s in self._held for s in self._stop):
+            return ""
+        starts = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
+        n_certain = len(self._held) - max(starts, default=0)
+        certain, self._held = self._held[:n_certain], self._held[n_certain:]
+        self._n_sent += n_certain
+        return self._decoder.decode(certain)
+
+    def finish(self, text: bytes) -> str:
+        """The rest, up to the whole `text`."""
+        return self._decoder.decode(text[self._n_sent :], final=True)
+
+
 def run(
     session: Any,
     model: SteeredModel,
@@ -109,7 +134,7 @@ def run(
     compiled = [compile_mixes(r.steering, model, len(r.tokens), r.n_prompt) for r in requests]
     order: dict[int, int] = {}
     results: list[dict[str, Any]] = [{} for _ in requests]
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in requests]
+    streams = [TextStream(r.stop) for r in requests]
     try:
         for i, (r, (mixes, of_token, of_generated)) in enumerate(zip(requests, compiled, strict=True)):
             request_id = session.submit(
@@ -133,11 +158,14 @@ def run(
         while session.busy:
             for request_id, _, piece in session.step():
                 i = order[request_id]
-                if on_token and (text := decoders[i].decode(piece)):
+                if on_token and (text := streams[i].push(piece)):
                     on_token(i, text)
             for result in session.take_results():
-                results[order[result["id"]]] = result
+                i = order[result["id"]]
+                results[i] = result
                 done += 1
+                if on_token and (text := streams[i].finish(result["text"])):
+                    on_token(i, text)
                 if progress:
                     progress(done, len(requests))
     except BaseException:

@@ -6,8 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from personasteer._native import load_core, read_cache, write_cache
+from personasteer._native import load_core
 from personasteer.errors import ModelError
+from personasteer.files import read_cache, write_cache
 
 _EDGE = 64 * 1024
 
@@ -44,22 +45,22 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     known = read_cache(name)
     if isinstance(found := known.get(key), str):
         return found
-    architecture, metadata, tensors = load_core().summarize_gguf(str(p))
+    architecture, metadata, tensors = load_core().summarize_gguf(os.fsencode(p))
     digest = hashlib.sha256(b"personasteer fingerprint 1\0")
-    digest.update(architecture.encode() + b"\0" + metadata)
+    digest.update(architecture + b"\0" + metadata)
     with p.open("rb") as f:
         for tensor, kind, shape, offset, n_bytes in tensors:
-            digest.update(f"\0{tensor}\0{kind}\0{shape}\0".encode())
+            digest.update(b"\0" + tensor + f"\0{kind}\0{shape}\0".encode())
             f.seek(offset)
             head = f.read(min(_EDGE, n_bytes))
             if len(head) < min(_EDGE, n_bytes):
-                raise ModelError(f"{p}: truncated, tensor {tensor} is not all there")
+                raise ModelError(f"{p}: truncated, tensor {tensor.decode(errors='replace')} is not all there")
             digest.update(head)
             if n_bytes > _EDGE:
                 f.seek(offset + max(_EDGE, n_bytes - _EDGE))
                 tail = f.read(n_bytes - max(_EDGE, n_bytes - _EDGE))
                 if len(tail) < n_bytes - max(_EDGE, n_bytes - _EDGE):
-                    raise ModelError(f"{p}: truncated, tensor {tensor} is not all there")
+                    raise ModelError(f"{p}: truncated, tensor {tensor.decode(errors='replace')} is not all there")
                 digest.update(tail)
     result = digest.hexdigest()
     write_cache(name, {**known, key: result})

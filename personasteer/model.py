@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer import engine, identity
-from personasteer._native import build_id, extra_buffers_work, load_core, read_cache, write_cache
+from personasteer._native import build_id, extra_buffers_work, load_core
 from personasteer.chat import ChatTemplate, Conversation, as_messages
 from personasteer.engine import OnToken, Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError, ModelError, TemplateError
+from personasteer.files import read_cache, write_cache
 from personasteer.steering import Steer, Steering, as_steering, per_request
 from personasteer.traits import neutral_pairs
 
@@ -75,7 +76,7 @@ class Model:
         self.n_threads = n_threads or _physical_cores()
         core = load_core()
         self._native = core.Model(
-            str(self.path), n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_extra_bufts=extra_buffers_work()
+            os.fsencode(self.path), n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_extra_bufts=extra_buffers_work()
         )
         self.n_layer: int = self._native.n_layer
         self.n_embd: int = self._native.n_embd
@@ -85,22 +86,25 @@ class Model:
         self.metadata: dict[str, str] = {
             k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in self._native.metadata.items()
         }
-        self.description: str = self._native.description
+        self.description: str = self._native.description.decode("utf-8", "replace")
         self._norms: NDArray[np.float32] | None = None
         self._check_steerable()
+        self._session = self._new_session(n_ctx, n_parallel, n_batch)
+        source = self._native.chat_template.decode("utf-8", "replace")
+        self._template = (
+            ChatTemplate(source, self._special(self._native.bos), self._special(self._native.eos)) if source else None
+        )
+
+    def _new_session(self, n_ctx: int, n_parallel: int, n_batch: int) -> Any:
         # a decode gives all its tokens an output row while that keeps the output buffer (16 bytes per entry) small
         n_outputs = int(np.clip(64 * 2**20 // (16 * self.n_vocab), n_parallel, 64))
-        self._session = core.Session(
+        return load_core().Session(
             model=self._native,
             n_ctx=n_ctx,
             n_parallel=n_parallel,
             n_batch=max(n_batch, n_parallel),
             n_threads=self.n_threads,
             n_outputs=n_outputs,
-        )
-        source = self._native.chat_template.decode("utf-8", "replace")
-        self._template = (
-            ChatTemplate(source, self._special(self._native.bos), self._special(self._native.eos)) if source else None
         )
 
     # -- identity ---------------------------------------------------------------------------------------------------
@@ -131,12 +135,14 @@ class Model:
             return self._norms
 
     def _measure_norms(self) -> NDArray[np.float32]:
-        layers = tuple(range(self.n_layer))
+        taps = Taps(raw_layers=tuple(range(self.n_layer)))
+        texts = [self.pair_tokens(question, answer)[0] for question, answer in neutral_pairs()]
+        # a session of its own, one text a run: the numbers depend on none of the model's options
+        session = self._new_session(max(map(len, texts)), n_parallel=1, n_batch=512)
         norms = []
-        for question, answer in neutral_pairs():  # one text a run: the numbers do not depend on n_parallel
-            tokens, _ = self.pair_tokens(question, answer)
+        for tokens in texts:
             request = Request(tokens, outputs=(1, len(tokens)), raw=(1, len(tokens)))
-            raw = self._run([request], taps=Taps(raw_layers=layers))[0]["raw"]
+            raw = engine.run(session, self, [request], taps=taps)[0]["raw"]
             norms.append(np.linalg.norm(raw.astype(np.float64), axis=2))
         return np.asarray(np.median(np.concatenate(norms, axis=1), axis=1), np.float32)
 
@@ -217,7 +223,7 @@ class Model:
 
         Args:
             conversation: the user's text, or messages with "role" and "content".
-            steer: an edit such as vector * 0.2, a list of edits, or None for what `steering()` set.
+            steer: an edit such as vector * 0.3, a list of edits, or None for what `steering()` set.
             system: a system message in front.
             options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
                 stop=() and on_token, called with each new piece of text. reuse_cache=True keeps computed text from
@@ -486,8 +492,8 @@ def _texts(texts: Sequence[str]) -> Sequence[str]:
 
 
 def _items(items: Sequence[Item]) -> Sequence[Item]:
-    if isinstance(items, str):
-        raise ArgumentError("items must be a list of texts, pairs or messages, not one string")
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise ArgumentError(f"items must be a list of texts, pairs or messages, not {type(items).__name__}")
     return items
 
 

@@ -163,6 +163,14 @@ class Steering(list[Edit]):
 
     __rmul__ = __mul__
 
+    def __iadd__(self, other: Any) -> Steering:  # type: ignore[override]
+        self.extend(as_steering(other))
+        return self
+
+    def __imul__(self, factor: Any) -> Steering:
+        self[:] = self * factor
+        return self
+
 
 Steer: TypeAlias = Add | Steering | Sequence[Add] | None
 
@@ -177,9 +185,9 @@ def as_steering(steer: Steer) -> Steering:
         edits = list(steer)
         for edit in edits:
             if not isinstance(edit, Add):
-                raise ArgumentError(f"an edit is needed here, such as vector * 0.2, not {_name(edit)}")
+                raise ArgumentError(f"an edit is needed here, such as vector * 0.3, not {_name(edit)}")
         return Steering(edits)
-    raise ArgumentError(f"steer must be an edit such as vector * 0.2, a list of edits or None, not {_name(steer)}")
+    raise ArgumentError(f"steer must be an edit such as vector * 0.3, a list of edits or None, not {_name(steer)}")
 
 
 def per_request(steer: Any, n: int) -> list[Steering]:
@@ -240,7 +248,8 @@ def _sum_rows(rows: list[dict[int, NDArray[np.float64]]], n_embd: int) -> Mix | 
         for il, row in r.items():
             total[il] = total[il] + row if il in total else row
     layers = tuple(sorted(total))
-    data = np.stack([total[il] for il in layers]).astype(np.float32) if layers else np.zeros((0, n_embd), np.float32)
+    with np.errstate(over="ignore"):  # infinite is refused below
+        data = np.array([total[il] for il in layers], np.float64).reshape(-1, n_embd).astype(np.float32)
     if not data.any():
         return None
     if not np.isfinite(data).all():

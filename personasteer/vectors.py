@@ -40,7 +40,7 @@ class PersonaVector:
     directions: NDArray[np.float32]
     layers: tuple[int, ...] = ()
     name: str = "vector"
-    strength: float = 0.2
+    strength: float = 0.3
     weights: Mapping[int, float] = field(default_factory=dict)
     last_prompt: NDArray[np.float32] | None = None
     norms: NDArray[np.float32] | None = None
@@ -58,10 +58,22 @@ class PersonaVector:
         object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
         for il in self.layers:
             self.direction(il)
-        for attribute in ("last_prompt", "norms", "separations", "reliability"):
+        for attribute, shape in (
+            ("last_prompt", data.shape),
+            ("norms", data.shape[:1]),
+            ("separations", data.shape[:1]),
+            ("reliability", data.shape[:1]),
+        ):
             value = getattr(self, attribute)
             if value is not None:
-                object.__setattr__(self, attribute, np.ascontiguousarray(value, dtype=np.float32))
+                array = np.ascontiguousarray(value, dtype=np.float32)
+                if array.shape != shape:
+                    raise VectorError(f"{attribute} must have the shape {shape}, not {array.shape}")
+                object.__setattr__(self, attribute, array)
+        if not np.isfinite(self.strength):
+            raise VectorError(f"strength must be finite, not {self.strength}")
+        if not isinstance(self.provenance, Mapping):
+            raise VectorError(f"provenance must be a mapping, not {type(self.provenance).__name__}")
         for weight in self.weights.values():
             if not (np.isfinite(weight) and weight >= 0):
                 raise VectorError(f"weights must be finite and not negative, not {weight}")

@@ -17,7 +17,6 @@ import pytest
 import samples
 
 from personasteer import ArgumentError, Model, PersonaVector, VectorError
-from personasteer.ship import control_vector
 
 if TYPE_CHECKING:
     from conftest import Loaded
@@ -203,7 +202,7 @@ def test_an_existing_file_survives_a_write_that_fails_and_no_temporary_file_stay
     target = tmp_path / "v.gguf"
     samples.vector(norms=NORMS).save(target)
     before = target.read_bytes()
-    owner, name = (control_vector.os, place) if place == "replace" else (gguf.GGUFWriter, place)
+    owner, name = (os, place) if place == "replace" else (gguf.GGUFWriter, place)
     monkeypatch.setattr(owner, name, failure)
     with pytest.raises(ArgumentError if failure is disk_full else KeyboardInterrupt) as raised:
         full_vector().save(target)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import samples
 
-from personasteer import _native
+from personasteer import ArgumentError, _native, files
 
 SEGFAULT = [sys.executable, "-c", "import os,signal; os.kill(os.getpid(), signal.SIGSEGV)"]
 
@@ -139,8 +139,8 @@ def test_a_probe_that_could_not_run_is_not_remembered_as_a_crash(fresh: Path, mo
 def test_a_cache_folder_that_cannot_be_written_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    _native.write_cache("x.json", {"a": 1})
-    assert _native.read_cache("x.json") == {}
+    files.write_cache("x.json", {"a": 1})
+    assert files.read_cache("x.json") == {}
     _native.extra_buffers_work.cache_clear()
     with_amx(monkeypatch, [sys.executable, "-c", ""])
     assert _native.extra_buffers_work()
@@ -149,8 +149,8 @@ def test_a_cache_folder_that_cannot_be_written_is_harmless(tmp_path: Path, monke
 
 def test_the_cache_gives_back_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path / "new" / "cache"))
-    _native.write_cache("x.json", {"a": [1.5, None]})
-    assert _native.read_cache("x.json") == {"a": [1.5, None]}
+    files.write_cache("x.json", {"a": [1.5, None]})
+    assert files.read_cache("x.json") == {"a": [1.5, None]}
     assert samples.no_leftovers(tmp_path / "new" / "cache", "x.json")
 
 
@@ -158,34 +158,30 @@ def test_atomic_write_replaces_a_file_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "f"
     mask = os.umask(0o027)
     try:
-        _native.atomic_write(path, b"one")
+        files.atomic_write(path, b"one")
     finally:
         os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o640
-    _native.atomic_write(path, b"two")
+    files.atomic_write(path, b"two")
     assert path.read_bytes() == b"two"
-    with pytest.raises(OSError, match="No such file"):
-        _native.atomic_write(tmp_path / "missing" / "f", b"x")
-    _native.atomic_write(tmp_path / "made" / "f", b"x", make_parents=True)
-    assert (tmp_path / "made" / "f").read_bytes() == b"x"
+    with pytest.raises(ArgumentError, match="No such file"):
+        files.atomic_write(tmp_path / "missing" / "f", b"x")
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", ["replace", "chmod", "fdopen"])
+@pytest.mark.parametrize("call", ["replace", "chmod", "write_bytes"])
 def test_an_interrupted_write_leaves_the_old_content_and_no_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, failure: BaseException
 ) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"old")
 
-    def fail(first: object, *_: object) -> None:
-        if call == "fdopen":
-            os.close(first)  # type: ignore[arg-type]
+    def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(_native.os, call, fail)
+    monkeypatch.setattr(Path if call == "write_bytes" else os, call, fail)
     with pytest.raises(type(failure)):
-        _native.atomic_write(path, b"new")
+        files.atomic_write(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert samples.no_leftovers(tmp_path, "f")

@@ -10,7 +10,24 @@ import pytest
 from personasteer import Trait, TraitError, traits
 
 # function words that every English text shares; a content word in both would let log-odds measure an echo
-STOP_WORDS = frozenset("about from into that this what with your will would have when them they then than".split())
+STOP_WORDS = {
+    "about",
+    "from",
+    "into",
+    "that",
+    "this",
+    "what",
+    "with",
+    "your",
+    "will",
+    "would",
+    "have",
+    "when",
+    "them",
+    "they",
+    "then",
+    "than",
+}
 SHIPPED = ("pessimistic", "pirate", "poetic", "sycophantic")
 
 GOOD = """

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -25,18 +26,21 @@ VERBS = ("demo", "traits", "derive", "inspect", "chat", "generate", "capture", "
 _debug = False
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"personasteer {version('personasteer')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show Python tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
-    if version:
-        import personasteer
-
-        typer.echo(f"personasteer {personasteer.__version__}")
-        raise typer.Exit
 
 
 for _verb in VERBS:
@@ -55,7 +59,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="personasteer", standalone_mode=False)
         sys.stdout.flush()
-        return int(code or 0)
+        return _fail("interrupted", 1) if code == 130 else int(code or 0)  # 130: typer's word for Ctrl-C
     except typer.Exit as e:
         return int(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):

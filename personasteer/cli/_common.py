@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -42,7 +41,7 @@ def open_model(name: str, **options: Any) -> Model:
     return Model(demo_model_path() if name == "demo" else name, **options)
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def split_strength(text: str) -> tuple[str, float | None]:
@@ -56,7 +55,7 @@ def split_strength(text: str) -> tuple[str, float | None]:
 def need_strength(text: str) -> tuple[str, float]:
     file, strength = split_strength(text)
     if strength is None:
-        raise ArgumentError(f"{text}: a strength is needed, as in {file}:0.2")
+        raise ArgumentError(f"{text}: a strength is needed, as in {file}:0.3")
     return file, strength
 
 
@@ -68,19 +67,6 @@ def load_steering(vectors: Sequence[str] | None, scope: str) -> Steering:
 
 def print_json(content: Any) -> None:
     typer.echo(json.dumps(content, ensure_ascii=False, allow_nan=False))
-
-
-def check_output(path: Path) -> Path:
-    """Fail before the work, not after it, when a file cannot be written."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ArgumentError(f"{path}: cannot write here, it is a folder or its folder does not exist")
-    probe = path.parent / f".{path.name}.writable"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise ArgumentError(f"{path}: cannot write here ({e.strerror})") from e
-    return path
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import numpy as np
 import typer
 from safetensors.numpy import save
 
-from personasteer._native import atomic_write
 from personasteer.cli._common import (
     CtxOption,
     GpuOption,
@@ -17,7 +16,6 @@ from personasteer.cli._common import (
     ScopeOption,
     ThreadsOption,
     VectorsOption,
-    check_output,
     load_steering,
     open_model,
     print_json,
@@ -25,6 +23,7 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
+from personasteer.files import atomic_write, check_output
 from personasteer.model import Item
 
 

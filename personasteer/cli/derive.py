@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +14,13 @@ from personasteer.cli._common import (
     ModelOption,
     SeedOption,
     ThreadsOption,
-    check_output,
     open_model,
     print_json,
     stages,
     stdout,
 )
 from personasteer.derive import derive as derive_vector
+from personasteer.files import check_output
 from personasteer.traits import find
 
 
@@ -32,8 +33,8 @@ def derive(
     out: Annotated[Path, typer.Option("-o", "--out", help="Control-vector GGUF to write.")],
     model: ModelOption = "demo",
     questions: Annotated[int | None, typer.Option("--questions", help="Questions per system prompt.", min=1)] = None,
-    predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 32,
-    temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.7,
+    predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 40,
+    temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.2,
     layers: Annotated[str | None, typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9.")] = None,
     parallel: Annotated[int, typer.Option("--parallel", help="Answers generated at once.", min=1, max=256)] = 16,
     seed: SeedOption = 0,
@@ -96,12 +97,10 @@ def _text(value: float | None) -> str:
 def parse_layers(text: str) -> list[int]:
     """[12, 13, 14] of "12-14" and [3, 5] of "3,5"."""
     out: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            out += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise typer.BadParameter(f"layers must look like 12-17 or 3,5,9, not {text!r}") from None
-    if not out or len(out) > 10_000:
-        raise typer.BadParameter(f"layers must look like 12-17 or 3,5,9, not {text!r}")
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)
+        layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not layers:
+            raise typer.BadParameter(f"layers must look like 12-17 or 3,5,9, not {text!r}")
+        out += layers
     return out

@@ -12,13 +12,13 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     ThreadsOption,
-    check_output,
     open_model,
     print_json,
     split_strength,
     stdout,
 )
 from personasteer.errors import ArgumentError
+from personasteer.files import check_output
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
 from personasteer.steering import check_fits

@@ -28,17 +28,17 @@ def traits(
             return
         width = max(len(t.name) for t in found)
         for t in found:
-            stdout.print(f"{t.name:<{width}}  {t.description}", markup=False)
+            stdout.print(f"{t.name:<{width}}  {t.description}", markup=False, soft_wrap=True)
         return
     trait = library.find(name)
     if json:
         print_json(asdict(trait))
         return
-    stdout.print(f"{trait.name}: {trait.description}", markup=False)
+    stdout.print(f"{trait.name}: {trait.description}", markup=False, soft_wrap=True)
     for positive, negative in trait.system:
-        stdout.print(f"\n+ {positive}\n- {negative}", markup=False)
-    stdout.print("\nderived on:\n  " + "\n  ".join(trait.derive_questions), markup=False)
-    stdout.print("held out:\n  " + "\n  ".join(trait.evaluate_questions), markup=False)
-    stdout.print(f"{len(trait.continuations)} continuation pairs, such as", markup=False)
+        stdout.print(f"\n+ {positive}\n- {negative}", markup=False, soft_wrap=True)
+    stdout.print("\nderived on:\n  " + "\n  ".join(trait.derive_questions), markup=False, soft_wrap=True)
+    stdout.print("held out:\n  " + "\n  ".join(trait.evaluate_questions), markup=False, soft_wrap=True)
+    stdout.print(f"{len(trait.continuations)} continuation pairs, such as", markup=False, soft_wrap=True)
     for a, b in trait.continuations[:3]:
-        stdout.print(f"  + {a}\n  - {b}", markup=False)
+        stdout.print(f"  + {a}\n  - {b}", markup=False, soft_wrap=True)

@@ -31,12 +31,13 @@ class Samples:
     negative_groups: NDArray[np.int64]
 
     def shuffled(self, seed: int) -> Samples:
-        """The control: the same samples with their labels permuted."""
+        """The control: labels permuted, half of either label on each side, so that no trace of the trait is left."""
         both = np.concatenate([self.positive, self.negative])
         groups = np.concatenate([self.positive_groups, self.negative_groups])
-        order = np.random.default_rng(seed).permutation(len(both))
-        cut = len(self.positive)
-        return Samples(both[order[:cut]], both[order[cut:]], groups[order[:cut]], groups[order[cut:]])
+        random, n = np.random.default_rng(seed), len(self.positive)
+        order = np.concatenate([random.permutation(n), n + random.permutation(len(self.negative))])
+        first, second = order[::2], order[1::2]
+        return Samples(both[first], both[second], groups[first], groups[second])
 
 
 def difference_of_means(samples: Samples) -> NDArray[np.float32]:
@@ -83,7 +84,7 @@ def _cohen(samples: Samples, unit: NDArray[np.float64]) -> NDArray[np.float64]:
 def choose_layers(
     separation: NDArray[np.float32], reliability: NDArray[np.float32], directions: NDArray[np.float32]
 ) -> tuple[int, ...]:
-    """A quarter of the blocks, next to each other, from the middle half of the model where steering works best.
+    """A sixth of the blocks, next to each other, between a quarter and seven eighths of the depth.
 
     Among those windows the one with the largest mean of separation x reliability. Block 0 is never chosen: a
     control-vector file cannot hold it.
@@ -93,9 +94,9 @@ def choose_layers(
     with np.errstate(invalid="ignore"):
         score = np.where(usable, np.nan_to_num(separation * np.clip(reliability, 0, 1), nan=0.0), -np.inf)
     score[0] = -np.inf
-    width = max(1, n_layer // 4)
+    width = max(1, n_layer // 6)
     low = max(1, n_layer // 4)
-    high = max(low + width, (3 * n_layer) // 4)
+    high = max(low + width, (7 * n_layer) // 8)
     starts = range(low, max(low, min(high, n_layer) - width) + 1)
     best = max(starts, key=lambda s: score[s : s + width].mean())
     window = tuple(il for il in range(best, min(best + width, n_layer)) if usable[il] and il > 0)

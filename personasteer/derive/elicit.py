@@ -40,8 +40,8 @@ def elicit(
     trait: Trait,
     *,
     n_questions: int | None = None,
-    max_tokens: int = 32,
-    temperature: float = 0.7,
+    max_tokens: int = 40,
+    temperature: float = 0.2,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Elicited:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from personasteer._native import _umask, load_core
+from personasteer._native import load_core
 from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.files import replacing
 from personasteer.identity import check_model_file
 from personasteer.vectors import PersonaVector
 
@@ -34,7 +35,8 @@ def scaled_directions(vector: PersonaVector, strength: float) -> dict[int, NDArr
     rows = {}
     for il in vector.layers:
         v = vector.direction(il).astype(np.float64)
-        rows[il] = (strength * weights[il] * float(vector.norms[il]) / np.linalg.norm(v) * v).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite is refused where it is used
+            rows[il] = (strength * weights[il] * float(vector.norms[il]) / np.linalg.norm(v) * v).astype(np.float32)
     return rows
 
 
@@ -56,56 +58,59 @@ def save_control_vector(vector: PersonaVector, path: str | os.PathLike[str], *, 
     rho = vector.strength if strength is None else float(strength)
     if not np.isfinite(rho) or rho == 0.0:
         raise ArgumentError(f"the strength of a control-vector file must be finite and not zero, not {rho}")
-    if vector.norms is None and strength is None:
-        rows = {il: vector.direction(il) for il in vector.layers}
-    else:
-        rows = scaled_directions(vector, rho)
-    tensors = {il: row for il, row in rows.items() if il >= 1}
+    if vector.norms is None and strength is not None:
+        scaled_directions(vector, rho)  # says that there is no scale
+    tensors = _rows_to_write(vector, rho)
     if not tensors:
         raise VectorError("a control-vector file needs a layer >= 1: llama.cpp's loader rejects direction.0")
-    if 0 in rows:
+    if 0 in vector.layers:
         log.warning("layer 0 is left out of the control vector's tensors: llama.cpp's loader rejects direction.0")
     for il, row in tensors.items():
         if not np.isfinite(row).all():
             raise VectorError(f"the direction at layer {il}, scaled by {rho}, is not finite in float32")
+    try:
+        provenance = json.dumps(dict(vector.provenance), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise VectorError(f"the provenance of {vector.name!r} cannot be written as JSON ({e})") from e
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"{target}: cannot write here, it {what}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-    except OSError as e:
-        raise ArgumentError(f"{target}: cannot write here ({e.strerror})") from e
-    try:
-        _write(vector, tensors, rho, temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            _write(vector, tensors, rho, provenance, temporary)
     except OSError as e:
         raise ArgumentError(f"{target}: cannot be written ({e.strerror or e})") from e
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
-def _write(vector: PersonaVector, tensors: dict[int, NDArray[np.float32]], rho: float, path: str) -> None:
+def _rows_to_write(vector: PersonaVector, rho: float) -> dict[int, NDArray[np.float32]]:
+    if vector.norms is None:
+        rows = {il: vector.direction(il) for il in vector.layers}
+    else:
+        rows = scaled_directions(vector, rho)
+    return {il: row for il, row in rows.items() if il >= 1}
+
+
+def _write(
+    vector: PersonaVector, tensors: dict[int, NDArray[np.float32]], rho: float, provenance: str, path: Path
+) -> None:
+    double, array = gguf.GGUFValueType.FLOAT64, gguf.GGUFValueType.ARRAY
     w = gguf.GGUFWriter(path, "controlvector")
     w.add_string("controlvector.model_hint", str(vector.provenance.get("architecture", "")))
     w.add_uint32("controlvector.layer_count", len(tensors))
-    w.add_string("personasteer.name", vector.name)
-    w.add_float32("personasteer.strength", vector.strength)
-    w.add_float32("personasteer.exported_strength", rho)
+    w.add_key_value("personasteer.name", vector.name, gguf.GGUFValueType.STRING)  # empty ones, too
+    w.add_float64("personasteer.strength", vector.strength)
+    w.add_float64("personasteer.exported_strength", rho)
     w.add_uint32("personasteer.n_layer", vector.n_layer)
     w.add_uint32("personasteer.n_embd", vector.n_embd)
     if vector.layers:
         w.add_array("personasteer.layers", [int(il) for il in vector.layers])
     if vector.weights:
-        w.add_array("personasteer.weights", [float(vector.weights.get(il, 0.0)) for il in vector.layers])
+        weights = [float(vector.weights.get(il, 0.0)) for il in vector.layers]
+        w.add_key_value("personasteer.weights", weights, array, sub_type=double)
     w.add_array("personasteer.directions", [float(x) for x in vector.directions.ravel()])
     for name in ARRAYS:
         value = getattr(vector, name)
         if value is not None:
             w.add_array(f"personasteer.{name}", [float(x) for x in value.ravel()])
-    w.add_string("personasteer.provenance", json.dumps(dict(vector.provenance), sort_keys=True))
+    w.add_string("personasteer.provenance", provenance)
     for il in sorted(tensors):
         w.add_tensor(f"direction.{il}", tensors[il])
     try:
@@ -130,13 +135,14 @@ def load_control_vector(path: str | os.PathLike[str], *, offset: int = 0) -> Per
     """
     try:
         file = check_model_file(path)
-        _, _, tensors = load_core().summarize_gguf(str(file))
+        _, _, tensors = load_core().summarize_gguf(os.fsencode(file))
     except ModelError as e:
         raise VectorError(str(e)) from e
     numbers: dict[int, int] = {}
-    for name, kind, shape, _, _ in tensors:
+    for label, kind, shape, _, _ in tensors:
+        name = label.decode("utf-8", "replace")
         number = name.removeprefix("direction.")
-        if number == name or not number.isdecimal() or not 1 <= int(number) < 100_000:
+        if number == name or not re.fullmatch("[1-9][0-9]{0,4}", number):
             raise VectorError(
                 f"{file}: tensor {name!r} has no place in a control vector (only direction.N with N >= 1); "
                 "llama.cpp would reject this file"
@@ -162,11 +168,11 @@ def load_control_vector(path: str | os.PathLike[str], *, offset: int = 0) -> Per
     if "personasteer.directions" in fields:
         if offset:
             raise VectorError(f"{file}: written by personasteer, which numbers by block; offset must be 0")
-        return _ours(file, fields)
+        return _ours(file, fields, rows)
     return _foreign(file, rows, offset)
 
 
-def _ours(file: Path, fields: dict[str, Any]) -> PersonaVector:
+def _ours(file: Path, fields: dict[str, Any], rows: dict[int, NDArray[np.float32]]) -> PersonaVector:
     try:
         n_layer, n_embd = int(fields["personasteer.n_layer"]), int(fields["personasteer.n_embd"])
         layers = [int(il) for il in fields.get("personasteer.layers", [])]
@@ -178,7 +184,7 @@ def _ours(file: Path, fields: dict[str, Any]) -> PersonaVector:
 
         directions = array("directions", n_layer, n_embd)
         assert directions is not None
-        return PersonaVector(
+        vector = PersonaVector(
             directions,
             tuple(layers),
             str(fields["personasteer.name"]),
@@ -190,10 +196,16 @@ def _ours(file: Path, fields: dict[str, Any]) -> PersonaVector:
             array("separations", n_layer),
             array("reliability", n_layer),
         )
+        expected = _rows_to_write(vector, float(fields["personasteer.exported_strength"]))
     except VectorError as e:
         raise VectorError(f"{file}: {e}") from e
     except (KeyError, TypeError, ValueError) as e:
         raise VectorError(f"{file}: its personasteer key-values do not fit together ({type(e).__name__}: {e})") from e
+    if expected.keys() != rows.keys() or any(
+        not np.allclose(rows[il], row, rtol=1e-4, atol=1e-6 * float(np.abs(row).max())) for il, row in expected.items()
+    ):
+        raise VectorError(f"{file}: its tensors, which llama.cpp adds, are not those of its personasteer key-values")
+    return vector
 
 
 def _foreign(file: Path, rows: dict[int, NDArray[np.float32]], offset: int) -> PersonaVector:

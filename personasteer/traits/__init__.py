@@ -65,11 +65,11 @@ def _parse(text: str, source: str) -> Trait:
             name=_text(data["name"]),
             description=_text(data["description"]),
             system=pairs("system", "positive", "negative"),
-            derive_questions=tuple(map(_text, data["questions"]["derive"])),
-            evaluate_questions=tuple(map(_text, data["questions"].get("evaluate", []))),
+            derive_questions=_texts(data["questions"]["derive"]),
+            evaluate_questions=_texts(data["questions"].get("evaluate", [])),
             continuations=pairs("continuation", "trait", "anti"),
             rubric=_text(data.get("rubric", "")),
-            lexicon=tuple(map(_text, data.get("lexicon", []))),
+            lexicon=_texts(data.get("lexicon", [])),
         )
     except KeyError as e:
         raise TraitError(f"{source}: the key {e} is missing") from e
@@ -81,6 +81,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"text is needed where {value!r} stands")
     return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list of texts is needed where {value!r} stands")
+    return tuple(map(_text, value))
 
 
 def names() -> list[str]:

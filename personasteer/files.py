@@ -1,0 +1,82 @@
+"""Writing files whole or not at all, and the cache of what was measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+from personasteer.errors import ArgumentError
+
+log = logging.getLogger("personasteer")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, renamed onto it when the block ends well and deleted otherwise.
+
+    Readers see the old file or the whole new one. Raises ArgumentError as `check_output` does, OSError as the disk.
+    """
+    check_output(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def check_output(path: Path) -> None:
+    """Raise ArgumentError where no file can be written: a folder, a device, a missing or read-only folder."""
+    if path.is_dir():
+        raise ArgumentError(f"{path}: cannot write here, it is a folder")
+    if path.exists() and not path.is_file():
+        raise ArgumentError(f"{path}: cannot write here, it is a pipe or a device")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as e:
+        raise ArgumentError(f"{path}: cannot write here ({e.strerror})") from e
+    os.close(handle)
+    os.unlink(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def cache_dir() -> Path:
+    """Where measurements of models and builds are kept; PERSONASTEER_CACHE_DIR overrides the system's place."""
+    return Path(os.environ.get("PERSONASTEER_CACHE_DIR") or user_cache_dir("personasteer"))
+
+
+def read_cache(name: str) -> dict[str, object]:
+    try:
+        found = json.loads(cache_dir().joinpath(name).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(name: str, content: dict[str, object]) -> None:
+    """Best effort: a cache that cannot be written costs time, not correctness."""
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        atomic_write(cache_dir() / name, json.dumps(content).encode())
+    except (OSError, ArgumentError) as e:
+        log.debug("cache not written: %s", e)
