@@ -70,7 +70,7 @@ def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, getattr(signal, "SIGBUS", 7))}
-PROBE = [sys.executable, "-m", "personasteer._probe"]
+PROBE = [sys.executable, "-P", "-m", "personasteer._probe"]  # -P: not the source folder that we may stand in
 
 
 def survives(command: list[str], timeout: float = 120.0) -> bool | None:

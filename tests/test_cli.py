@@ -413,7 +413,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(
 def test_an_error_with_debug_shows_its_traceback() -> None:
     code = "from personasteer.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "--debug", "traits", "nope"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-c", code, "--debug", "traits", "nope"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode != 0
     assert "Traceback" in done.stderr
@@ -423,7 +423,7 @@ def test_an_error_with_debug_shows_its_traceback() -> None:
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     code = "from personasteer.cli import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "traits", "pirate"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-P", "-c", code, "traits", "pirate"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -435,7 +435,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc to see the model loaded")
 def test_ctrl_c_during_derive_is_one_line_and_leaves_nothing(smollm2_path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from personasteer.cli import main; main()", "derive", "pessimistic", "-m",
+    command = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()", "derive", "pessimistic", "-m",
                str(smollm2_path), "-o", str(tmp_path / "o.gguf"), "-t", "1"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60

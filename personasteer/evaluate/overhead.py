@@ -14,7 +14,7 @@ import numpy as np
 from personasteer import engine
 from personasteer._native import load_core
 from personasteer.engine import Progress, Request, Sampling, Taps
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, ModelError
 from personasteer.model import Model
 from personasteer.steering import Steering
 from personasteer.vectors import PersonaVector
@@ -153,33 +153,42 @@ class _Runner:
 
     def run(self) -> dict[str, float]:
         """Seconds of the prefill, up to the first token, and of one decoded token, steering set-up included."""
-        marks: list[float] = []
+        watched = _Stopwatch(self.session)
         start = time.perf_counter()
         if self.mode.hook:
-            engine.run(
-                self.session,
-                self.model,
-                [self.request],
-                taps=self.mode.taps,
-                on_token=lambda *_: marks.append(time.perf_counter()),
-            )
+            engine.run(watched, self.model, [self.request], taps=self.mode.taps)
         else:
-            marks = self._run_plain()
-        if len(marks) < 2:  # an end-of-turn token right away; never seen with random tokens
-            marks = [time.perf_counter()] * 2
-        return {"prefill": marks[0] - start, "decode": (marks[-1] - marks[0]) / (len(marks) - 1)}
+            self._run_plain(watched)
+        first, *later = watched.marks
+        if not later:
+            raise ModelError("the model ended its text at the first token, so there is no decoding to time: other seed")
+        return {"prefill": first - start, "decode": (later[-1] - first) / len(later)}
 
-    def _run_plain(self) -> list[float]:
-        marks: list[float] = []
-        self.session.reset()
-        self.session.submit(
+    def _run_plain(self, session: Any) -> None:
+        session.reset()
+        session.submit(
             tokens=self.request.tokens, max_tokens=self.request.max_tokens, **self.request.sampling.arguments(0)
         )
-        while self.session.busy:
-            if self.session.step():
-                marks.append(time.perf_counter())
-        self.session.take_results()
-        return marks
+        while session.busy:
+            session.step()
+        session.take_results()
+
+
+class _Stopwatch:
+    """A session that notes when each step that gave a token was over."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.marks: list[float] = []
+
+    def step(self) -> Any:
+        tokens = self._session.step()
+        if tokens:
+            self.marks.append(time.perf_counter())
+        return tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
 def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: int, hook_mib: float) -> OverheadRow:
