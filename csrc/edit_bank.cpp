@@ -39,10 +39,6 @@ edit_bank::edit_bank(int n_embd_, std::vector<int> layers, int n_rows, int n_col
     : n_embd(n_embd_), rows_max(n_rows), n_columns(n_columns_), edited(std::move(layers)),
       host_rows(size_t(n_rows) * edited.size() * size_t(n_embd_)), host_index(size_t(n_columns_)) {}
 
-bool edit_bank::covers(const mix & m) const {
-    return std::includes(edited.begin(), edited.end(), m.layers.begin(), m.layers.end());
-}
-
 size_t edit_bank::bytes() const {
     size_t n = 0;
     for (const device & d : devices) {
@@ -56,6 +52,7 @@ void edit_bank::allocate(const placement & where) {
     for (int il : edited) {
         by_device[where[size_t(il)]].push_back(il);
     }
+    std::vector<device> made; // all or none: a failure in between leaves nothing that looks allocated
     for (auto & [buft, layers] : by_device) {
         device d;
         d.layers = std::move(layers);
@@ -65,8 +62,9 @@ void edit_bank::allocate(const placement & where) {
         ggml_set_name(d.rows, "persona_rows");
         ggml_set_name(d.index, "persona_index");
         d.buffer = allocate_tensors(d.ctx.get(), buft);
-        devices.push_back(std::move(d));
+        made.push_back(std::move(d));
     }
+    devices = std::move(made);
     for (const device & d : devices) {
         for (int row = 1; row < rows_max; ++row) {
             upload_row(d, row);
@@ -127,7 +125,7 @@ ggml_tensor * edit_bank::edit(ggml_context * ctx, int il, ggml_tensor * h, const
         }
         return ggml_add(ctx, h, ggml_get_rows(ctx, rows, index));
     }
-    return h;
+    throw model_error("block " + std::to_string(il) + " has no place in the edit bank");
 }
 
 } // namespace personasteer

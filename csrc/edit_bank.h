@@ -37,7 +37,6 @@ class edit_bank {
     edit_bank(int n_embd, std::vector<int> layers, int n_rows, int n_columns);
 
     const std::vector<int> & layers() const { return edited; }
-    bool covers(const mix & m) const;
     int n_rows() const { return rows_max; }
     size_t bytes() const; // on all devices
 

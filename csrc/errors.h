@@ -12,7 +12,6 @@ struct error : std::runtime_error {
 };
 
 inline error model_error(const std::string & message) { return {"ModelError", message}; }
-inline error closed_error() { return {"ModelError", "the model is closed"}; }
 inline error context_error(const std::string & message) { return {"ContextError", message}; }
 inline error vector_error(const std::string & message) { return {"VectorError", message}; }
 

@@ -22,8 +22,8 @@ static int block_of(const char * name) {
     return end != digits && *end == '\0' && il >= 0 && il < 1 << 16 ? int(il) : -1;
 }
 
-graph_edit::graph_edit(int n_layer_, int n_columns_, edit_bank * bank_, taps * tap_)
-    : n_layer(n_layer_), n_columns(n_columns_), bank(bank_), tap(tap_) {
+graph_edit::graph_edit(int n_layer_, int n_embd_, int n_columns_, edit_bank * bank_, taps * tap_)
+    : n_layer(n_layer_), n_embd(n_embd_), n_columns(n_columns_), bank(bank_), tap(tap_) {
     order_ctx = make_tensor_context(2);
     seen_tokens = ggml_new_tensor_1d(order_ctx.get(), GGML_TYPE_I32, n_columns);
     seen_positions = ggml_new_tensor_1d(order_ctx.get(), GGML_TYPE_I32, n_columns);
@@ -42,13 +42,13 @@ graph_edit::~graph_edit() { llama_sampler_free(sampler_chain); }
 std::string graph_edit::problem() const { return failure; }
 
 int graph_edit::nodes_needed() const {
-    int n = 16; // the order check and the nodes shared by all blocks
+    int n = 64; // the order check and the nodes shared by a device's blocks
     if (bank) {
         n += int(bank->layers().size()) * edit_bank::nodes_per_layer;
     }
     if (tap) {
         const tap_config & c = tap->config();
-        n += int(c.pool_layers.size()) * (2 + 4 * ((c.n_pools + 2) / 3));
+        n += int(c.pool_layers.size()) * (3 + 4 * ((c.n_pools + 2) / 3));
         n += int(c.raw_layers.size()) * 2 + int(c.reading_layers.size()) * 4;
     }
     return n;
@@ -78,8 +78,10 @@ placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & 
                 if (std::strncmp(src->name, "blk.", 4) != 0 || std::atoi(src->name + 4) != il) {
                     continue;
                 }
-                ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(src->buffer));
-                if (dev) {
+                // pinned host memory belongs to a GPU by name, but the block runs on the CPU
+                ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(src->buffer);
+                ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+                if (dev && !ggml_backend_buft_is_host(buft)) {
                     where[size_t(il)] = ggml_backend_dev_buffer_type(dev);
                 }
             }
@@ -157,9 +159,15 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
                               std::to_string(il) + "), so the block cannot be steered or captured");
         }
         ggml_tensor * h = before[size_t(output_at[size_t(il)])];
-        if (h->ne[1] == 0) {
+        if (h->type != GGML_TYPE_F32 || h->ne[0] != n_embd || h->ne[2] != 1 || h->ne[3] != 1) {
+            throw model_error("the output of block " + std::to_string(il) + " is no plain residual stream");
+        }
+        if (h->ne[1] == 0) { // a decode without outputs leaves the last block no rows
+            if (tap) {
+                tap->set_cut(il, true);
+            }
             continue;
-        } // a decode without outputs leaves the last block no rows
+        }
         if (h->ne[1] != in.n_tokens && (!in.out_ids || in.out_ids->ne[0] != h->ne[1])) {
             throw model_error("the output of block " + std::to_string(il) + " has an unknown set of rows");
         }

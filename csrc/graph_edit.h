@@ -20,7 +20,7 @@ class graph_edit {
     static constexpr llama_seq_id never_decoded = 1 << 30;
 
     // bank and tap may be null; both must outlive the attachment
-    graph_edit(int n_layer, int n_columns, edit_bank * bank, taps * tap);
+    graph_edit(int n_layer, int n_embd, int n_columns, edit_bank * bank, taps * tap);
     ~graph_edit();
     graph_edit(const graph_edit &) = delete;
     graph_edit & operator=(const graph_edit &) = delete;
@@ -42,6 +42,7 @@ class graph_edit {
     placement find_placement(ggml_cgraph * gf, const std::vector<int> & output_at) const;
 
     int n_layer;
+    int n_embd;
     int n_columns;
     edit_bank * bank;
     taps * tap;

@@ -70,13 +70,19 @@ bool in(const span & s, int index) { return index >= s.begin && (s.end < 0 || in
 
 llama_context_params context_params(const session_params & p) {
     llama_context_params cp = llama_context_default_params();
+    if (p.n_ctx < 1 || p.n_parallel < 1 || p.n_batch < p.n_parallel || p.n_threads < 1 || p.n_outputs < 1) {
+        throw context_error("a session needs positive sizes, and n_batch of at least n_parallel");
+    }
+    if (int64_t(p.n_ctx) * p.n_parallel > std::numeric_limits<int32_t>::max()) {
+        throw context_error(std::to_string(p.n_parallel) + " requests of " + std::to_string(p.n_ctx) +
+                            " tokens are more than llama.cpp can count");
+    }
     cp.n_ctx = uint32_t(p.n_ctx * p.n_parallel);
     cp.n_batch = cp.n_ubatch = uint32_t(p.n_batch);
     cp.n_seq_max = uint32_t(p.n_parallel);
     cp.n_outputs_max = uint32_t(std::max(p.n_outputs, p.n_parallel));
     cp.n_outputs_max_per_seq = 1;
     cp.n_threads = cp.n_threads_batch = p.n_threads;
-    cp.flash_attn_type = p.flash_attn ? LLAMA_FLASH_ATTN_TYPE_AUTO : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     cp.kv_unified = true; // sequences may share a prefix
     cp.swa_full = true;   // ... also on sliding-window models
     cp.no_perf = true;
@@ -99,8 +105,9 @@ llama_context_ptr make_context(const model & m, const llama_context_params & cp)
 session::session(std::shared_ptr<model> m, const session_params & params)
     : mdl(std::move(m)), cfg(params),
       one_sequence_per_decode(llama_model_is_recurrent(mdl->get()) || llama_model_is_hybrid(mdl->get())),
-      slots(size_t(params.n_parallel)) {
-    cfg.n_batch = std::min(cfg.n_batch, cfg.n_ctx * cfg.n_parallel);
+      slots(size_t(std::max(params.n_parallel, 1))) {
+    const llama_context_params cp = context_params(cfg);
+    cfg.n_batch = std::min(cfg.n_batch, int(cp.n_ctx));
     ctx = make_context(*mdl, context_params(cfg));
     const log_capture log;
     // Polled by the leader of the compute threads, which is the thread that called step().
@@ -195,8 +202,9 @@ void session::attach() {
     if (!wanted_taps.empty()) {
         new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, n_columns);
     }
-    auto new_hook = std::make_unique<graph_edit>(mdl->n_layer(), n_columns, new_bank.get(), new_tap.get());
-    if (new_hook->problem().empty() && !llama_set_sampler(ctx.get(), graph_edit::never_decoded, new_hook->chain())) {
+    auto new_hook =
+        std::make_unique<graph_edit>(mdl->n_layer(), mdl->n_embd(), n_columns, new_bank.get(), new_tap.get());
+    if (!llama_set_sampler(ctx.get(), graph_edit::never_decoded, new_hook->chain())) {
         throw model_error("llama.cpp refuses the graph hook here (a model split by tensor?)");
     }
     hook = std::move(new_hook); // the old chain, bank and taps are no longer reachable from the context
@@ -227,15 +235,24 @@ void session::set_taps(tap_config config, std::vector<float> readout_directions)
     if (config.reading_layers.size() != n_given) {
         throw vector_error("a block is read out twice");
     }
+    if (config.n_pools < 0 || (config.n_pools == 0) != config.pool_layers.empty()) {
+        throw vector_error("blocks to pool and pools come together");
+    }
     const size_t n = n_given * size_t(config.n_readouts) * size_t(mdl->n_embd());
     if (readout_directions.size() != n) {
         throw vector_error("read-outs need " + std::to_string(n) + " numbers");
     }
     const bool same = config == wanted_taps;
-    wanted_taps = std::move(config);
-    readouts = std::move(readout_directions);
+    std::swap(wanted_taps, config);
+    std::swap(readouts, readout_directions);
     if (!same) {
-        attach();
+        try {
+            attach();
+        } catch (...) {
+            std::swap(wanted_taps, config);
+            std::swap(readouts, readout_directions);
+            throw;
+        }
     } else if (tap && !readouts.empty()) {
         llama_synchronize(ctx.get());
         tap->set_readouts(readouts);
@@ -258,6 +275,9 @@ int session::submit(request r) {
     const int n = int(r.tokens.size());
     if (n == 0) {
         throw context_error("the prompt is empty: it has no token");
+    }
+    if (r.max_tokens < 0) {
+        throw context_error("max_tokens is negative");
     }
     if (n + (r.max_tokens > 0 ? 1 : 0) > cfg.n_ctx) {
         throw context_error("the prompt has " + std::to_string(n) + " tokens, but a request has room for " +
@@ -283,22 +303,31 @@ int session::submit(request r) {
     if (n_mixes > 256) {
         throw vector_error("a request has " + std::to_string(n_mixes) + " distinct mixes, 256 fit");
     }
-    const auto inside = [](const span & s, int limit) { return 0 <= s.begin && s.begin <= s.end && s.end <= limit; };
+    const int64_t n_all = int64_t(n) + r.max_tokens;
+    const auto inside = [](const span & s, int64_t limit) {
+        return 0 <= s.begin && s.begin <= s.end && s.end <= limit;
+    };
     if (!inside(r.outputs, n)) {
         throw context_error("the span of outputs is outside the given tokens");
     }
-    if (r.raws.size() > 1 || (r.raws.size() == 1 && !inside(r.raws[0], n + r.max_tokens))) {
+    if (r.raws.size() > 1 || (r.raws.size() == 1 && !inside(r.raws[0], n_all))) {
         throw context_error("the span of raw rows is outside the request's tokens");
     }
     for (const span & p : r.pools) {
-        if (!inside(p, n + r.max_tokens) && !(p.begin >= 0 && p.end < 0)) {
+        if (!inside(p, n_all) && !(p.begin >= 0 && p.end < 0)) {
             throw context_error("a pool's span is not one");
         }
     }
     if (!cfg.hook && !(r.mixes.empty() && r.pools.empty() && r.raws.empty())) {
         throw model_error("this session runs without the hook");
     }
+    if (r.pools.size() * slots.size() > size_t(wanted_taps.n_pools)) {
+        throw context_error("a request has more pools than the taps keep");
+    }
     for (const mix_ptr & m : r.mixes) {
+        if (m->layers.empty() || m->key == 0) {
+            throw vector_error("a mix needs blocks, and a key that is not 0");
+        }
         for (int il : m->layers) {
             if (il < 0 || il >= mdl->n_layer()) {
                 throw vector_error("block " + std::to_string(il) + " out of range 0.." +
@@ -308,6 +337,13 @@ int session::submit(request r) {
         if (m->data.size() != m->layers.size() * size_t(mdl->n_embd())) {
             throw vector_error("a mix has another width than the model");
         }
+    }
+    // what the next decode must find attached
+    while (mixes_per_request < n_mixes) {
+        mixes_per_request *= 2;
+    }
+    for (const mix_ptr & m : r.mixes) {
+        wanted_layers.insert(m->layers.begin(), m->layers.end());
     }
     queue.emplace_back(next_id, std::move(r));
     return next_id++;
@@ -423,7 +459,9 @@ void session::admit() {
             };
             int promised = 0;
             for (size_t q = 0; q < slots.size(); ++q) {
-                const int ready = shared(slots[q], false);
+                // a sliding-window cache may have dropped the start of a sequence to make room for another
+                const bool whole = llama_memory_seq_pos_min(mem, llama_seq_id(q)) == 0;
+                const int ready = whole ? shared(slots[q], false) : 0;
                 // at equal length an idle slot's own text is continued in place
                 const bool idle_instead =
                     ready == n_reuse && ready > 0 && slots[q].id < 0 && slots[size_t(source)].id >= 0;
@@ -431,7 +469,7 @@ void session::admit() {
                     n_reuse = ready;
                     source = int(q);
                 }
-                if (slots[q].id >= 0) {
+                if (slots[q].id >= 0 && (whole || slots[q].n_done == 0)) {
                     promised = std::max(promised, shared(slots[q], true));
                 }
             }
@@ -481,6 +519,9 @@ void session::admit() {
         if (!s.req.raws.empty()) {
             const auto n = size_t(s.req.raws[0].end - s.req.raws[0].begin);
             s.res.raw.assign(wanted_taps.raw_layers.size() * n * size_t(mdl->n_embd()), nan32);
+        }
+        if (s.req.keep_logits) {
+            s.res.logits.reserve(size_t(s.req.outputs.end - s.req.outputs.begin) * size_t(mdl->n_vocab()));
         }
         if (s.req.max_tokens > 0) {
             s.sampler = make_sampler(s.req.sampling, mdl->n_vocab());
@@ -561,15 +602,7 @@ std::vector<token_event> session::step(const std::function<bool()> & interrupted
 
 void session::compute(const std::function<bool()> & interrupted, std::vector<token_event> & events) {
     ++step_count;
-    // A request that edits blocks outside the attached set, or needs more rows, brings a new attachment.
-    for (const auto & [id, r] : queue) {
-        while (mixes_per_request < int(r.mixes.size())) {
-            mixes_per_request *= 2;
-        }
-        for (const mix_ptr & m : r.mixes) {
-            wanted_layers.insert(m->layers.begin(), m->layers.end());
-        }
-    }
+    // a request that edits blocks outside the attached set, or needs more rows, has brought a new attachment
     if (!wanted_layers.empty() && (!bank || bank->layers().size() != wanted_layers.size() ||
                                    bank->n_rows() != 1 + mixes_per_request * cfg.n_parallel)) {
         attach();
@@ -667,8 +700,23 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
 void session::collect(const std::vector<batch_item> & items, std::vector<token_event> & events) {
     const auto n_embd = size_t(mdl->n_embd());
     const auto n_vocab = size_t(mdl->n_vocab());
-    const int last_block = mdl->n_layer() - 1;
     const size_t pools_per_slot = size_t(wanted_taps.n_pools) / slots.size();
+    // where block il's row of an item stands in the buffers, or -1
+    const auto column_of = [&](size_t i, int il) { return tap->is_cut(il) ? items[i].output : int(i); };
+    // f(first item, column, count) for the rows of items [i, end), as runs of neighbours
+    const auto for_each_run = [&](size_t i, size_t end, int il, const auto & f) {
+        while (i < end) {
+            const int column = column_of(i, il);
+            size_t n = 1;
+            while (column >= 0 && i + n < end && column_of(i + n, il) == column + int(n)) {
+                ++n;
+            }
+            if (column >= 0) {
+                f(i, column, int(n));
+            }
+            i += n;
+        }
+    };
     for (size_t begin = 0; begin < items.size();) {
         size_t end = begin;
         while (end < items.size() && items[end].slot == items[begin].slot) {
@@ -686,47 +734,62 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
             }
             for (size_t l = 0; l < wanted_taps.pool_layers.size(); ++l) {
                 const int il = wanted_taps.pool_layers[l];
-                const int counted = il == last_block ? n_out : n_all;
+                const int counted = tap->is_cut(il) ? n_out : n_all;
                 if (counted == 0) {
                     continue;
                 }
-                const float * sum = tap->pooled(il, int(size_t(q) * pools_per_slot + p));
                 double * into = s.res.pool_sums[p].data() + l * n_embd;
-                for (size_t k = 0; k < n_embd; ++k) {
-                    into[k] += double(sum[k]);
+                const auto add = [&](int column) {
+                    const float * from = tap->pooled(il, column);
+                    for (size_t k = 0; k < n_embd; ++k) {
+                        into[k] += double(from[k]);
+                    }
+                };
+                if (!tap->keeps_rows(int64_t(items.size()))) {
+                    add(int(size_t(q) * pools_per_slot + p));
+                }
+                for (size_t i = begin; i < end && tap->keeps_rows(int64_t(items.size())); ++i) {
+                    const int column = column_of(i, il);
+                    if (column >= 0 && in(s.req.pools[p], items[i].index)) {
+                        add(column);
+                    }
                 }
                 s.res.pool_counts[p][l] += counted;
             }
         }
-        for (size_t i = begin; i < end && !s.req.raws.empty(); ++i) {
+        if (!s.req.raws.empty()) {
             const span & want = s.req.raws[0];
-            if (!in(want, items[i].index)) {
-                continue;
-            }
             const auto n_rows = size_t(want.end - want.begin);
+            size_t first = begin, last = end; // the items inside the span
+            while (first < last && items[first].index < want.begin) {
+                ++first;
+            }
+            while (last > first && items[last - 1].index >= want.end) {
+                --last;
+            }
             for (size_t l = 0; l < wanted_taps.raw_layers.size(); ++l) {
                 const int il = wanted_taps.raw_layers[l];
-                const int column = il == last_block ? items[i].output : int(i);
-                if (column < 0) {
-                    continue;
-                }
-                tap->read_raw(il, column, 1,
-                              s.res.raw.data() + (l * n_rows + size_t(items[i].index - want.begin)) * n_embd);
+                for_each_run(first, last, il, [&](size_t i, int column, int n) {
+                    const auto row = size_t(items[i].index - want.begin);
+                    tap->read_raw(il, column, n, s.res.raw.data() + (l * n_rows + row) * n_embd);
+                });
             }
         }
         if (s.req.keep_readings && wanted_taps.n_readouts > 0) {
             const auto n_read = size_t(wanted_taps.n_readouts);
             const size_t n_layers = wanted_taps.reading_layers.size();
-            for (size_t i = begin; i < end; ++i) { // token-major while it grows; transposed by the reader
-                const size_t at = s.res.readings.size();
-                s.res.readings.resize(at + n_layers * n_read, nan32);
-                for (size_t l = 0; l < n_layers; ++l) {
-                    const int il = wanted_taps.reading_layers[l];
-                    const int column = il == last_block ? items[i].output : int(i);
-                    if (column >= 0) {
-                        tap->read_readings(il, column, 1, s.res.readings.data() + at + l * n_read);
+            const size_t at = s.res.readings.size();
+            s.res.readings.resize(at + (end - begin) * n_layers * n_read, nan32); // [token][block][read-out]
+            std::vector<float> run((end - begin) * n_read);
+            for (size_t l = 0; l < n_layers; ++l) {
+                const int il = wanted_taps.reading_layers[l];
+                for_each_run(begin, end, il, [&](size_t i, int column, int n) {
+                    tap->read_readings(il, column, n, run.data());
+                    for (size_t t = 0; t < size_t(n); ++t) {
+                        std::copy_n(run.data() + t * n_read, n_read,
+                                    s.res.readings.data() + at + ((i - begin + t) * n_layers + l) * n_read);
                     }
-                }
+                });
             }
         }
         int sampled_from = -1;
@@ -771,13 +834,14 @@ void session::take_token(slot & s, int output, std::vector<token_event> & events
     const std::string piece = mdl->piece(token, false);
     s.res.text += piece;
     events.push_back({s.id, token, piece});
+    size_t cut = std::string::npos; // where the first stop string begins
     for (const std::string & stop : s.req.stop) {
-        const size_t at = s.res.text.find(stop);
-        if (at != std::string::npos) {
-            s.res.text.resize(at);
-            finish(s, "stop");
-            return;
-        }
+        cut = std::min(cut, s.res.text.find(stop));
+    }
+    if (cut != std::string::npos) {
+        s.res.text.resize(cut);
+        finish(s, "stop");
+        return;
     }
     s.tokens.push_back(token);
     s.token_mix.push_back(s.req.mix_of_generated);
@@ -799,9 +863,10 @@ void session::finish(slot & s, const char * why) {
 }
 
 std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_threads) {
-    const int n_layer = m->n_layer(), n_seq = n_layer + 1;
+    constexpr int plain = -1, plain_again = -2; // rows of one decode may differ by rounding: how much, the second says
+    const int n_layer = m->n_layer();
     session_params p;
-    p.n_parallel = std::min(n_seq, 64); // llama.cpp takes 256; more blocks than that go in several decodes
+    p.n_parallel = std::min(n_layer + 2, 64); // llama.cpp takes 256; more blocks than that go in several decodes
     p.n_ctx = 64;
     p.n_batch = p.n_parallel;
     p.n_outputs = p.n_parallel;
@@ -809,15 +874,16 @@ std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_th
     session s(m, p);
     std::vector<float> change(size_t(n_layer), 0.0f);
     const llama_token token = llama_vocab_bos(m->vocab()) >= 0 ? llama_vocab_bos(m->vocab()) : 0;
-    for (int first = 0; first < n_layer; first += p.n_parallel - 1) {
-        const int last = std::min(n_layer, first + p.n_parallel - 1);
-        std::vector<int> blocks(1, -1);
+    for (int first = 0; first < n_layer; first += p.n_parallel - 2) {
+        const int last = std::min(n_layer, first + p.n_parallel - 2);
+        std::vector<int> rows(1, plain);
         for (int il = first; il < last; ++il) {
-            blocks.push_back(il);
+            rows.push_back(il);
         }
+        rows.push_back(plain_again);
         s.reset();
-        std::map<int, int> block_of_id;
-        for (int il : blocks) {
+        std::map<int, int> row_of_id;
+        for (int il : rows) {
             request r;
             r.tokens = {token};
             r.outputs = {0, 1};
@@ -832,25 +898,29 @@ std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_th
                 r.mixes = {unit};
                 r.mix_of_token = {0};
             }
-            block_of_id[s.submit(std::move(r))] = il;
+            row_of_id[s.submit(std::move(r))] = il;
         }
         while (s.busy()) {
             s.step([] { return false; });
         }
         std::map<int, std::vector<float>> logits;
         for (result & r : s.take_results()) {
-            logits[block_of_id[r.id]] = std::move(r.logits);
+            logits[row_of_id[r.id]] = std::move(r.logits);
         }
-        const std::vector<float> & plain = logits[-1];
-        for (int il = first; il < last; ++il) {
-            for (size_t k = 0; k < plain.size(); ++k) {
-                const float d = std::fabs(logits[il][k] - plain[k]);
-                if (!std::isfinite(d)) {
-                    change[size_t(il)] = 0.0f;
-                    break;
+        const auto difference = [&](int row) { // 0 where it is not finite
+            float d = 0.0f;
+            for (size_t k = 0; k < logits[plain].size(); ++k) {
+                const float x = std::fabs(logits[row][k] - logits[plain][k]);
+                if (!std::isfinite(x)) {
+                    return 0.0f;
                 }
-                change[size_t(il)] = std::max(change[size_t(il)], d);
+                d = std::max(d, x);
             }
+            return d;
+        };
+        const float rounding = difference(plain_again);
+        for (int il = first; il < last; ++il) {
+            change[size_t(il)] = std::max(0.0f, difference(il) - rounding);
         }
     }
     return change;

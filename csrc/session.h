@@ -26,7 +26,6 @@ struct session_params {
     int n_threads = 2;
     int n_outputs = 64; // output rows per decode, at most
     bool hook = true;   // false: plain llama.cpp, no steering, no capture
-    bool flash_attn = true;
 };
 
 struct sampling_params {
@@ -108,7 +107,7 @@ class session {
     void add_edit_layers(const std::vector<int> & layers);
     void detach(); // back to plain llama.cpp; the next steered request attaches again
 
-    // Each block's unit edit, one decode: max |change of logits| per block.
+    // Each block's unit edit, one decode: max |change of logits| per block beyond that of an unsteered row.
     static std::vector<float> self_test(const std::shared_ptr<model> & m, int n_threads);
 
     int64_t n_builds() const; // graph builds under the current attachment

@@ -27,6 +27,7 @@ void taps::allocate(const placement & where) {
     for (int il : cfg.reading_layers) {
         by_device[where[size_t(il)]].reading_layers.push_back(il);
     }
+    std::vector<device> made; // all or none: a failure in between leaves nothing that looks allocated
     for (auto & [buft, d] : by_device) {
         d.is_cpu = ggml_backend_buft_is_host(buft);
         d.ctx = make_tensor_context(5);
@@ -44,8 +45,9 @@ void taps::allocate(const placement & where) {
             d.readings = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, cfg.n_readouts, n_columns, n);
         }
         d.buffer = allocate_tensors(ctx, buft);
-        devices.push_back(std::move(d));
+        made.push_back(std::move(d));
     }
+    devices = std::move(made);
     if (!host_pool_weights.empty()) {
         set_pool_weights(host_pool_weights);
     }
@@ -87,11 +89,11 @@ void taps::read_pooled() {
     }
 }
 
-const float * taps::pooled(int il, int pool) const {
+const float * taps::pooled(int il, int column) const {
     for (const device & d : devices) {
         const int at = position_in(d.pool_layers, il);
         if (at >= 0) {
-            return d.pooled_host.data() + (size_t(at) * size_t(cfg.n_pools) + size_t(pool)) * size_t(n_embd);
+            return d.pooled_host.data() + (size_t(at) * size_t(cfg.n_pools) + size_t(column)) * size_t(n_embd);
         }
     }
     return nullptr;
@@ -119,10 +121,23 @@ void taps::read_readings(int il, int column, int n, float * dst) const {
     }
 }
 
+void taps::set_cut(int il, bool cut) {
+    if (cut) {
+        cut_blocks.insert(il);
+    } else {
+        cut_blocks.erase(il);
+    }
+}
+
 void taps::new_graph() {
     for (device & d : devices) {
         d.weights_all = d.weights_out = nullptr;
     }
+}
+
+// CUDA sums products of odd length in TF32; a zero at the end keeps them float32.
+ggml_tensor * taps::even_length(ggml_context * ctx, const device & d, ggml_tensor * t) {
+    return d.is_cpu || t->ne[0] % 2 == 0 ? t : ggml_pad(ctx, t, 1, 0, 0, 0);
 }
 
 ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here, const graph_inputs & in) {
@@ -133,20 +148,27 @@ ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_c
         if (cut) {
             w = ggml_get_rows(ctx, w, in.out_ids);
         }
-        cached = ggml_cont(ctx, ggml_transpose(ctx, w));
+        cached = even_length(ctx, d, ggml_cont(ctx, ggml_transpose(ctx, w)));
     }
     return cached;
 }
 
 std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
                                      const graph_inputs & in) {
+    if (x->ne[1] != in.n_tokens) {
+        set_cut(il, true);
+    } else if (in.out_ids && in.out_ids->ne[0] < in.n_tokens) {
+        set_cut(il, false);
+    }
     std::vector<ggml_tensor *> ends;
     for (device & d : devices) {
-        if (const int at = position_in(d.pool_layers, il); at >= 0) {
+        if (const int at = position_in(d.pool_layers, il); at >= 0 && keeps_rows(in.n_tokens)) {
+            ggml_tensor * dst =
+                ggml_view_2d(ctx, d.pooled, n_embd, x->ne[1], d.pooled->nb[1], size_t(at) * d.pooled->nb[2]);
+            ends.push_back(ggml_cpy(ctx, x, dst));
+        } else if (at >= 0) {
             ggml_tensor * w = pool_weights_for(ctx, d, x->ne[1], in);
-            // [n_tokens, n_embd]; one token needs no copy to be transposed
-            ggml_tensor * xt =
-                x->ne[1] == 1 ? ggml_reshape_2d(ctx, x, 1, n_embd) : ggml_cont(ctx, ggml_transpose(ctx, x));
+            ggml_tensor * xt = even_length(ctx, d, ggml_cont(ctx, ggml_transpose(ctx, x))); // [n_tokens, n_embd]
             // CUDA multiplies more than three columns in TF32; three at a time stay float32
             const int step = d.is_cpu ? cfg.n_pools : 3;
             for (int s = 0; s < cfg.n_pools; s += step) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <set>
 #include <vector>
 
 namespace personasteer {
@@ -24,7 +25,8 @@ struct tap_config {
 
 // Copies of block outputs, pooled, raw or projected, made on the device inside the graph, right behind the block.
 // Pooled and raw rows are the block's output as the next block sees it (after the edit); readings are <h, u> of the
-// block's output before the edit.
+// block's output before the edit. A pool is a weighted sum over all tokens of a decode: a sequence whose activations
+// are not finite spoils the pools of the others.
 class taps {
   public:
     taps(int n_embd, tap_config config, int n_columns);
@@ -39,13 +41,20 @@ class taps {
     // directions[(i * n_readouts + r) * n_embd]: read-out r at reading_layers[i]
     void set_readouts(const std::vector<float> & directions);
 
+    // Whether the model computes block il for the output rows only (most do so at the last one). Known from the graphs
+    // built so far; where every token has an output row it makes no difference.
+    bool is_cut(int il) const { return cut_blocks.count(il) > 0; }
+    void set_cut(int il, bool cut);
+
+    // Whether a decode of so many tokens leaves their rows where its pools would be: no more data, and less work.
+    bool keeps_rows(int64_t n_tokens) const { return n_tokens <= cfg.n_pools; }
+
     // After a decode. For a block cut down to the output rows, a column is the rank of the output row.
-    const float * pooled(int il, int pool) const; // [n_embd], valid until the next read_pooled
+    const float * pooled(int il, int column) const; // [n_embd] of a pool or a row, valid until the next read_pooled
     void read_pooled();
     void read_raw(int il, int column, int n, float * dst) const;      // n columns of n_embd
     void read_readings(int il, int column, int n, float * dst) const; // n columns of n_readouts
 
-    static constexpr int nodes_per_layer = 20;
     // the tensors whose computation fills the buffers for this block; h before, x after the edit
     std::vector<ggml_tensor *> tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
                                    const graph_inputs & in);
@@ -66,12 +75,14 @@ class taps {
         ggml_tensor * weights_out = nullptr;  // the same for output rows: [n_outputs, n_pools]
         std::vector<float> pooled_host;       // copy of `pooled`
     };
+    static ggml_tensor * even_length(ggml_context * ctx, const device & d, ggml_tensor * t);
     ggml_tensor * pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here, const graph_inputs & in);
 
     int n_embd;
     tap_config cfg;
     int n_columns;
     std::vector<device> devices;
+    std::set<int> cut_blocks;
     std::vector<float> host_pool_weights, host_readouts; // set before the devices were known
 };
 

@@ -29,7 +29,9 @@ def load_core() -> ModuleType:
     try:
         installed = version("llama-cpp-python")
     except PackageNotFoundError as e:
-        raise ImportError("personasteer needs llama-cpp-python, which is not installed: pip install .") from e
+        raise ImportError(
+            "personasteer needs llama-cpp-python, which is not installed: install personasteer with pip"
+        ) from e
     import_module("llama_cpp")
     try:
         core = import_module("personasteer._core")
@@ -37,13 +39,13 @@ def load_core() -> ModuleType:
         if Path(__file__).resolve().parent.parent.joinpath("CMakeLists.txt").exists():
             hint = "this is the source folder; build it with `pip install -e .`, or start Python from another folder"
         else:
-            hint = "rebuild it: pip install --force-reinstall --no-deps personasteer"
+            hint = "build it again: `pip install --force-reinstall --no-deps .` in a clone of personasteer"
         raise ImportError(f"personasteer._core cannot be loaded ({e}); {hint}") from e
     if installed != core.LLAMA_CPP_PYTHON:
         raise ImportError(
             f"personasteer was built against llama-cpp-python {core.LLAMA_CPP_PYTHON}, but {installed} is installed; "
-            f"run `pip install llama-cpp-python=={core.LLAMA_CPP_PYTHON}`, or rebuild personasteer: "
-            "pip install --force-reinstall --no-deps personasteer"
+            f"run `pip install llama-cpp-python=={core.LLAMA_CPP_PYTHON}`; a personasteer for another version is to be "
+            "built against it: `pip install --force-reinstall --no-deps .` in a clone that names that version"
         )
     return core
 
@@ -70,7 +72,7 @@ def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, getattr(signal, "SIGBUS", 7))}
-PROBE = [sys.executable, "-P", "-m", "personasteer._probe"]  # -P: not the source folder that we may stand in
+PROBE = [sys.executable, "-P", "-m", "personasteer._probe"]  # -P: not from the folder that we stand in
 
 
 def survives(command: list[str], timeout: float = 120.0) -> bool | None:

@@ -31,18 +31,25 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
         )
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as e:
             raise TemplateError(f"the model's chat template does not parse: {e}") from e
         self._names = {"bos_token": bos, "eos_token": eos}
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text for `messages`; with `add_generation_prompt` it ends where the assistant starts to write."""
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, today: datetime | None = None
+    ) -> str:
+        """The text for `messages`; with `add_generation_prompt` it ends where the assistant starts to write.
+
+        today: the date for templates that name it; the clock's when None.
+        """
         try:
             return self._template.render(
-                messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **self._names
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=(today or datetime.now()).strftime,
+                **self._names,
             )
         except Exception as e:  # a template is foreign code: TypeError, RecursionError, ... all mean the same here
             raise TemplateError(f"the model's chat template cannot render these messages: {e}") from e

@@ -82,6 +82,8 @@ def run_demo(
     except OSError as e:
         raise ArgumentError(f"{out}: cannot write here ({e.strerror})") from e
     trait = traits.find(trait_name)
+    if not trait.evaluate_questions or not trait.continuations:
+        raise ArgumentError(f"trait {trait.name!r} has no held-out questions or no continuation pairs to measure with")
     vector_path, plot_path = out / f"{trait.name}.gguf", out / f"{trait.name}.png"
     check_output(vector_path)
     check_output(plot_path)
@@ -89,8 +91,7 @@ def run_demo(
         model.norms  # noqa: B018 (measured here, once, so that the derive time below is derive's own)
         derive_start = time.perf_counter()
         found = elicit(model, trait, n_questions=n_questions, seed=seed, progress=stage("deriving"))
-        options = {"n_questions": n_questions, "max_tokens": 40, "temperature": 0.2, "seed": seed}
-        vector = from_elicited(model, trait, found, options=dict(options))
+        vector = from_elicited(model, trait, found)
         derive_seconds = time.perf_counter() - derive_start
 
         questions = trait.evaluate_questions[-3:]

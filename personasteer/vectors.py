@@ -127,8 +127,12 @@ class PersonaVector:
 
     def _with(self, data: NDArray[np.float32], name: str) -> PersonaVector:
         usable = [il for il in self.layers if np.isfinite(data[il]).all() and data[il].any()]
-        origin = {"method": "arithmetic", "expression": name, "fingerprint": self.provenance.get("fingerprint", "")}
-        return PersonaVector(data, tuple(usable), name, self.strength, norms=self.norms, provenance=origin)
+        return PersonaVector(data, tuple(usable), name, self.strength, norms=self.norms, provenance=self._origin(name))
+
+    def _origin(self, expression: str) -> dict[str, Any]:
+        method = "imported" if self.provenance.get("method") == "imported" else "arithmetic"
+        kept = {key: self.provenance[key] for key in ("fingerprint", "identity", "model") if key in self.provenance}
+        return {"method": method, "expression": expression, **kept}
 
     def __add__(self, other: PersonaVector) -> PersonaVector:
         if not isinstance(other, PersonaVector):
@@ -143,7 +147,9 @@ class PersonaVector:
         return self._with(self.directions - other.directions, f"{self.name}-{other.name}")
 
     def __neg__(self) -> PersonaVector:
-        return self._with(-self.directions, f"-{self.name}")
+        last = None if self.last_prompt is None else -self.last_prompt
+        name = f"-{self.name}"
+        return replace(self, directions=-self.directions, last_prompt=last, name=name, provenance=self._origin(name))
 
     def _check_same(self, other: PersonaVector) -> None:
         if self.directions.shape != other.directions.shape:

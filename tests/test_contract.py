@@ -600,7 +600,7 @@ print(len(results))
             [sys.executable, "-X", "faulthandler", "-c", code, str(smollm2.path)],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
         )
     except subprocess.TimeoutExpired:
         pytest.fail("two threads with one session: deadlock")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 import oracle
 import pytest
@@ -17,7 +18,7 @@ import samples
 import personasteer as ps
 from personasteer.derive import elicit
 from personasteer.engine import Request, Sampling, Taps
-from personasteer.identity import fingerprint
+from personasteer.identity import differences, identify
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
 from personasteer.traits import neutral_pairs
 
@@ -580,6 +581,24 @@ def test_options_outside_their_range_are_refused(tiny_path: Path, option: dict[s
 
 
 # ---- files
+
+
+def fingerprint(path: Path) -> str:
+    return identify(path)["fingerprint"]
+
+
+def test_the_differences_between_two_files_are_named(tmp_path: Path, tiny_path: Path) -> None:
+    original = identify(tiny_path)
+    other = {
+        "weights": identify(write_tiny_model(tmp_path / "seed.gguf", seed=1)),
+        "template": identify(write_tiny_model(tmp_path / "plain.gguf", chat_template=None)),
+        "quantization": identify(write_tiny_model(tmp_path / "q8.gguf", quantization=gguf.GGMLQuantizationType.Q8_0)),
+    }
+    for word, found in other.items():
+        named = differences(original, found)
+        assert word in named
+        assert not any(w in named for w in other if w not in (word, "weights"))
+    assert "weights" not in differences(original, other["template"])
 
 
 def test_a_fingerprint_changes_with_weights_tokenizer_and_template_and_not_with_names(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ class Shape:
     n_layer: int = 4
     n_embd: int = 64
     fingerprint: str = "this-model"
+    identity: Mapping[str, str] = field(default_factory=lambda: {"metadata": "1", "tensors": "2", "weights": "3"})
     name: str = "shape"
     norms: NDArray[np.float32] = field(default_factory=lambda: NORMS)
 
@@ -238,8 +239,11 @@ def test_an_imported_file_may_have_fewer_blocks_than_the_model_but_not_more() ->
         (samples.vector(n_layer=5, layers=(2,), provenance=imported) * 0.1).rows(MODEL)
 
 
-def test_another_fingerprint_warns_once_and_names_both_models(caplog: pytest.LogCaptureFixture) -> None:
-    v = samples.vector(provenance={"fingerprint": "feed" * 16, "model": "old-model"})
+def test_another_fingerprint_warns_once_and_names_both_models_and_what_differs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    origin = {**MODEL.identity, "tensors": "4"}
+    v = samples.vector(provenance={"fingerprint": "feed" * 16, "model": "old-model", "identity": origin})
     same = samples.vector(provenance={"fingerprint": "this-model"})
     with caplog.at_level(logging.WARNING, "personasteer"):
         (same * 0.1).rows(MODEL)
@@ -249,9 +253,10 @@ def test_another_fingerprint_warns_once_and_names_both_models(caplog: pytest.Log
             (v * strength).rows(MODEL)
     (message,) = caplog.messages
     assert "old-model" in message
-    assert "feedfeed" in message
     assert "shape" in message
-    assert "this-model"[:12] in message
+    assert "quantization" in message
+    assert "template" not in message
+    assert "weights" not in message
 
 
 # ---- Steering

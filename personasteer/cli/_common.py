@@ -22,16 +22,23 @@ stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 ModelOption: TypeAlias = Annotated[str, typer.Option("-m", "--model", help="GGUF file, or `demo` for the bundled one.")]
-JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-ThreadsOption: TypeAlias = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.", min=1)]
-GpuOption: TypeAlias = Annotated[int, typer.Option("-ngl", "--gpu-layers", help="Blocks kept on the GPU; -1: all.")]
-CtxOption: TypeAlias = Annotated[int, typer.Option("-c", "--ctx-size", help="Tokens of prompt and answer.", min=8)]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+ThreadsOption: TypeAlias = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.", min=1, max=1024)]
+GpuOption: TypeAlias = Annotated[
+    int, typer.Option("-ngl", "--gpu-layers", help="Blocks kept on the GPU; -1: all.", min=-1, max=100_000)
+]
+CtxOption: TypeAlias = Annotated[
+    int, typer.Option("-c", "--ctx-size", help="Tokens of prompt and answer.", min=8, max=2**24)
+]
 SeedOption: TypeAlias = Annotated[int, typer.Option("--seed", help="Seed of every random choice.", min=0)]
 TempOption: TypeAlias = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.", min=0.0)]
-PredictOption: TypeAlias = Annotated[int, typer.Option("-n", "--predict", help="Tokens to generate.", min=1)]
+PredictOption: TypeAlias = Annotated[int, typer.Option("-n", "--predict", help="Tokens to generate.", min=1, max=2**24)]
 VectorsOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("-v", "--vector", metavar="FILE:STRENGTH", help="Steer by a vector; may be repeated."),
+]
+OffsetOption: TypeAlias = Annotated[
+    int, typer.Option("--offset", help="Of other tools' vector files: block = N - offset.", min=0, max=1)
 ]
 ScopeOption: TypeAlias = Annotated[str, typer.Option("--scope", help="Steered tokens: all, prompt or response.")]
 
@@ -59,10 +66,10 @@ def need_strength(text: str) -> tuple[str, float]:
     return file, strength
 
 
-def load_steering(vectors: Sequence[str] | None, scope: str) -> Steering:
+def load_steering(vectors: Sequence[str] | None, scope: str, offset: int) -> Steering:
     """The Steering of -v options."""
     specs = [need_strength(v) for v in vectors or []]
-    return Steering([Add(PersonaVector.load(file), strength, scope) for file, strength in specs])
+    return Steering([Add(PersonaVector.load(file, offset=offset), strength, scope) for file, strength in specs])
 
 
 def print_json(content: Any) -> None:

@@ -13,6 +13,7 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     ModelOption,
+    OffsetOption,
     ScopeOption,
     ThreadsOption,
     VectorsOption,
@@ -40,6 +41,7 @@ def capture(
     last_layer: Annotated[bool, typer.Option("--last-layer", help="Also the last block (mean, raw).")] = False,
     vector: VectorsOption = None,
     scope: ScopeOption = "all",
+    offset: OffsetOption = 0,
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
@@ -54,12 +56,13 @@ def capture(
     """
     check_output(out)
     items = read_items(texts)
-    steering = load_steering(vector, scope)
+    steering = load_steering(vector, scope, offset)
     with open_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers) as m, stages() as stage:
         found = m.capture(
             items, pool=pool, span=span, last_layer=last_layer, steer=steering, progress=stage("capturing")
         )
         metadata = {"model": m.name, "fingerprint": m.fingerprint, "pool": pool, "span": span or "default"}
+        metadata["steering"] = " ".join(vector or []) and f"{' '.join(vector or [])} scope={scope}"
     if pool == "raw":
         tensors = {f"activations.{i}": np.ascontiguousarray(a) for i, a in enumerate(found)}
     else:
@@ -80,18 +83,18 @@ def read_items(path: Path) -> list[Item]:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise ArgumentError(f"{path}: cannot be read ({reason})") from e
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ArgumentError(f"{path}: holds no text")
     if path.suffix != ".jsonl":
-        return list(lines)
-    return [_item(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+        return [line for _, line in lines]
+    return [_item(line, f"{path}, line {i}") for i, line in lines]
 
 
 def _item(line: str, where: str) -> Item:
     try:
         value: Any = jsonlib.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ArgumentError(f"{where}: not valid JSON ({e})") from e
     if isinstance(value, str):
         return value

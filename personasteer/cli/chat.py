@@ -10,6 +10,7 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     ModelOption,
+    OffsetOption,
     PredictOption,
     ScopeOption,
     SeedOption,
@@ -32,10 +33,11 @@ def chat(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="One message; a dialogue without it.")] = None,
     vector: VectorsOption = None,
     scope: ScopeOption = "all",
+    offset: OffsetOption = 0,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     predict: PredictOption = 256,
     temp: TempOption = 0.7,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1 is off.")] = 1.1,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1 is off.")] = 1.0,
     seed: SeedOption = 0,
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
@@ -44,9 +46,9 @@ def chat(
 ) -> None:
     """Chat through the model's template, steered by any number of vectors.
 
-    Example: `personasteer chat -m demo -v pessimistic.gguf:0.25 -p "How will my exam go?"`
+    Example: `personasteer chat -m demo -v pessimistic.gguf:0.3 -p "How will my exam go?"`
     """
-    steering = load_steering(vector, scope)
+    steering = load_steering(vector, scope, offset)
     if prompt is None and json:
         raise typer.BadParameter("--json needs -p")
     with open_model(model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed) as m:

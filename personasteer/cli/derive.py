@@ -36,7 +36,6 @@ def derive(
     predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 40,
     temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.2,
     layers: Annotated[str | None, typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9.")] = None,
-    parallel: Annotated[int, typer.Option("--parallel", help="Answers generated at once.", min=1, max=256)] = 16,
     seed: SeedOption = 0,
     ctx: CtxOption = 512,
     threads: ThreadsOption = None,
@@ -50,7 +49,7 @@ def derive(
     check_output(out)
     found = find(trait)
     chosen = parse_layers(layers) if layers else None
-    options = {"n_ctx": ctx, "n_parallel": parallel, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
+    options = {"n_ctx": ctx, "n_parallel": 1, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
     with open_model(model, **options) as m, stages() as stage:
         vector = derive_vector(
             m,

@@ -11,6 +11,7 @@ import typer
 from personasteer.cli._common import (
     GpuOption,
     JsonOption,
+    OffsetOption,
     ThreadsOption,
     open_model,
     print_json,
@@ -19,6 +20,7 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
+from personasteer.identity import PARTS
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
 from personasteer.steering import check_fits
@@ -39,7 +41,7 @@ def export(
     base: Annotated[str, typer.Option("-m", "--model", help="The model that it is for; its norms count.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
-    offset: Annotated[int, typer.Option("--offset", help="Of foreign files: block = N - offset.")] = 0,
+    offset: OffsetOption = 0,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
     json: JsonOption = False,
@@ -106,6 +108,7 @@ def fold(model: Model, parts: Sequence[tuple[PersonaVector, float]]) -> PersonaV
             "model": model.name,
             "architecture": model.architecture,
             "fingerprint": model.fingerprint,
+            "identity": {part: model.identity[part] for part in PARTS},
             "parts": [{"name": v.name, "strength": s, "provenance": dict(v.provenance)} for v, s in parts],
         },
     )

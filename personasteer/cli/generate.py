@@ -9,6 +9,7 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     ModelOption,
+    OffsetOption,
     PredictOption,
     ScopeOption,
     SeedOption,
@@ -31,9 +32,10 @@ def generate(
     model: ModelOption = "demo",
     vector: VectorsOption = None,
     scope: ScopeOption = "all",
+    offset: OffsetOption = 0,
     predict: PredictOption = 128,
     temp: TempOption = 0.7,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1 is off.")] = 1.1,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1 is off.")] = 1.0,
     seed: SeedOption = 0,
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
@@ -42,9 +44,9 @@ def generate(
 ) -> None:
     """Continue a plain text, steered by any number of vectors.
 
-    Example: `personasteer generate -m demo -v pessimistic.gguf:0.25 -p "Tomorrow the weather"`
+    Example: `personasteer generate -m demo -v pessimistic.gguf:0.3 -p "Tomorrow the weather"`
     """
-    steering = load_steering(vector, scope)
+    steering = load_steering(vector, scope, offset)
     with open_model(model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed) as m:
         text = m.generate(
             prompt,

@@ -7,8 +7,9 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from personasteer.cli._common import JsonOption, print_json, stdout
-from personasteer.identity import fingerprint
+from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, stdout
+from personasteer.ship.control_vector import exported_strength
+from personasteer.steering import check_fits
 from personasteer.vectors import PersonaVector
 
 
@@ -19,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def inspect(
     file: Annotated[Path, typer.Argument(help="Control-vector GGUF, of any tool.")],
     model: Annotated[str | None, typer.Option("-m", "--model", help="Check that it belongs to this GGUF.")] = None,
-    offset: Annotated[int, typer.Option("--offset", help="Of a foreign file: block = N - offset.")] = 0,
+    offset: OffsetOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Show what a control-vector file holds, and whether it fits a model.
@@ -45,23 +46,22 @@ def inspect(
         "n_layer": vector.n_layer,
         "n_embd": vector.n_embd,
         "layers": list(vector.layers),
-        "strength": vector.strength,
+        "strength": exported_strength(file),
         "provenance": dict(vector.provenance),
         "per_layer": rows,
     }
     if model is not None:
-        from personasteer.cli._common import open_model
-        from personasteer.steering import check_fits
-
         with open_model(model, n_ctx=64, n_parallel=1) as m:
             check_fits(vector, m)
-            result["same_model"] = vector.provenance.get("fingerprint") == fingerprint(m.path)
+            origin = vector.provenance.get("fingerprint")
+            result["same_model"] = origin == m.fingerprint if origin else None
     if json:
         print_json(result)
         return
+    scale = result["strength"]
     stdout.print(
-        f"{vector.name}: {vector.n_layer} blocks of width {vector.n_embd}, steers at {list(vector.layers)}, "
-        f"scale 1.0 in llama.cpp is strength {vector.strength:g}",
+        f"{vector.name}: {vector.n_layer} blocks of width {vector.n_embd}, steers at {list(vector.layers)}"
+        + ("" if scale is None else f", scale 1.0 in llama.cpp is strength {scale:g}"),
         markup=False,
         soft_wrap=True,
     )
@@ -74,10 +74,12 @@ def inspect(
     for key, value in vector.provenance.items():
         stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
     if "same_model" in result:
-        verdict = (
-            "derived on this very model" if result["same_model"] else "fits this model's shape, derived on another"
-        )
-        stdout.print(verdict)
+        verdicts = {
+            True: "derived on this very model",
+            False: "fits this model's shape, derived on another",
+            None: "fits this model's shape; the file does not say where it was derived",
+        }
+        stdout.print(verdicts[result["same_model"]])
 
 
 def _number(value: float) -> float | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ElicitationError
+from personasteer.identity import PARTS
 from personasteer.model import Item, Model
 from personasteer.vectors import PersonaVector
 
@@ -50,7 +51,7 @@ def held_out_quality(samples: Samples) -> tuple[NDArray[np.float32], NDArray[np.
     """(separation, reliability), (n_layer,) each, from two halves with disjoint groups.
 
     separation: Cohen's d of the projections of one half on the direction of the other, both ways averaged.
-    reliability: cosine of the two halves' directions. NaN where a half is empty.
+    reliability: cosine of the two halves' directions. NaN where a half is empty, or has no spread to measure d.
     """
     groups = np.unique(np.concatenate([samples.positive_groups, samples.negative_groups]))
     nothing = np.full(samples.positive.shape[1], np.nan, np.float32)
@@ -77,6 +78,7 @@ def _cohen(samples: Samples, unit: NDArray[np.float64]) -> NDArray[np.float64]:
     positive = np.einsum("nle,le->nl", samples.positive, unit)
     negative = np.einsum("nle,le->nl", samples.negative, unit)
     spread = np.sqrt((positive.var(0) + negative.var(0)) / 2)
+    spread[spread == 0] = np.nan  # one text a side: no spread to compare with
     out: NDArray[np.float64] = (positive.mean(0) - negative.mean(0)) / spread
     return out
 
@@ -86,7 +88,8 @@ def choose_layers(
 ) -> tuple[int, ...]:
     """A sixth of the blocks, next to each other, between a quarter and seven eighths of the depth.
 
-    Among those windows the one with the largest mean of separation x reliability. Block 0 is never chosen: a
+    Among those windows the one with the largest mean of separation x reliability; the middle one where the samples are
+    too few to measure them. Block 0 is never chosen: a
     control-vector file cannot hold it.
     """
     n_layer = len(directions)
@@ -98,7 +101,8 @@ def choose_layers(
     low = max(1, n_layer // 4)
     high = max(low + width, (7 * n_layer) // 8)
     starts = range(low, max(low, min(high, n_layer) - width) + 1)
-    best = max(starts, key=lambda s: score[s : s + width].mean())
+    middle = (starts[0] + starts[-1]) / 2
+    best = max(starts, key=lambda s: (score[s : s + width].mean(), -abs(s - middle)))
     window = tuple(il for il in range(best, min(best + width, n_layer)) if usable[il] and il > 0)
     if not window:
         raise ElicitationError("no block tells the positive texts from the negative ones: their activations are equal")
@@ -121,6 +125,8 @@ def vector_from_samples(
         chosen = choose_layers(separation, reliability, directions)
     else:
         chosen = tuple(sorted({int(il) for il in layers}))
+        if not chosen:
+            raise ArgumentError("layers is empty: name a block to steer at, or None to have them chosen")
         for il in chosen:
             if not 0 <= il < model.n_layer:
                 raise ArgumentError(f"layer {il} is out of range: the model has blocks 0 to {model.n_layer - 1}")
@@ -137,6 +143,7 @@ def vector_from_samples(
             "model": model.name,
             "architecture": model.architecture,
             "fingerprint": model.fingerprint,
+            "identity": {part: model.identity[part] for part in PARTS},
             "n_positive": len(samples.positive),
             "n_negative": len(samples.negative),
             "personasteer": version("personasteer"),

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from personasteer.derive.contrast import Samples
 from personasteer.engine import Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError, ElicitationError, TemplateError
-from personasteer.model import Model, pooled_mean
+from personasteer.model import MEASURED_ON, Model, pooled_mean
 from personasteer.traits import Trait
+
+N_PARALLEL = 16  # answers generated at once; another number gives other roundings, and so other answers
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ def elicit(
     plan = [(pair, positive, int(q)) for pair in trait.system for positive in (True, False) for q in questions]
     requests = []
     for pair, positive, q in plan:
-        tokens = model.prompt_tokens(trait.derive_questions[q], system=pair[0 if positive else 1])
+        tokens = model.prompt_tokens(trait.derive_questions[q], system=pair[0 if positive else 1], today=MEASURED_ON)
         spans = ((len(tokens), -1), (len(tokens) - 1, len(tokens)))
         requests.append(
             Request(tokens, len(tokens), max_tokens=max_tokens, sampling=sampling, pools=spans, share_prefix=True)
         )
     taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
-    results = model.run_requests(requests, taps=taps, progress=progress)
+    results = model.run_alone(requests, n_parallel=N_PARALLEL, taps=taps, progress=progress)
     kept = [i for i, r in enumerate(results) if r["text"].strip()]
     sides = {side: [i for i in kept if plan[i][1] is side] for side in (True, False)}
     if min(len(s) for s in sides.values()) < max(2, len(plan) // 8):

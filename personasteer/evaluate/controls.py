@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from personasteer.vectors import PersonaVector
@@ -15,5 +17,5 @@ def random_vectors(like: PersonaVector, n: int, *, seed: int = 0) -> list[Person
         noise = rng.standard_normal(like.directions.shape)
         norms = np.linalg.norm(like.directions, axis=1, keepdims=True)
         data = noise / np.linalg.norm(noise, axis=1, keepdims=True) * norms
-        out.append(PersonaVector(data.astype(np.float32), like.layers, f"random-{i}", like.strength, like.weights))
+        out.append(replace(like, directions=data.astype(np.float32), name=f"random-{i}", last_prompt=None))
     return out

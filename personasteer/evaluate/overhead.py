@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from personasteer.vectors import PersonaVector
 class OverheadRow:
     """Time of a mode over the time of the unhooked context, from interleaved pairs.
 
-    ratio_low and ratio_high bound the 95 % bootstrap interval of the median; hook_mib is the memory that the mode
-    adds, peak_rss_mib the process's peak so far.
+    ratio_low and ratio_high bound the 95 % bootstrap interval of the median; hook_mib is the memory of the mode's edit
+    bank and taps, peak_rss_mib the peak of the process, in which all modes' contexts live side by side.
     """
 
     mode: str
@@ -56,8 +55,8 @@ def measure_overhead(
     *,
     ks: Sequence[int] = (1, 8, 32),
     pairs: int = 30,
-    prompt_tokens: int = 256,
-    decode_tokens: int = 16,
+    prompt_tokens: int = 128,
+    decode_tokens: int = 12,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[OverheadRow]:
@@ -159,9 +158,9 @@ class _Runner:
             engine.run(watched, self.model, [self.request], taps=self.mode.taps)
         else:
             self._run_plain(watched)
+        if len(watched.marks) < 2:
+            raise ModelError("the model ended its text at once: there is no decoding to time")
         first, *later = watched.marks
-        if not later:
-            raise ModelError("the model ended its text at the first token, so there is no decoding to time: other seed")
         return {"prefill": first - start, "decode": (later[-1] - first) / len(later)}
 
     def _run_plain(self, session: Any) -> None:
@@ -197,7 +196,6 @@ def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: in
     draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     per_run = float(np.median(seconds[:, 0]))
-    scale = 1 if sys.platform == "darwin" else 1024
     return OverheadRow(
         mode=mode.name,
         phase=phase,
@@ -209,9 +207,18 @@ def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: in
         ratio_max=float(ratios.max()),
         tokens_per_second=(n_tokens if phase == "prefill" else 1) / per_run,
         hook_mib=hook_mib,
-        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20,
+        peak_rss_mib=_peak_rss_mib(),
         pairs=len(ratios),
     )
+
+
+def _peak_rss_mib() -> float:
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
 
 def as_json(rows: Sequence[OverheadRow]) -> dict[str, Any]:

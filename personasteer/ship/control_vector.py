@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer._native import load_core
-from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.errors import ArgumentError, ModelError, PersonasteerError, VectorError
 from personasteer.files import replacing
 from personasteer.identity import check_model_file
 from personasteer.vectors import PersonaVector
@@ -77,7 +77,7 @@ def save_control_vector(vector: PersonaVector, path: str | os.PathLike[str], *, 
         with replacing(target) as temporary:
             _write(vector, tensors, rho, provenance, temporary)
     except OSError as e:
-        raise ArgumentError(f"{target}: cannot be written ({e.strerror or e})") from e
+        raise PersonasteerError(f"{target}: cannot be written ({e.strerror or e})") from e
 
 
 def _rows_to_write(vector: PersonaVector, rho: float) -> dict[int, NDArray[np.float32]]:
@@ -127,7 +127,8 @@ def load_control_vector(path: str | os.PathLike[str], *, offset: int = 0) -> Per
     Args:
         offset: what a foreign file adds to the block index: its direction.N belongs to block N - offset. llama.cpp
             adds direction.N to the output of block N, and repeng writes it so (0, the default);
-            llama-cvector-generator and control-vector-generator number one block late (1).
+            llama-cvector-generator and control-vector-generator number one block late (1). Files of personasteer
+            say what they are: the offset does not apply to them.
 
     Raises:
         VectorError: not a GGUF, truncated, or against the rules of llama.cpp's loader: a tensor of another name than
@@ -166,10 +167,18 @@ def load_control_vector(path: str | os.PathLike[str], *, offset: int = 0) -> Per
     if not any(row.any() for row in rows.values()):
         raise VectorError(f"{file}: all directions are zero")
     if "personasteer.directions" in fields:
-        if offset:
-            raise VectorError(f"{file}: written by personasteer, which numbers by block; offset must be 0")
         return _ours(file, fields, rows)
     return _foreign(file, rows, offset)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def exported_strength(path: str | os.PathLike[str]) -> float | None:
+    """The rho that llama.cpp's scale 1.0 stands for in a file of ours; None for a file of another tool."""
+    field = gguf.GGUFReader(path).fields.get("personasteer.exported_strength")
+    return None if field is None else float(field.contents())
 
 
 def _ours(file: Path, fields: dict[str, Any], rows: dict[int, NDArray[np.float32]]) -> PersonaVector:
@@ -192,14 +201,14 @@ def _ours(file: Path, fields: dict[str, Any], rows: dict[int, NDArray[np.float32
             dict(zip(layers, map(float, weights), strict=True)) if weights is not None else {},
             array("last_prompt", n_layer, n_embd),
             array("norms", n_layer),
-            json.loads(fields["personasteer.provenance"]),
+            json.loads(fields["personasteer.provenance"], parse_constant=_no_constant),
             array("separations", n_layer),
             array("reliability", n_layer),
         )
         expected = _rows_to_write(vector, float(fields["personasteer.exported_strength"]))
     except VectorError as e:
         raise VectorError(f"{file}: {e}") from e
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
         raise VectorError(f"{file}: its personasteer key-values do not fit together ({type(e).__name__}: {e})") from e
     if expected.keys() != rows.keys() or any(
         not np.allclose(rows[il], row, rtol=1e-4, atol=1e-6 * float(np.abs(row).max())) for il, row in expected.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
@@ -27,7 +28,8 @@ class Trait:
         lexicon: words that hint at the trait.
 
     Raises:
-        TraitError: an empty name, no system pair, or no question to derive on.
+        TraitError: a name that is no word, no system pair, no question to derive on, an empty text, or a question
+            on both sides.
     """
 
     name: str
@@ -40,12 +42,16 @@ class Trait:
     lexicon: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise TraitError("a trait needs a name")
+        if not re.fullmatch(r"\w[\w-]*", self.name):
+            raise TraitError(f"a trait's name must be one word (letters, digits, - and _), not {self.name!r}")
         if not self.system:
             raise TraitError(f"trait {self.name!r} has no pair of system prompts")
         if not self.derive_questions:
             raise TraitError(f"trait {self.name!r} has no question to derive on")
+        pairs = (*self.system, *self.continuations)
+        for text in (*self.derive_questions, *self.evaluate_questions, *(t for pair in pairs for t in pair)):
+            if not text.strip():
+                raise TraitError(f"trait {self.name!r} has an empty text")
         shared = {q.casefold() for q in self.derive_questions} & {q.casefold() for q in self.evaluate_questions}
         if shared:
             raise TraitError(f"trait {self.name!r} evaluates on a question it derives on: {sorted(shared)[0]!r}")
