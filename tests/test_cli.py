@@ -237,6 +237,33 @@ def test_capture_takes_pairs_and_messages_from_json_lines(cli: Command, tiny_pat
         np.testing.assert_allclose(other, first, atol=1e-2)  # their places in the batch differ
 
 
+def test_a_line_separator_inside_json_does_not_end_the_line(cli: Command, tiny_path: Path) -> None:
+    Path("t.jsonl").write_text('"one\u2028text"\n"another"\n', "utf-8")
+    assert result(cli("capture", "-m", tiny_path, "-f", "t.jsonl", "-o", "a.st", "-t", 1, "--json"))["n"] == 2
+
+
+def test_inspect_says_what_scale_1_stands_for_and_nothing_where_the_file_does_not(
+    cli: Command, tiny_path: Path
+) -> None:
+    samples.vector(norms=NORMS).save("ours.gguf", strength=-0.25)
+    samples.write_gguf(Path("foreign.gguf"), {"direction.1": np.ones(64, np.float32)})
+    assert "scale 1.0 in llama.cpp is strength -0.25" in cli("inspect", "ours.gguf")[1]
+    code, out, err = cli("inspect", "foreign.gguf", "-m", tiny_path)
+    assert (code, err) == (0, "")
+    assert "scale" not in out
+    assert "does not say where it was derived" in out
+
+
+def test_the_offset_moves_a_file_that_numbers_one_block_late(cli: Command, tiny_path: Path) -> None:
+    row = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+    samples.write_gguf(Path("late.gguf"), {"direction.3": row})
+    samples.write_gguf(Path("right.gguf"), {"direction.2": row})
+    common = ["-m", tiny_path, "-t", 1, "-c", 64, "-n", 8, "--temp", 0, "-p", "hello", "--json"]
+    expected = result(cli("generate", *common, "-v", "right.gguf:0.6"))
+    assert result(cli("generate", *common, "-v", "late.gguf:0.6", "--offset", 1)) == expected
+    assert result(cli("generate", *common, "-v", "late.gguf:0.6")) != expected
+
+
 def test_the_sum_of_two_vectors_exported_steers_as_both_do(cli: Command, tiny_path: Path) -> None:
     with personasteer.Model(tiny_path, n_ctx=512, n_threads=1) as m:
         a, b = (samples.vector(seed=s, layers=(1, s), norms=m.norms) for s in (2, 3))
@@ -284,6 +311,9 @@ def prepare(tiny_path: Path) -> None:
     Path("t.txt").write_text("A text.\n")
     Path("long.txt").write_text("word " * 600)
     Path("bad.jsonl").write_text('{"prompt": ')
+    Path("deep.jsonl").write_text("\n" + "[" * 100_000)
+    Path("name.toml").write_text(TRAIT.replace('"dry"', '"../dry"'))
+    Path("empty.toml").write_text(TRAIT + '[[continuation]]\ntrait = " "\nanti = "Yes."\n')
     Path("number.jsonl").write_text("3\n")
     Path("strings.jsonl").write_text('{"messages": ["hi", "ho"]}\n')
     Path("numbers.jsonl").write_text('{"messages": [1, 2]}\n')
@@ -331,6 +361,11 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a text file that is a folder": ("capture -m TINY -f folder.gguf -o o.st", USAGE, "folder.gguf"),
     "a text file in another encoding": ("capture -m TINY -f latin.txt -o o.st", USAGE, "not UTF-8"),
     "JSON cut short": ("capture -m TINY -f bad.jsonl -o o.st", USAGE, "line 1"),
+    "JSON too deep": ("capture -m TINY -f deep.jsonl -o o.st", USAGE, "line 2"),
+    "a context beyond all counts": ("generate -m TINY -p x -c 99999999999", USAGE, "-c"),
+    "more layers on the GPU than a number holds": ("generate -m TINY -p x -ngl 99999999999", USAGE, "-ngl"),
+    "a trait without a word for a name": ("derive name.toml -m TINY -o o.gguf", USAGE, "one word"),
+    "an empty continuation": ("derive empty.toml -m TINY -o o.gguf", USAGE, "empty text"),
     "JSON of another kind": ("capture -m TINY -f number.jsonl -o o.st", USAGE, "line 1"),
     "messages that are strings": ("capture -m TINY -t 1 -f strings.jsonl -o o.st", USAGE, "role"),
     "messages that are numbers": ("capture -m TINY -t 1 -f numbers.jsonl -o o.st", USAGE, "role"),

@@ -153,6 +153,23 @@ def test_a_continuation_reuses_a_prefix_only_under_the_same_steering_and_equals_
     assert np.array_equal(same["logits"], expected)
 
 
+@pytest.mark.larger_model
+def test_a_prefix_that_a_sliding_window_cache_has_dropped_is_not_reused(gemma: Loaded) -> None:
+    # a long text in one slot lets another write over the cells behind its window, the start of the text
+    tokens = gemma.tokens(650)
+    session = gemma.session(n_ctx=700, n_parallel=2, n_batch=350)
+    first = {"tokens": gemma.tokens(200, 90), "max_tokens": 1}
+    run(session, first, {"tokens": tokens, "max_tokens": 1})
+    run(session, {"tokens": gemma.tokens(650, 30), "max_tokens": 1})
+    continued = text_request(tokens[:101], (100, 101), reuse_prefix=True)
+    (result,) = run(session, continued)
+    session.reset()
+    (fresh,) = run(session, continued)
+
+    # other shapes round otherwise; a missing prefix changes the logits by more than 1
+    assert np.abs(result["logits"] - fresh["logits"]).max() < 0.2
+
+
 def test_an_edit_at_a_block_is_the_control_vector_of_that_block_and_of_no_neighbour(tiny: Loaded) -> None:
     il, tokens, v = 2, tiny.tokens(16), tiny.directions(seed=3)[2]
     planted = np.zeros((tiny.n_layer, tiny.n_embd), np.float32)

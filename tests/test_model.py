@@ -6,6 +6,7 @@ import io
 import re
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import samples
 
 import personasteer as ps
 from personasteer.derive import elicit
+from personasteer.derive.contrast import choose_layers
 from personasteer.engine import Request, Sampling, Taps
 from personasteer.identity import differences, identify
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
@@ -802,6 +804,43 @@ def test_the_same_seed_derives_the_same_bytes_whatever_ran_before_and_another_se
         model.capture(TEXTS, last_layer=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_a_vector_depends_on_none_of_the_models_sizes(tiny_path: Path) -> None:
+    trait = ps.Trait("t", "d", (("Be dark.", "Be bright."),), ("How are you?", "And the sea?", "So?", "Then?"))
+    found = []
+    for sizes in ({"n_parallel": 1}, {"n_parallel": 4, "n_batch": 32}, {"n_ctx": 1024}):
+        with opened(tiny_path, **sizes) as m:
+            found.append(ps.derive(m, trait, max_tokens=6, seed=1))
+    for other in found[1:]:
+        assert np.array_equal(found[0].directions, other.directions)
+        assert np.array_equal(found[0].norms, other.norms)
+
+
+def test_a_template_that_names_the_date_gives_the_same_vector_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", chat_template="{{ strftime_now('%Y-%m-%d') }}\n" + TEMPLATE)
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2077, 7, 7)
+
+    with opened(path) as m:
+        dated, undated = m.prompt_tokens("hello"), m.pair_tokens("hello", "hi")[0]
+        monkeypatch.setattr("personasteer.chat.datetime", Tomorrow)
+        assert m.prompt_tokens("hello") != dated
+        assert m.detokenize(m.prompt_tokens("hello")).lstrip().startswith("2077-07-07")
+        assert m.pair_tokens("hello", "hi")[0] == undated
+
+
+def test_the_middle_blocks_are_chosen_where_the_samples_are_too_few_to_tell(model: ps.Model) -> None:
+    v = ps.contrast(model, ["It is bad.", "No."], ["It is good.", "Yes."])
+    assert v.separations is not None
+    assert np.isnan(v.separations).all()
+    assert v.layers == (1,)
+    assert choose_layers(*np.full((2, 30), np.nan, np.float32), np.ones((30, 4), np.float32)) == (14, 15, 16, 17, 18)
 
 
 @pytest.mark.parametrize("option", [{"max_tokens": 0}, {"n_questions": 0}, {"temperature": -1.0}, {"layers": [4]}])

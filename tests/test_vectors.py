@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ def compiled(
         (),
         (samples.vector() * 0.0,),
         (samples.vector() * 0.3 * 0,),
-        (samples.vector(layers=()) * 0.3,),
+        (samples.vector(layers=()) * 0.0,),
         (samples.vector() * 0.3, samples.vector() * -0.3),
         (Add(samples.vector(), 0.3, scope=(99,)),),
         (Add(samples.vector(), 0.3, "response"), Add(samples.vector(), -0.3, "response")),
@@ -333,6 +334,29 @@ def test_edits_that_do_nothing_or_cancel_leave_no_trace(edits: tuple[Add, ...]) 
     assert mixes == []
     assert set(of_token) <= {-1}
     assert of_generated == -1
+
+
+def test_an_edit_that_names_no_layer_is_an_error_and_does_not_silently_do_nothing() -> None:
+    a = samples.vector()
+    for edit in (samples.vector(layers=()) * 0.3, (a - a) * 0.3, Add(a, 0.3, layers=())):
+        with pytest.raises(VectorError, match="no layer"):
+            compiled(edit)
+
+
+@pytest.mark.parametrize("scope", [(-1,), (1.5,), 3, ("all",), None])
+def test_positions_that_are_none_are_refused(scope: Any) -> None:
+    with pytest.raises(ArgumentError):
+        Add(samples.vector(), 0.3, scope=scope)
+
+
+def test_the_negative_of_a_vector_is_the_vector_at_negative_strength() -> None:
+    v = samples.vector(weights={1: 0.9, 2: 0.1}, last_prompt=samples.vector(seed=9).directions)
+    assert_rows(((-v) * 0.3).rows(MODEL), (v * -0.3).rows(MODEL))
+    assert v.last_prompt is not None
+    assert np.array_equal((-v).last_prompt, -v.last_prompt)
+    foreign = samples.vector(n_layer=3, provenance={"method": "imported"})  # may name fewer blocks than the model has
+    assert_rows(((-foreign) * 0.3).rows(MODEL), (foreign * -0.3).rows(MODEL))
+    assert (random_vectors(foreign, 1)[0] * 0.3).rows(MODEL).keys() == {1, 2}
 
 
 def test_an_edit_without_directions_where_it_is_active_is_an_error_whatever_its_scope() -> None:
