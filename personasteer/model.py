@@ -460,7 +460,7 @@ class Model:
 
     @property
     def hook_bytes(self) -> int:
-        """Memory that steering and capture hold now, on all devices."""
+        """Bytes of the edit bank and the taps now, on all devices; llama.cpp's output buffer grows beside them."""
         with self._lock:
             self._open()
             return int(self._session.hook_bytes)

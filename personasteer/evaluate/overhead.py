@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -213,10 +214,6 @@ def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: in
 
 
 def _peak_rss_mib() -> float:
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
