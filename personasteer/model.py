@@ -122,6 +122,17 @@ class Model:
         return self.metadata.get("general.architecture", "unknown")
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What a vector's provenance says of the model that it is from."""
+        parts = {part: self.identity[part] for part in identity.PARTS}
+        return {
+            "model": self.name,
+            "architecture": self.architecture,
+            "fingerprint": self.fingerprint,
+            "identity": parts,
+        }
+
+    @property
     def norms(self) -> NDArray[np.float32]:
         """(n_layer,) m_il: the median norm of each block's output, unsteered, over 16 everyday question-answer pairs.
 

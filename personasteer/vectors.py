@@ -131,7 +131,11 @@ class PersonaVector:
 
     def _origin(self, expression: str) -> dict[str, Any]:
         method = "imported" if self.provenance.get("method") == "imported" else "arithmetic"
-        kept = {key: self.provenance[key] for key in ("fingerprint", "identity", "model") if key in self.provenance}
+        kept = {
+            key: self.provenance[key]
+            for key in ("model", "architecture", "fingerprint", "identity")
+            if key in self.provenance
+        }
         return {"method": method, "expression": expression, **kept}
 
     def __add__(self, other: PersonaVector) -> PersonaVector:

@@ -76,6 +76,12 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
+def write_piece(_: int, text: str) -> None:
+    """The on_token callback of streamed answers."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 @contextmanager
 def stages() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Names of stages to progress callbacks: bars on stderr when it is a terminal, nothing otherwise."""

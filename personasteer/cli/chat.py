@@ -21,6 +21,7 @@ from personasteer.cli._common import (
     open_model,
     print_json,
     stderr,
+    write_piece,
 )
 
 
@@ -72,13 +73,8 @@ def chat(
                 if not line.strip():
                     continue
             messages.append({"role": "user", "content": prompt if prompt is not None else line.strip()})
-            answer = m.chat(messages, system=system, reuse_cache=True, on_token=_write, **options)
+            answer = m.chat(messages, system=system, reuse_cache=True, on_token=write_piece, **options)
             typer.echo()
             if prompt is not None:
                 return
             messages.append({"role": "assistant", "content": answer})
-
-
-def _write(_: int, text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

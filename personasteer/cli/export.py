@@ -20,7 +20,6 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
-from personasteer.identity import PARTS
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
 from personasteer.steering import check_fits
@@ -105,10 +104,7 @@ def fold(model: Model, parts: Sequence[tuple[PersonaVector, float]]) -> PersonaV
         norms=model.norms,
         provenance={
             "method": "fold",
-            "model": model.name,
-            "architecture": model.architecture,
-            "fingerprint": model.fingerprint,
-            "identity": {part: model.identity[part] for part in PARTS},
+            **model.origin,
             "parts": [{"name": v.name, "strength": s, "provenance": dict(v.provenance)} for v, s in parts],
         },
     )

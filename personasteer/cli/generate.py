@@ -19,8 +19,8 @@ from personasteer.cli._common import (
     load_steering,
     open_model,
     print_json,
+    write_piece,
 )
-from personasteer.cli.chat import _write
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +54,7 @@ def generate(
             max_tokens=predict,
             temperature=temp,
             repeat_penalty=repeat_penalty,
-            on_token=None if json else _write,
+            on_token=None if json else write_piece,
         )
         if json:
             print_json({"prompt": prompt, "text": text})

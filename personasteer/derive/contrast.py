@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ElicitationError
-from personasteer.identity import PARTS
 from personasteer.model import Item, Model
 from personasteer.vectors import PersonaVector
 
@@ -140,10 +139,7 @@ def vector_from_samples(
         reliability=reliability,
         provenance={
             "method": "difference-of-means",
-            "model": model.name,
-            "architecture": model.architecture,
-            "fingerprint": model.fingerprint,
-            "identity": {part: model.identity[part] for part in PARTS},
+            **model.origin,
             "n_positive": len(samples.positive),
             "n_negative": len(samples.negative),
             "personasteer": version("personasteer"),
