@@ -111,7 +111,7 @@ void bind_session(py::module_ & m) {
                float top_p, float min_p, float repeat_penalty, uint32_t seed, const std::vector<py::bytes> & stop,
                std::pair<int, int> outputs, bool keep_logits, bool keep_scores,
                const std::vector<std::pair<int, int>> & pools, const std::vector<std::pair<int, int>> & raws,
-               bool keep_readings, bool reuse_prefix) {
+               bool keep_readings, bool reuse_prefix, bool ignore_end) {
                 request r;
                 r.tokens = std::move(tokens);
                 r.mixes.assign(mixes.begin(), mixes.end());
@@ -138,6 +138,7 @@ void bind_session(py::module_ & m) {
                 }
                 r.keep_readings = keep_readings;
                 r.reuse_prefix = reuse_prefix;
+                r.ignore_end = ignore_end;
                 const py::gil_scoped_release release;
                 return s.submit(std::move(r));
             },
@@ -145,7 +146,7 @@ void bind_session(py::module_ & m) {
             "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f, "min_p"_a = 0.05f,
             "repeat_penalty"_a = 1.0f, "seed"_a = 0, "stop"_a = py::list(), "outputs"_a = std::pair<int, int>(0, 0),
             "keep_logits"_a = false, "keep_scores"_a = false, "pools"_a = py::list(), "raws"_a = py::list(),
-            "keep_readings"_a = false, "reuse_prefix"_a = false)
+            "keep_readings"_a = false, "reuse_prefix"_a = false, "ignore_end"_a = false)
         .def("cancel", &session::cancel, "id"_a, no_gil)
         .def_property_readonly("busy", py::cpp_function(&session::busy, no_gil))
         .def(

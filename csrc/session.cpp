@@ -826,7 +826,7 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
 
 void session::take_token(slot & s, int output, std::vector<token_event> & events) {
     const llama_token token = llama_sampler_sample(s.sampler.get(), ctx.get(), output);
-    if (mdl->is_end(token)) {
+    if (mdl->is_end(token) && !s.req.ignore_end) {
         finish(s, "stop");
         return;
     }

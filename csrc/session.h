@@ -53,6 +53,7 @@ struct request {
     int max_tokens = 0; // 0: only the given text is computed
     sampling_params sampling;
     std::vector<std::string> stop; // the text ends before the first of these
+    bool ignore_end = false;       // go on after an end-of-turn token
 
     span outputs;               // given tokens whose output row is wanted
     bool keep_logits = false;   // the rows themselves

@@ -67,6 +67,7 @@ class Request:
     raw: tuple[int, int] | None = None
     keep_readings: bool = False
     share_prefix: bool = False
+    ignore_end: bool = False  # go on after an end-of-turn token
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def run(
                 raws=[r.raw] if r.raw else [],
                 keep_readings=r.keep_readings,
                 reuse_prefix=r.share_prefix,
+                ignore_end=r.ignore_end,
                 **r.sampling.arguments(i),
             )
             order[request_id] = i

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from personasteer.errors import ArgumentError, IncompatibleVector, VectorError
 from personasteer.steering import Add
 
+ORIGIN = ("model", "architecture", "fingerprint", "identity")  # of a provenance: the model that it is from
+
 
 @dataclass(frozen=True, eq=False)
 class PersonaVector:

@@ -300,6 +300,34 @@ def test_no_more_tokens_are_generated_than_asked_for(model: ps.Model) -> None:
         model.generate("hello", max_tokens=0)
 
 
+def test_an_end_of_turn_token_ends_a_text_unless_it_is_ignored(model: ps.Model) -> None:
+    end = model._native.eos
+    tokens = model.tokenize("hello")
+    u = model.logits(["hello"])[0][-1]
+    # steered towards the end token at the last block, the model says it at once
+    row = next(
+        d
+        for d in 400 * np.random.default_rng(0).standard_normal((2000, 1, 64)).astype(np.float32)
+        if model.logits(["hello"], steer=ps.Add(planted(d), 1.0, raw=True))[0][-1].argmax() == end
+    )
+    assert u.argmax() != end
+    steer = ps.Steering([ps.Add(planted(row), 1.0, raw=True)])
+    stopped, going = model.run_requests(
+        [
+            Request(tokens, len(tokens), steer, max_tokens=5, sampling=Sampling(temperature=0), ignore_end=ignore)
+            for ignore in (False, True)
+        ]
+    )
+    assert (stopped["finish"], len(stopped["tokens"])) == ("stop", 0)
+    assert (going["finish"], len(going["tokens"]), going["tokens"][0]) == ("length", 5, end)
+
+
+def planted(row: np.ndarray) -> ps.PersonaVector:
+    data = np.full((4, 64), np.nan, np.float32)
+    data[3] = row
+    return ps.PersonaVector(data, (3,))
+
+
 def test_generation_ends_at_the_last_token_of_the_context(tiny_path: Path) -> None:
     with opened(tiny_path, n_ctx=16) as m:
         tokens = m.tokenize("hello you")

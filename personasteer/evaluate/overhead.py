@@ -14,7 +14,7 @@ import numpy as np
 from personasteer import engine
 from personasteer._native import load_core
 from personasteer.engine import Progress, Request, Sampling, Taps
-from personasteer.errors import ArgumentError, ModelError
+from personasteer.errors import ArgumentError
 from personasteer.model import Model
 from personasteer.steering import Steering
 from personasteer.vectors import PersonaVector
@@ -75,7 +75,7 @@ def measure_overhead(
     """
     if pairs < 2:
         raise ArgumentError(f"pairs must be at least 2, not {pairs}")
-    if prompt_tokens < 2 or decode_tokens < 1 or prompt_tokens + decode_tokens + 1 > model.n_ctx:
+    if prompt_tokens < 2 or decode_tokens < 2 or prompt_tokens + decode_tokens + 1 > model.n_ctx:
         raise ArgumentError(f"{prompt_tokens} + {decode_tokens} tokens do not fit n_ctx {model.n_ctx}")
     rng = np.random.default_rng(seed)
     tokens = [int(t) for t in rng.integers(0, model.n_vocab, prompt_tokens)]
@@ -142,6 +142,7 @@ class _Runner:
             steering,
             max_tokens=n_decode,
             sampling=Sampling(temperature=0),
+            ignore_end=True,  # always so many tokens
             outputs=span if mode.last_layer else (0, 0),
             pools=(span,) if mode.taps and mode.taps.pool_layers else (),
             raw=span if mode.taps and mode.taps.raw_layers else None,
@@ -159,15 +160,16 @@ class _Runner:
             engine.run(watched, self.model, [self.request], taps=self.mode.taps)
         else:
             self._run_plain(watched)
-        if len(watched.marks) < 2:
-            raise ModelError("the model ended its text at once: there is no decoding to time")
         first, *later = watched.marks
         return {"prefill": first - start, "decode": (later[-1] - first) / len(later)}
 
     def _run_plain(self, session: Any) -> None:
         session.reset()
         session.submit(
-            tokens=self.request.tokens, max_tokens=self.request.max_tokens, **self.request.sampling.arguments(0)
+            tokens=self.request.tokens,
+            max_tokens=self.request.max_tokens,
+            ignore_end=True,
+            **self.request.sampling.arguments(0),
         )
         while session.busy:
             session.step()
