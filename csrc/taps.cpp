@@ -29,7 +29,8 @@ void taps::allocate(const placement & where) {
     }
     std::vector<device> made; // all or none: a failure in between leaves nothing that looks allocated
     for (auto & [buft, d] : by_device) {
-        d.is_cpu = ggml_backend_buft_is_host(buft);
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+        d.is_cpu = !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
         d.ctx = make_tensor_context(5);
         ggml_context * ctx = d.ctx.get();
         if (const auto n = int64_t(d.pool_layers.size())) {
@@ -135,11 +136,7 @@ void taps::new_graph() {
     }
 }
 
-// CUDA sums products of odd length in TF32; a zero at the end keeps them float32.
-ggml_tensor * taps::even_length(ggml_context * ctx, const device & d, ggml_tensor * t) {
-    return d.is_cpu || t->ne[0] % 2 == 0 ? t : ggml_pad(ctx, t, 1, 0, 0, 0);
-}
-
+// The tokens' weights for the rows of x: [n_pools, rows] on the CPU, transposed elsewhere.
 ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here, const graph_inputs & in) {
     const bool cut = n_columns_here != in.n_tokens;
     ggml_tensor *& cached = cut ? d.weights_out : d.weights_all;
@@ -148,9 +145,40 @@ ggml_tensor * taps::pool_weights_for(ggml_context * ctx, device & d, int64_t n_c
         if (cut) {
             w = ggml_get_rows(ctx, w, in.out_ids);
         }
-        cached = even_length(ctx, d, ggml_cont(ctx, ggml_transpose(ctx, w)));
+        cached = d.is_cpu ? w : transposed(ctx, w);
     }
     return cached;
+}
+
+// CUDA sums products of odd length in TF32; a zero at the end keeps them float32.
+ggml_tensor * taps::transposed(ggml_context * ctx, ggml_tensor * t) {
+    t = ggml_cont(ctx, ggml_transpose(ctx, t));
+    return t->ne[0] % 2 == 0 ? t : ggml_pad(ctx, t, 1, 0, 0, 0);
+}
+
+// The pools of one block: x [n_embd, rows] times the weights of its rows.
+void taps::pool(ggml_context * ctx, device & d, int at, ggml_tensor * x, const graph_inputs & in,
+                std::vector<ggml_tensor *> & ends) {
+    const auto dst = [&](int first, int n) {
+        return ggml_view_2d(ctx, d.pooled, n_embd, n, d.pooled->nb[1],
+                            size_t(at) * d.pooled->nb[2] + size_t(first) * d.pooled->nb[1]);
+    };
+    if (keeps_rows(in.n_tokens)) {
+        ends.push_back(ggml_cpy(ctx, x, dst(0, int(x->ne[1]))));
+        return;
+    }
+    ggml_tensor * w = pool_weights_for(ctx, d, x->ne[1], in);
+    if (d.is_cpu) { // reads the rows where they stand; an op that not every device has
+        ends.push_back(ggml_cpy(ctx, ggml_out_prod(ctx, x, w), dst(0, cfg.n_pools)));
+        return;
+    }
+    ggml_tensor * xt = transposed(ctx, x);
+    constexpr int step = 3; // CUDA multiplies more columns at a time in TF32
+    for (int s = 0; s < cfg.n_pools; s += step) {
+        const int n = std::min(step, cfg.n_pools - s);
+        ggml_tensor * ws = ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], size_t(s) * w->nb[1]);
+        ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, xt, ws), dst(s, n)));
+    }
 }
 
 std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
@@ -162,23 +190,8 @@ std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h
     }
     std::vector<ggml_tensor *> ends;
     for (device & d : devices) {
-        if (const int at = position_in(d.pool_layers, il); at >= 0 && keeps_rows(in.n_tokens)) {
-            ggml_tensor * dst =
-                ggml_view_2d(ctx, d.pooled, n_embd, x->ne[1], d.pooled->nb[1], size_t(at) * d.pooled->nb[2]);
-            ends.push_back(ggml_cpy(ctx, x, dst));
-        } else if (at >= 0) {
-            ggml_tensor * w = pool_weights_for(ctx, d, x->ne[1], in);
-            ggml_tensor * xt = even_length(ctx, d, ggml_cont(ctx, ggml_transpose(ctx, x))); // [n_tokens, n_embd]
-            // CUDA multiplies more than three columns in TF32; three at a time stay float32
-            const int step = d.is_cpu ? cfg.n_pools : 3;
-            for (int s = 0; s < cfg.n_pools; s += step) {
-                const int n = std::min(step, cfg.n_pools - s);
-                ggml_tensor * ws =
-                    n == cfg.n_pools ? w : ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], size_t(s) * w->nb[1]);
-                ggml_tensor * dst = ggml_view_2d(ctx, d.pooled, n_embd, n, d.pooled->nb[1],
-                                                 size_t(at) * d.pooled->nb[2] + size_t(s) * d.pooled->nb[1]);
-                ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, xt, ws), dst));
-            }
+        if (const int at = position_in(d.pool_layers, il); at >= 0) {
+            pool(ctx, d, at, x, in, ends);
         }
         if (const int at = position_in(d.raw_layers, il); at >= 0) {
             ggml_tensor * dst = ggml_view_2d(ctx, d.raw, n_embd, x->ne[1], d.raw->nb[1], size_t(at) * d.raw->nb[2]);

@@ -71,11 +71,13 @@ class taps {
         ggml_tensor * raw = nullptr;          // F32 [n_embd, n_columns, raw_layers.size()]
         ggml_tensor * readouts = nullptr;     // F32 [n_embd, n_readouts, reading_layers.size()]
         ggml_tensor * readings = nullptr;     // F32 [n_readouts, n_columns, reading_layers.size()]
-        ggml_tensor * weights_all = nullptr;  // node of the graph being built: [n_tokens, n_pools]
-        ggml_tensor * weights_out = nullptr;  // the same for output rows: [n_outputs, n_pools]
+        ggml_tensor * weights_all = nullptr;  // node of the graph being built, for all tokens
+        ggml_tensor * weights_out = nullptr;  // the same for the output rows
         std::vector<float> pooled_host;       // copy of `pooled`
     };
-    static ggml_tensor * even_length(ggml_context * ctx, const device & d, ggml_tensor * t);
+    static ggml_tensor * transposed(ggml_context * ctx, ggml_tensor * t);
+    void pool(ggml_context * ctx, device & d, int at, ggml_tensor * x, const graph_inputs & in,
+              std::vector<ggml_tensor *> & ends);
     ggml_tensor * pool_weights_for(ggml_context * ctx, device & d, int64_t n_columns_here, const graph_inputs & in);
 
     int n_embd;
