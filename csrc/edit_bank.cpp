@@ -115,15 +115,13 @@ ggml_tensor * edit_bank::edit(ggml_context * ctx, int il, ggml_tensor * h, const
             continue;
         }
         ggml_tensor * rows = ggml_view_2d(ctx, d.rows, n_embd, rows_max, d.rows->nb[2], size_t(at) * d.rows->nb[1]);
-        ggml_tensor * index;
-        if (h->ne[1] == in.n_tokens) {
-            index = ggml_view_1d(ctx, d.index, in.n_tokens, 0);
-        } else { // the last block keeps only the tokens with outputs
-            ggml_tensor * all = ggml_view_2d(ctx, d.index, 1, in.n_tokens, d.index->nb[0], 0);
-            ggml_tensor * kept = ggml_get_rows(ctx, all, in.out_ids);
-            index = ggml_reshape_1d(ctx, kept, h->ne[1]);
+        ggml_tensor * index = ggml_view_2d(ctx, d.index, 1, in.n_tokens, d.index->nb[0], 0);
+        if (h->ne[1] != in.n_tokens) { // the last block keeps only the tokens with outputs
+            index = ggml_get_rows(ctx, index, in.out_ids);
         }
-        return ggml_add(ctx, h, ggml_get_rows(ctx, rows, index));
+        // made for the biases of experts: each token, with one expert, adds the row that its index names
+        ggml_tensor * tokens = ggml_view_3d(ctx, h, n_embd, 1, h->ne[1], h->nb[1], h->nb[1], 0);
+        return ggml_reshape_2d(ctx, ggml_add_id(ctx, tokens, rows, index), n_embd, h->ne[1]);
     }
     throw model_error("block " + std::to_string(il) + " has no place in the edit bank");
 }

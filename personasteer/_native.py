@@ -19,6 +19,7 @@ from personasteer.files import read_cache, write_cache
 log = logging.getLogger("personasteer")
 
 
+@functools.cache
 def load_core() -> ModuleType:
     """Import llama_cpp, then the extension against the very libraries that it loaded.
 

@@ -39,7 +39,7 @@ def test_another_llama_cpp_python_than_the_one_built_against_is_refused_with_bot
 ) -> None:
     monkeypatch.setattr(_native, "version", lambda name: "9.8.7")
     with pytest.raises(ImportError) as raised:
-        _native.load_core()
+        _native.load_core.__wrapped__()
     message = str(raised.value)
     assert "9.8.7" in message
     assert "pip install llama-cpp-python==0.3.36" in message
@@ -52,7 +52,7 @@ def test_a_missing_llama_cpp_python_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(_native, "version", missing)
     with pytest.raises(ImportError, match="needs llama-cpp-python"):
-        _native.load_core()
+        _native.load_core.__wrapped__()
 
 
 # ---- the probe
