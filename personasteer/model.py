@@ -98,6 +98,16 @@ class Model:
             ChatTemplate(source, self._special(self._native.bos), self._special(self._native.eos)) if source else None
         )
 
+    def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Block indices, ascending and once each. Raises ArgumentError where there is none, or no such block."""
+        chosen = tuple(sorted({int(il) for il in layers}))
+        if not chosen:
+            raise ArgumentError("layers is empty: name at least one block")
+        for il in chosen:
+            if not 0 <= il < self.n_layer:
+                raise ArgumentError(f"layer {il} is out of range: the model has blocks 0 to {self.n_layer - 1}")
+        return chosen
+
     def _new_session(self, n_ctx: int, n_parallel: int, n_batch: int) -> Any:
         # a decode gives all its tokens an output row while that keeps the output buffer (16 bytes per entry) small
         n_outputs = int(np.clip(64 * 2**20 // (16 * self.n_vocab), n_parallel, 64))
@@ -348,10 +358,7 @@ class Model:
             raise ArgumentError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
         if span is not None and span not in SPANS:
             raise ArgumentError(f"span must be one of {', '.join(SPANS)}, not {span!r}")
-        chosen = tuple(range(self.n_layer)) if layers is None else tuple(sorted({int(il) for il in layers}))
-        for il in chosen:
-            if not 0 <= il < self.n_layer:
-                raise ArgumentError(f"layer {il} is out of range: the model has blocks 0 to {self.n_layer - 1}")
+        chosen = tuple(range(self.n_layer)) if layers is None else self.check_layers(layers)
         requests, widths = [], []
         for item, s in zip(_items(items), self._steerings(steer, len(items)), strict=True):
             tokens, n_prompt, (begin, end) = self._span_of(item, span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from personasteer.derive.contrast import (
     Samples,
@@ -41,7 +41,7 @@ def derive(
         trait: a name of the library (`personasteer traits`), the path of a .toml file, or a Trait.
         n_questions: questions per system prompt, drawn by the seed; all of the trait's when None.
         max_tokens: length of an answer, at most.
-        temperature: of sampling the answers.
+        temperature: of sampling the answers; low, so that few of them give a direction that another seed repeats.
         seed: of sampling; the model's when None.
         layers: recommended blocks to steer at; chosen by held-out separation when None.
         progress: called with (done, total) answers.
@@ -53,7 +53,8 @@ def derive(
     """
     trait = find(trait) if isinstance(trait, str) else trait
     seed = model.seed if seed is None else seed
-    options = {"n_questions": n_questions, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    if layers is not None:
+        model.check_layers(layers)  # before the work
     found = elicit(
         model,
         trait,
@@ -63,7 +64,7 @@ def derive(
         seed=seed,
         progress=progress,
     )
-    return from_elicited(model, trait, found, layers=layers, options=options)
+    return from_elicited(model, trait, found, layers=layers)
 
 
 def from_elicited(
@@ -72,9 +73,8 @@ def from_elicited(
     found: Elicited,
     *,
     layers: Sequence[int] | None = None,
-    options: Mapping[str, object] | None = None,
 ) -> PersonaVector:
-    """The vector of answers that `elicit` has gathered; `options` go into the provenance."""
+    """The vector of answers that `elicit` has gathered."""
     return vector_from_samples(
         model,
         found.responses,
@@ -85,6 +85,6 @@ def from_elicited(
             "trait": trait.name,
             "pool": "response mean",
             "prompts_sha256": prompts_hash(trait.system, trait.derive_questions),
-            **(options or {}),
+            **found.options,
         },
     )

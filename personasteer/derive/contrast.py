@@ -120,15 +120,7 @@ def vector_from_samples(
     """Directions, quality, recommended layers and provenance, put together."""
     directions = difference_of_means(samples)
     separation, reliability = held_out_quality(samples)
-    if layers is None:
-        chosen = choose_layers(separation, reliability, directions)
-    else:
-        chosen = tuple(sorted({int(il) for il in layers}))
-        if not chosen:
-            raise ArgumentError("layers is empty: name a block to steer at, or None to have them chosen")
-        for il in chosen:
-            if not 0 <= il < model.n_layer:
-                raise ArgumentError(f"layer {il} is out of range: the model has blocks 0 to {model.n_layer - 1}")
+    chosen = choose_layers(separation, reliability, directions) if layers is None else model.check_layers(layers)
     return PersonaVector(
         directions,
         chosen,
@@ -188,6 +180,8 @@ def contrast(
         pool = "last" if all(isinstance(item, str) for item in [*positive, *negative]) else "mean"
     if pool not in ("mean", "last"):
         raise ArgumentError(f"pool must be mean or last, not {pool!r}")
+    if layers is not None:
+        model.check_layers(layers)  # before the work
     n = len(positive)
     acts = model.capture([*positive, *negative], pool=pool, span=span, last_layer=True, progress=progress)
     samples = Samples(acts[:n], acts[n:], np.arange(n), np.arange(len(negative)))

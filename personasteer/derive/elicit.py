@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +30,13 @@ class Rollout:
 class Elicited:
     """Answers under both kinds of system prompts with what they did inside.
 
-    responses: mean over the answer's tokens t >= P; last_prompt: at token P - 1.
+    responses: mean over the answer's tokens t >= P; last_prompt: at token P - 1; options: how they were elicited.
     """
 
     rollouts: tuple[Rollout, ...]
     responses: Samples
     last_prompt: Samples
+    options: Mapping[str, object]
 
 
 def elicit(
@@ -99,4 +101,5 @@ def elicit(
         return np.array([plan[i][2] for i in chosen])
 
     rollouts = tuple(Rollout(plan[i][2], plan[i][1], results[i]["text"].decode("utf-8", "replace")) for i in kept)
-    return Elicited(rollouts, samples(0), samples(1))
+    options = {"n_questions": len(questions), "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    return Elicited(rollouts, samples(0), samples(1), options)
