@@ -3,7 +3,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from personasteer.cli._common import (
     GpuOption,
@@ -52,7 +53,8 @@ def bench(
     if json:
         print_json(as_json(rows))
         return
-    table = Table("phase", "mode", "K", "ratio (median)", "95 % interval", "min … max", "tokens/s", "MiB added")
+    columns = ("phase", "mode", "K", "ratio", "95 % interval", "min … max", "tokens/s", "MiB")
+    table = Table(*(Column(c, no_wrap=True) for c in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for r in rows:
         table.add_row(
             r.phase,
