@@ -78,7 +78,7 @@ llama_context_params context_params(const session_params & p) {
                             " tokens are more than llama.cpp can count");
     }
     cp.n_ctx = uint32_t(p.n_ctx * p.n_parallel);
-    cp.n_batch = cp.n_ubatch = uint32_t(p.n_batch);
+    cp.n_batch = cp.n_ubatch = std::min(uint32_t(p.n_batch), cp.n_ctx);
     cp.n_seq_max = uint32_t(p.n_parallel);
     cp.n_outputs_max = uint32_t(std::max(p.n_outputs, p.n_parallel));
     cp.n_outputs_max_per_seq = 1;
@@ -107,8 +107,8 @@ session::session(std::shared_ptr<model> m, const session_params & params)
       one_sequence_per_decode(llama_model_is_recurrent(mdl->get()) || llama_model_is_hybrid(mdl->get())),
       slots(size_t(std::max(params.n_parallel, 1))) {
     const llama_context_params cp = context_params(cfg);
-    cfg.n_batch = std::min(cfg.n_batch, int(cp.n_ctx));
-    ctx = make_context(*mdl, context_params(cfg));
+    cfg.n_batch = int(cp.n_batch);
+    ctx = make_context(*mdl, cp);
     const log_capture log;
     // Polled by the leader of the compute threads, which is the thread that called step().
     llama_set_abort_callback(
@@ -701,6 +701,7 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
     const auto n_embd = size_t(mdl->n_embd());
     const auto n_vocab = size_t(mdl->n_vocab());
     const size_t pools_per_slot = size_t(wanted_taps.n_pools) / slots.size();
+    const bool rows_kept = tap && tap->keeps_rows(int64_t(items.size()));
     // where block il's row of an item stands in the buffers, or -1
     const auto column_of = [&](size_t i, int il) { return tap->is_cut(il) ? items[i].output : int(i); };
     // f(first item, column, count) for the rows of items [i, end), as runs of neighbours
@@ -745,10 +746,10 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
                         into[k] += double(from[k]);
                     }
                 };
-                if (!tap->keeps_rows(int64_t(items.size()))) {
+                if (!rows_kept) {
                     add(int(size_t(q) * pools_per_slot + p));
                 }
-                for (size_t i = begin; i < end && tap->keeps_rows(int64_t(items.size())); ++i) {
+                for (size_t i = begin; i < end && rows_kept; ++i) {
                     const int column = column_of(i, il);
                     if (column >= 0 && in(s.req.pools[p], items[i].index)) {
                         add(column);

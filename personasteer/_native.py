@@ -72,7 +72,7 @@ def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return False
 
 
-CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, getattr(signal, "SIGBUS", 7))}
+CRASHES = {-s for s in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS)}
 PROBE = [sys.executable, "-P", "-m", "personasteer._probe"]  # -P: not from the folder that we stand in
 
 

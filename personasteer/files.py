@@ -23,10 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Readers see the old file or the whole new one. Raises ArgumentError as `check_output` does, OSError as the disk.
     """
-    check_output(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
@@ -42,6 +39,10 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 def check_output(path: Path) -> None:
     """Raise ArgumentError where no file can be written: a folder, a device, a missing or read-only folder."""
+    _temporary_beside(path).unlink()
+
+
+def _temporary_beside(path: Path) -> Path:
     if path.is_dir():
         raise ArgumentError(f"{path}: cannot write here, it is a folder")
     if path.exists() and not path.is_file():
@@ -51,7 +52,7 @@ def check_output(path: Path) -> None:
     except OSError as e:
         raise ArgumentError(f"{path}: cannot write here ({e.strerror})") from e
     os.close(handle)
-    os.unlink(name)
+    return Path(name)
 
 
 def _umask() -> int:

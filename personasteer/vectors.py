@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from personasteer.errors import ArgumentError, IncompatibleVector, VectorError
 from personasteer.steering import Add
 
-ORIGIN = ("model", "architecture", "fingerprint", "identity")  # of a provenance: the model that it is from
+ORIGIN = ("model", "architecture", "fingerprint", "identity")  # the part of a provenance that Model.origin gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +133,7 @@ class PersonaVector:
 
     def _origin(self, expression: str) -> dict[str, Any]:
         method = "imported" if self.provenance.get("method") == "imported" else "arithmetic"
-        kept = {
-            key: self.provenance[key]
-            for key in ("model", "architecture", "fingerprint", "identity")
-            if key in self.provenance
-        }
+        kept = {key: self.provenance[key] for key in ORIGIN if key in self.provenance}
         return {"method": method, "expression": expression, **kept}
 
     def __add__(self, other: PersonaVector) -> PersonaVector:

@@ -62,7 +62,7 @@ def capture(
             items, pool=pool, span=span, last_layer=last_layer, steer=steering, progress=stage("capturing")
         )
         metadata = {"model": m.name, "fingerprint": m.fingerprint, "pool": pool, "span": span or "default"}
-        metadata["steering"] = " ".join(vector or []) and f"{' '.join(vector or [])} scope={scope}"
+        metadata["steering"] = f"{' '.join(vector)} scope={scope}" if vector else ""
     if pool == "raw":
         tensors = {f"activations.{i}": np.ascontiguousarray(a) for i, a in enumerate(found)}
     else:
