@@ -18,6 +18,9 @@ void bind_model(py::module_ & m) {
                  return std::make_shared<model>(path, p);
              }),
              "path"_a, "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_extra_bufts"_a = true)
+        .def_static(
+            "borrow", [](uintptr_t handle) { return std::make_shared<model>(reinterpret_cast<llama_model *>(handle)); },
+            "handle"_a, "A llama_model of somebody else's, who keeps it alive.")
         .def_property_readonly("n_layer", &model::n_layer)
         .def_property_readonly("n_embd", &model::n_embd)
         .def_property_readonly("n_vocab", &model::n_vocab)
@@ -41,6 +44,13 @@ void bind_model(py::module_ & m) {
         .def(
             "piece", [](const model & s, int token, bool special) { return py::bytes(s.piece(token, special)); },
             "token"_a, "special"_a = false, "The bytes of one token; control tokens are empty unless `special`.")
+        .def(
+            "add_adapter",
+            [](model & s, const std::string & path, float scale) {
+                const py::gil_scoped_release release;
+                s.add_adapter(path, scale);
+            },
+            "path"_a, "scale"_a, "A LoRA GGUF that every context made afterwards applies.")
         .def("is_end", &model::is_end, "token"_a)
         .def_property_readonly("bos", [](const model & s) { return llama_vocab_bos(s.vocab()); })
         .def_property_readonly("eos", [](const model & s) { return llama_vocab_eos(s.vocab()); });

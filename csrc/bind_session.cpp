@@ -1,26 +1,19 @@
+#include "arrays.h"
 #include "errors.h"
 #include "session.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <chrono>
+#include <map>
+#include <optional>
+#include <tuple>
 
 namespace py = pybind11;
 using namespace py::literals;
 using namespace personasteer;
-
-// Hands a vector over to NumPy without a copy.
-template <typename T> static py::array_t<T> to_array(std::vector<T> && data, std::vector<py::ssize_t> shape) {
-    auto * owned = new std::vector<T>(std::move(data));
-    const py::capsule free(owned, [](void * p) { delete static_cast<std::vector<T> *>(p); });
-    return py::array_t<T>(std::move(shape), owned->data(), free);
-}
-
-using float_array = py::array_t<float, py::array::c_style | py::array::forcecast>;
-
-static std::vector<float> to_vector(const float_array & a) { return {a.data(), a.data() + a.size()}; }
 
 // Ctrl-C while computing: signals are looked at a few times a second. What a handler raises is kept in `raised`.
 using raised_ptr = std::unique_ptr<py::error_already_set>;
@@ -38,6 +31,27 @@ static std::function<bool()> signal_check(raised_ptr & raised) {
         }
         return raised != nullptr;
     };
+}
+
+// (tokens, blocks, directions)
+static py::array readings_array(std::vector<float> && readings, const readout * reads) {
+    const auto n_layers = reads ? py::ssize_t(reads->layers.size()) : 0;
+    const py::ssize_t n = reads ? reads->n : 0;
+    const auto n_tokens = n_layers * n > 0 ? py::ssize_t(readings.size()) / (n_layers * n) : 0;
+    return to_array(std::move(readings), {n_tokens, n_layers, n});
+}
+
+using mix_list = std::vector<std::shared_ptr<mix>>;
+using phase_list = std::vector<std::tuple<int, int, int>>; // (begin, mix, mix while thinking)
+
+static steering to_steering(const mix_list & mixes, std::vector<int> mix_of_token, const phase_list & generated) {
+    steering s;
+    s.mixes.assign(mixes.begin(), mixes.end());
+    s.mix_of_token = std::move(mix_of_token);
+    for (const auto & [begin, plain, thinking] : generated) {
+        s.generated.push_back({begin, plain, thinking});
+    }
+    return s;
 }
 
 static py::dict to_dict(result && r, const model & m) {
@@ -68,31 +82,86 @@ static py::dict to_dict(result && r, const model & m) {
     const auto n_raw_layers = py::ssize_t(taps.raw_layers.size());
     const auto n_raw = n_raw_layers ? py::ssize_t(r.raw.size()) / (n_raw_layers * n_embd) : 0;
     d["raw"] = to_array(std::move(r.raw), {n_raw_layers, n_raw, n_embd});
-    const auto n_reading_layers = py::ssize_t(taps.reading_layers.size());
-    const auto per_token = n_reading_layers * taps.n_readouts;
-    const auto n_read = per_token ? py::ssize_t(r.readings.size()) / per_token : 0;
-    d["readings"] = to_array(std::move(r.readings), {n_read, n_reading_layers, taps.n_readouts});
+    d["readings"] = readings_array(std::move(r.readings), r.reads.get());
+    d["error"] = r.error;
+    d["logprobs"] = r.logprobs;
+    d["top_logprobs"] = r.top_logprobs;
     return d;
 }
 
 void bind_session(py::module_ & m) {
-    py::class_<mix, std::shared_ptr<mix>>(m, "Mix", "Rows added to the residual stream: (n_layers, n_embd) float32.")
+    using int_array = py::array_t<int, py::array::c_style | py::array::forcecast>;
+    py::class_<mix, std::shared_ptr<mix>>(m, "Mix", "What is done to one kind of token; see csrc/mix.h.")
         .def(py::init([](uint64_t key, std::vector<int> layers, const float_array & data) {
-                 auto out = std::make_shared<mix>();
-                 out->key = key;
+                 if (data.ndim() != 2 || size_t(data.shape(0)) != layers.size()) {
+                     throw vector_error("a mix needs one row for each of its blocks");
+                 }
+                 std::vector<std::vector<edit_term>> terms(layers.size(), std::vector<edit_term>(1));
+                 for (size_t i = 0; i < terms.size(); ++i) {
+                     terms[i][0].write = int(i);
+                 }
+                 return std::make_shared<mix>(key, int(data.shape(1)), std::move(layers), std::move(terms),
+                                              to_vector(data));
+             }),
+             "key"_a, "layers"_a, "data"_a, "Additions: row i (n_embd,) is added at layers[i].")
+        .def(
+            py::init(
+                [](uint64_t key, const int_array & terms, const float_array & numbers, const float_array & vectors) {
+                    if (terms.ndim() != 2 || terms.shape(1) != 5 || numbers.ndim() != 2 || numbers.shape(1) != 6 ||
+                        numbers.shape(0) != terms.shape(0) || vectors.ndim() != 2) {
+                        throw vector_error("the terms of a mix have other shapes");
+                    }
+                    std::map<int, std::vector<edit_term>> by_layer;
+                    for (py::ssize_t i = 0; i < terms.shape(0); ++i) {
+                        edit_term t;
+                        t.at = terms.at(i, 1);
+                        t.gate = terms.at(i, 2);
+                        t.read = terms.at(i, 3);
+                        t.write = terms.at(i, 4);
+                        t.gate_at = numbers.at(i, 0);
+                        t.gate_sign = numbers.at(i, 1);
+                        t.lo = numbers.at(i, 2);
+                        t.hi = numbers.at(i, 3);
+                        t.share = numbers.at(i, 4);
+                        t.half_life = numbers.at(i, 5);
+                        by_layer[terms.at(i, 0)].push_back(t);
+                    }
+                    std::vector<int> layers;
+                    std::vector<std::vector<edit_term>> all;
+                    for (auto & [il, of_layer] : by_layer) {
+                        layers.push_back(il);
+                        all.push_back(std::move(of_layer));
+                    }
+                    return std::make_shared<mix>(key, int(vectors.shape(1)), std::move(layers), std::move(all),
+                                                 to_vector(vectors));
+                }),
+            "key"_a, "terms"_a, "numbers"_a, "vectors"_a,
+            "terms (n, 5): block, stage, rows of gate, read, write (-1: none); numbers (n, 6): gate_at, gate_sign, lo, "
+            "hi, share, half_life; vectors (rows, n_embd).")
+        .def_property_readonly("key", &mix::key)
+        .def("key_at", &mix::key_at, "j"_a)
+        .def_property_readonly("layers", &mix::layers);
+    py::class_<readout, std::shared_ptr<readout>>(m, "Readout", "Directions to project on, (n_layers, n, n_embd).")
+        .def(py::init([](std::vector<int> layers, const float_array & directions) {
+                 static std::atomic<uint64_t> count{0};
+                 if (directions.ndim() != 3 || size_t(directions.shape(0)) != layers.size()) {
+                     throw vector_error("read-outs need directions of the shape (n_layers, n, n_embd)");
+                 }
+                 auto out = std::make_shared<readout>();
+                 out->id = ++count;
                  out->layers = std::move(layers);
-                 out->data = to_vector(data);
+                 out->n = int(directions.shape(1));
+                 out->n_embd = int(directions.shape(2));
+                 out->directions = to_vector(directions);
                  return out;
              }),
-             "key"_a, "layers"_a, "data"_a)
-        .def_readonly("key", &mix::key)
-        .def_readonly("layers", &mix::layers);
+             "layers"_a, "directions"_a);
 
     // Every call lets go of the GIL before it takes the session's lock: a step under way may need the GIL for signals.
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     py::class_<session>(m, "Session", "Many requests over one llama.cpp context.")
         .def(py::init([](std::shared_ptr<model> mdl, int n_ctx, int n_parallel, int n_batch, int n_threads,
-                         int n_outputs, bool hook) {
+                         int n_outputs, bool hook, bool native_on_cpu) {
                  session_params p;
                  p.n_ctx = n_ctx;
                  p.n_parallel = n_parallel;
@@ -100,23 +169,27 @@ void bind_session(py::module_ & m) {
                  p.n_threads = n_threads;
                  p.n_outputs = n_outputs;
                  p.hook = hook;
+                 p.native_on_cpu = native_on_cpu;
                  const py::gil_scoped_release release;
                  return std::make_unique<session>(std::move(mdl), p);
              }),
-             "model"_a, "n_ctx"_a, "n_parallel"_a, "n_batch"_a, "n_threads"_a, "n_outputs"_a, "hook"_a = true)
+             "model"_a, "n_ctx"_a, "n_parallel"_a, "n_batch"_a, "n_threads"_a, "n_outputs"_a, "hook"_a = true,
+             "native_on_cpu"_a = false)
         .def(
             "submit",
-            [](session & s, std::vector<llama_token> tokens, const std::vector<std::shared_ptr<mix>> & mixes,
-               std::vector<int> mix_of_token, int mix_of_generated, int max_tokens, float temperature, int top_k,
-               float top_p, float min_p, float repeat_penalty, uint32_t seed, const std::vector<py::bytes> & stop,
-               std::pair<int, int> outputs, bool keep_logits, bool keep_scores,
-               const std::vector<std::pair<int, int>> & pools, const std::vector<std::pair<int, int>> & raws,
-               bool keep_readings, bool reuse_prefix, bool ignore_end) {
+            [](session & s, std::vector<llama_token> tokens, const mix_list & mixes, std::vector<int> mix_of_token,
+               const phase_list & generated, int response_begin, const std::shared_ptr<readout> & reads, bool decides,
+               int max_tokens, float temperature, int top_k, float top_p, float min_p, float repeat_penalty,
+               uint32_t seed, const std::string & grammar, const std::vector<py::bytes> & stop, int n_logprobs,
+               const std::pair<std::string, std::string> & think_marks, bool thinking, std::pair<int, int> outputs,
+               bool keep_logits, bool keep_scores, const std::vector<std::pair<int, int>> & pools,
+               const std::vector<std::pair<int, int>> & raws, bool reuse_prefix, bool ignore_end) {
                 request r;
                 r.tokens = std::move(tokens);
-                r.mixes.assign(mixes.begin(), mixes.end());
-                r.mix_of_token = std::move(mix_of_token);
-                r.mix_of_generated = mix_of_generated;
+                r.steer = to_steering(mixes, std::move(mix_of_token), generated);
+                r.response_begin = response_begin;
+                r.reads = reads;
+                r.decides = decides;
                 r.max_tokens = max_tokens;
                 r.sampling.temperature = temperature;
                 r.sampling.top_k = top_k;
@@ -124,9 +197,13 @@ void bind_session(py::module_ & m) {
                 r.sampling.min_p = min_p;
                 r.sampling.repeat_penalty = repeat_penalty;
                 r.sampling.seed = seed;
+                r.sampling.grammar = grammar;
                 for (const py::bytes & text : stop) {
                     r.stop.push_back(text);
                 }
+                r.n_logprobs = n_logprobs;
+                r.think_marks = think_marks;
+                r.thinking = thinking;
                 r.outputs = {outputs.first, outputs.second};
                 r.keep_logits = keep_logits;
                 r.keep_scores = keep_scores;
@@ -136,27 +213,76 @@ void bind_session(py::module_ & m) {
                 for (const auto & [begin, end] : raws) {
                     r.raws.push_back({begin, end});
                 }
-                r.keep_readings = keep_readings;
                 r.reuse_prefix = reuse_prefix;
                 r.ignore_end = ignore_end;
                 const py::gil_scoped_release release;
                 return s.submit(std::move(r));
             },
-            py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(), "mix_of_generated"_a = -1,
+            py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(),
+            "generated"_a = py::list(), "response_begin"_a = -1, "reads"_a = py::none(), "decides"_a = false,
             "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f, "min_p"_a = 0.05f,
-            "repeat_penalty"_a = 1.0f, "seed"_a = 0, "stop"_a = py::list(), "outputs"_a = std::pair<int, int>(0, 0),
-            "keep_logits"_a = false, "keep_scores"_a = false, "pools"_a = py::list(), "raws"_a = py::list(),
-            "keep_readings"_a = false, "reuse_prefix"_a = false, "ignore_end"_a = false)
+            "repeat_penalty"_a = 1.0f, "seed"_a = 0, "grammar"_a = "", "stop"_a = py::list(), "n_logprobs"_a = -1,
+            "think_marks"_a = std::pair<std::string, std::string>(), "thinking"_a = false,
+            "outputs"_a = std::pair<int, int>(0, 0), "keep_logits"_a = false, "keep_scores"_a = false,
+            "pools"_a = py::list(), "raws"_a = py::list(), "reuse_prefix"_a = false, "ignore_end"_a = false)
+        .def(
+            "steer",
+            [](session & s, int id, const mix_list & mixes, std::vector<int> mix_of_token,
+               const phase_list & generated) {
+                steering st = to_steering(mixes, std::move(mix_of_token), generated);
+                const py::gil_scoped_release release;
+                return s.steer(id, std::move(st));
+            },
+            "id"_a, "mixes"_a, "mix_of_token"_a, "generated"_a,
+            "Other steering for a request from its next token on; False when there is no such request.")
+        .def(
+            "readings_of",
+            [](session & s, int id, size_t first) {
+                std::vector<float> readings;
+                {
+                    const py::gil_scoped_release release;
+                    readings = s.readings_of(id, first);
+                }
+                const auto n = py::ssize_t(readings.size());
+                return to_array(std::move(readings), {n});
+            },
+            "id"_a, "first"_a)
+        .def(
+            "set_control_vector",
+            [](session & s, const float_array & directions) {
+                const std::vector<float> data = to_vector(directions);
+                const py::gil_scoped_release release;
+                s.set_control_vector(data);
+            },
+            "directions"_a)
         .def("cancel", &session::cancel, "id"_a, no_gil)
         .def_property_readonly("busy", py::cpp_function(&session::busy, no_gil))
         .def(
             "step",
-            [](session & s) {
+            [](session & s, const py::object & decide) {
                 raised_ptr raised;
                 std::vector<token_event> events;
+                session::decide_fn ask;
+                if (!decide.is_none()) {
+                    ask = [&](const result & r) -> std::optional<steering> {
+                        const py::gil_scoped_acquire acquire;
+                        try {
+                            const py::object answer =
+                                decide(r.id, readings_array(std::vector<float>(r.readings), r.reads.get()));
+                            if (answer.is_none()) {
+                                return std::nullopt;
+                            }
+                            const auto parts = answer.cast<std::tuple<mix_list, std::vector<int>, phase_list>>();
+                            return to_steering(std::get<0>(parts), std::get<1>(parts), std::get<2>(parts));
+                        } catch (py::error_already_set & e) {
+                            raised = std::make_unique<py::error_already_set>(e);
+                            throw model_error("the decision on a prompt failed");
+                        }
+                    };
+                }
                 try {
                     const py::gil_scoped_release release;
-                    events = s.step(signal_check(raised));
+                    events = s.step(signal_check(raised), ask);
                 } catch (const std::exception &) {
                     if (!raised) {
                         throw;
@@ -167,11 +293,14 @@ void bind_session(py::module_ & m) {
                 }
                 py::list out;
                 for (const token_event & e : events) {
-                    out.append(py::make_tuple(e.id, e.token, py::bytes(e.piece)));
+                    out.append(py::make_tuple(e.id, e.token, py::bytes(e.piece), e.logprob));
                 }
                 return out;
             },
-            "One decode; [(request id, token, bytes)] sampled by it.")
+            "decide"_a = py::none(),
+            "One decode; [(request id, token, bytes, log p or NaN)] sampled by it. decide(id, readings) is asked once "
+            "the "
+            "prompt of a request that `decides` is read: None, or (mixes, mix_of_token, generated) for its response.")
         .def("take_results",
              [](session & s) {
                  std::vector<result> results;
@@ -189,27 +318,15 @@ void bind_session(py::module_ & m) {
         .def("detach", &session::detach, no_gil)
         .def(
             "set_taps",
-            [](session & s, std::vector<int> pool_layers, int n_pools_per_request, std::vector<int> raw_layers,
-               std::vector<int> reading_layers, const py::object & readouts) {
+            [](session & s, std::vector<int> pool_layers, int n_pools_per_request, std::vector<int> raw_layers) {
                 tap_config c;
                 c.pool_layers = std::move(pool_layers);
                 c.n_pools = c.pool_layers.empty() ? 0 : n_pools_per_request * s.params().n_parallel;
                 c.raw_layers = std::move(raw_layers);
-                c.reading_layers = std::move(reading_layers);
-                std::vector<float> directions;
-                if (!readouts.is_none()) {
-                    const auto array = float_array::ensure(readouts); // (n_reading_layers, n_readouts, n_embd)
-                    if (!array || array.ndim() != 3) {
-                        throw vector_error("readouts must have three dimensions");
-                    }
-                    c.n_readouts = int(array.shape(1));
-                    directions = to_vector(array);
-                }
                 const py::gil_scoped_release release;
-                s.set_taps(std::move(c), std::move(directions));
+                s.set_taps(std::move(c));
             },
-            py::kw_only(), "pool_layers"_a = py::list(), "n_pools_per_request"_a = 1, "raw_layers"_a = py::list(),
-            "reading_layers"_a = py::list(), "readouts"_a = py::none())
+            py::kw_only(), "pool_layers"_a = py::list(), "n_pools_per_request"_a = 1, "raw_layers"_a = py::list())
         .def("add_edit_layers", &session::add_edit_layers, "layers"_a, no_gil)
         .def_property_readonly("n_builds", py::cpp_function(&session::n_builds, no_gil))
         .def_property_readonly("n_attachments", py::cpp_function(&session::n_attachments, no_gil))

@@ -13,6 +13,7 @@ struct error : std::runtime_error {
 
 inline error model_error(const std::string & message) { return {"ModelError", message}; }
 inline error context_error(const std::string & message) { return {"ContextError", message}; }
+inline error argument_error(const std::string & message) { return {"ArgumentError", message}; }
 inline error vector_error(const std::string & message) { return {"VectorError", message}; }
 
 } // namespace personasteer

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <exception>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace personasteer {
 
@@ -44,12 +45,12 @@ std::string graph_edit::problem() const { return failure; }
 int graph_edit::nodes_needed() const {
     int n = 64; // the order check and the nodes shared by a device's blocks
     if (bank) {
-        n += int(bank->layers().size()) * edit_bank::nodes_per_layer;
+        n += int(bank->layers().size()) * bank->nodes_per_layer();
     }
     if (tap) {
         const tap_config & c = tap->config();
         n += int(c.pool_layers.size()) * (3 + 4 * ((c.n_pools + 2) / 3));
-        n += int(c.raw_layers.size()) * 2 + int(c.reading_layers.size()) * 4;
+        n += int(c.raw_layers.size()) * 2;
     }
     return n;
 }
@@ -144,13 +145,16 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     }
 
     std::vector<ggml_tensor *> before(nodes, nodes + n_before);
+    std::unordered_set<const ggml_tensor *> viewed; // other tensors share their memory
+    for (const ggml_tensor * node : before) {
+        viewed.insert(node->view_src);
+    }
     std::unordered_map<const ggml_tensor *, ggml_tensor *> edited;       // a block's output -> what replaces it
     std::unordered_map<const ggml_tensor *, std::pair<int, int>> behind; // -> its new nodes [begin, end)
     for (int il = 0; il < n_layer; ++il) {
         const bool wants_edit = bank && position_in(bank->layers(), il) >= 0;
         const bool wants_tap =
-            tap && (position_in(tap->config().pool_layers, il) >= 0 || position_in(tap->config().raw_layers, il) >= 0 ||
-                    position_in(tap->config().reading_layers, il) >= 0);
+            tap && (position_in(tap->config().pool_layers, il) >= 0 || position_in(tap->config().raw_layers, il) >= 0);
         if (!wants_edit && !wants_tap) {
             continue;
         }
@@ -163,6 +167,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             throw model_error("the output of block " + std::to_string(il) + " is no plain residual stream");
         }
         if (h->ne[1] == 0) { // a decode without outputs leaves the last block no rows
+            if (wants_edit) {
+                bank->no_rows(il);
+            }
             if (tap) {
                 tap->set_cut(il, true);
             }
@@ -174,13 +181,17 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         const int begin = ggml_graph_n_nodes(gf);
         ggml_tensor * x = h;
         if (wants_edit) {
-            x = bank->edit(ctx, il, h, in);
+            std::vector<ggml_tensor *> ends;
+            x = bank->edit(ctx, il, h, !h->view_src && viewed.count(h) == 0, in, ends);
+            for (ggml_tensor * end : ends) {
+                ggml_build_forward_expand(gf, end);
+            }
             ggml_format_name(x, "steered-%d", il);
             ggml_build_forward_expand(gf, x);
             edited[h] = x;
         }
         if (wants_tap) {
-            for (ggml_tensor * end : tap->tap(ctx, il, h, x, in)) {
+            for (ggml_tensor * end : tap->tap(ctx, il, x, in)) {
                 ggml_build_forward_expand(gf, end);
             }
         }
@@ -207,7 +218,7 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             }
         }
         if (const auto it = edited.find(node->view_src); node->view_src && it != edited.end()) {
-            node->view_src = it->second;
+            node->view_src = it->second->view_src ? it->second->view_src : it->second; // a view has no views
         }
     }
 

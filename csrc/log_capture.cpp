@@ -3,6 +3,9 @@
 #include "llama.h"
 
 #include <cstring>
+#include <mutex>
+
+#include <unistd.h>
 
 namespace personasteer {
 
@@ -39,6 +42,46 @@ static void on_log(ggml_log_level level, const char * text, void *) {
 log_capture::log_capture() : outer(current) { current = this; }
 log_capture::~log_capture() { current = outer; }
 std::string log_capture::errors() const { return lines; }
+
+static std::mutex & one_capture() {
+    static std::mutex mutex;
+    return mutex;
+}
+
+stderr_capture::stderr_capture() : file(nullptr), saved(-1) {
+    one_capture().lock();
+    std::fflush(stderr);
+    file = std::tmpfile();
+    saved = file ? dup(STDERR_FILENO) : -1;
+    if (saved >= 0) {
+        dup2(fileno(file), STDERR_FILENO);
+    }
+}
+
+stderr_capture::~stderr_capture() {
+    std::fflush(stderr);
+    if (saved >= 0) {
+        dup2(saved, STDERR_FILENO);
+        close(saved);
+    }
+    if (file) {
+        std::fclose(file);
+    }
+    one_capture().unlock();
+}
+
+std::string stderr_capture::first_line() {
+    std::fflush(stderr);
+    char line[256] = "";
+    if (file) {
+        std::rewind(file);
+        if (!std::fgets(line, sizeof line, file)) {
+            line[0] = '\0';
+        }
+    }
+    line[std::strcspn(line, "\n")] = '\0';
+    return line;
+}
 
 void log_capture::install() {
     llama_log_get(&previous, &previous_data);

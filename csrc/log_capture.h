@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdio>
 #include <string>
 
 namespace personasteer {
@@ -22,6 +23,22 @@ class log_capture {
     friend void capture_line(int level, const char * text);
     std::string lines;   // error lines, each without its function prefix
     log_capture * outer; // captures nest
+};
+
+// While one lives, what the process writes to stderr is kept here: llama.cpp's grammar parser prints there. One at a
+// time; others wait.
+class stderr_capture {
+  public:
+    stderr_capture();
+    ~stderr_capture();
+    stderr_capture(const stderr_capture &) = delete;
+    stderr_capture & operator=(const stderr_capture &) = delete;
+
+    std::string first_line(); // what was written so far
+
+  private:
+    FILE * file;
+    int saved;
 };
 
 } // namespace personasteer

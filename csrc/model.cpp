@@ -21,6 +21,7 @@ model::model(const std::string & path, const model_params & params) {
         const std::string why = log.errors();
         throw model_error(path + ": llama.cpp cannot load this file" + (why.empty() ? "" : " (" + why + ")"));
     }
+    offloads = params.n_gpu_layers != 0 && llama_supports_gpu_offload();
     const char * lacks = nullptr;
     if (llama_vocab_type(vocab()) == LLAMA_VOCAB_TYPE_NONE || n_vocab() == 0) {
         lacks = "has no tokenizer";
@@ -33,7 +34,24 @@ model::model(const std::string & path, const model_params & params) {
     }
 }
 
-model::~model() { llama_model_free(handle); }
+model::model(llama_model * borrowed) : handle(borrowed), owned(false), offloads(llama_supports_gpu_offload()) {}
+
+model::~model() {
+    if (owned) {
+        llama_model_free(handle);
+    }
+}
+
+void model::add_adapter(const std::string & path, float scale) {
+    const log_capture log;
+    llama_adapter_lora * adapter = llama_adapter_lora_init(handle, path.c_str());
+    if (!adapter) {
+        const std::string why = log.errors();
+        throw model_error(path + ": llama.cpp cannot load this LoRA adapter for the model" +
+                          (why.empty() ? "" : " (" + why + ")"));
+    }
+    loras.emplace_back(adapter, scale);
+}
 
 std::string model::description() const {
     char buffer[256];

@@ -21,6 +21,7 @@ struct model_params {
 class model {
   public:
     model(const std::string & path, const model_params & params);
+    explicit model(llama_model * borrowed); // somebody else's, who keeps it alive and frees it
     ~model();
     model(const model &) = delete;
     model & operator=(const model &) = delete;
@@ -40,8 +41,17 @@ class model {
     std::string piece(llama_token token, bool special) const;
     bool is_end(llama_token token) const { return llama_vocab_is_eog(vocab(), token); }
 
+    // A LoRA GGUF that every context made afterwards applies. Throws when it does not load or fit.
+    void add_adapter(const std::string & path, float scale);
+    const std::vector<std::pair<llama_adapter_lora *, float>> & adapters() const { return loras; }
+    // whether blocks may run on a device other than the CPU
+    bool may_offload() const { return offloads; }
+
   private:
     llama_model * handle = nullptr;
+    bool owned = true;
+    bool offloads = false;
+    std::vector<std::pair<llama_adapter_lora *, float>> loras; // llama.cpp frees them with the model
 };
 
 // What a fingerprint is made of, read without loading weights.

@@ -9,6 +9,7 @@ namespace py = pybind11;
 
 void bind_model(py::module_ & m);
 void bind_session(py::module_ & m);
+void bind_attachment(py::module_ & m);
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Steering and capture inside llama.cpp's compute graph; used through the Python layer.";
@@ -29,4 +30,5 @@ PYBIND11_MODULE(_core, m) {
     personasteer::log_capture::install();
     bind_model(m);
     bind_session(m);
+    bind_attachment(m);
 }

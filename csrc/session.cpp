@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 namespace personasteer {
@@ -13,58 +12,6 @@ namespace personasteer {
 namespace {
 
 constexpr float nan32 = std::numeric_limits<float>::quiet_NaN();
-
-// log p of one token: logit - log sum exp(logits). exp in float keeps the loop vectorizable, the sum is double.
-double log_prob(const float * logits, int n, llama_token token) {
-    const float top = *std::max_element(logits, logits + n);
-    constexpr int block = 256;
-    double sum = 0.0;
-    for (int i = 0; i < n; i += block) {
-        float partial = 0.0f;
-        for (int j = i, end = std::min(n, i + block); j < end; ++j) {
-            // 2^x by splitting off the integer part; degree-5 polynomial, relative error below 3e-7
-            const float x = std::max((logits[j] - top) * 1.44269504f, -126.0f);
-            const auto whole = int32_t(x - 0.5f);
-            const float f = x - float(whole);
-            const float p =
-                1.0f +
-                f * (0.69314718f +
-                     f * (0.24022651f + f * (0.05550411f + f * (0.00961812f + f * (0.00133336f + f * 0.00015403f)))));
-            const int32_t bits = (whole + 127) * (1 << 23);
-            float scale;
-            std::memcpy(&scale, &bits, sizeof scale);
-            partial += p * scale;
-        }
-        sum += double(partial);
-    }
-    return double(logits[token]) - double(top) - std::log(sum);
-}
-
-llama_sampler_ptr make_sampler(const sampling_params & p, int n_vocab) {
-    llama_sampler_chain_params cp = llama_sampler_chain_default_params();
-    cp.no_perf = true;
-    llama_sampler_ptr chain(llama_sampler_chain_init(cp));
-    if (p.repeat_penalty != 1.0f) {
-        llama_sampler_chain_add(chain.get(),
-                                llama_sampler_init_penalties(n_vocab, p.repeat_last_n, p.repeat_penalty, 0.0f, 0.0f));
-    }
-    if (p.temperature <= 0.0f) {
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_greedy());
-        return chain;
-    }
-    if (p.top_k > 0) {
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_top_k(p.top_k));
-    }
-    if (p.top_p < 1.0f) {
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_top_p(p.top_p, 1));
-    }
-    if (p.min_p > 0.0f) {
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_min_p(p.min_p, 1));
-    }
-    llama_sampler_chain_add(chain.get(), llama_sampler_init_temp(p.temperature));
-    llama_sampler_chain_add(chain.get(), llama_sampler_init_dist(p.seed));
-    return chain;
-}
 
 bool in(const span & s, int index) { return index >= s.begin && (s.end < 0 || index < s.end); }
 
@@ -104,12 +51,22 @@ llama_context_ptr make_context(const model & m, const llama_context_params & cp)
 
 session::session(std::shared_ptr<model> m, const session_params & params)
     : mdl(std::move(m)), cfg(params),
-      one_sequence_per_decode(llama_model_is_recurrent(mdl->get()) || llama_model_is_hybrid(mdl->get())),
+      regroups(llama_model_is_recurrent(mdl->get()) || llama_model_is_hybrid(mdl->get())),
       slots(size_t(std::max(params.n_parallel, 1))) {
     const llama_context_params cp = context_params(cfg);
     cfg.n_batch = int(cp.n_batch);
+    wanted_tables.n_slots = cfg.n_parallel;
     ctx = make_context(*mdl, cp);
     const log_capture log;
+    std::vector<llama_adapter_lora *> adapters;
+    std::vector<float> scales;
+    for (const auto & [adapter, scale] : mdl->adapters()) {
+        adapters.push_back(adapter);
+        scales.push_back(scale);
+    }
+    if (!adapters.empty() && llama_set_adapters_lora(ctx.get(), adapters.data(), adapters.size(), scales.data()) != 0) {
+        throw model_error("llama.cpp does not take the LoRA adapters");
+    }
     // Polled by the leader of the compute threads, which is the thread that called step().
     llama_set_abort_callback(
         ctx.get(),
@@ -180,10 +137,8 @@ void session::detach() {
     hook.reset();
     bank.reset();
     tap.reset();
-    row_of_key.clear();
     wanted_layers.clear();
     wanted_taps = {};
-    readouts.clear();
 }
 
 // A new attachment for the layers and taps wanted now. llama.cpp rebuilds its graphs when the chain changes.
@@ -191,13 +146,12 @@ void session::attach() {
     const log_capture log;
     llama_synchronize(ctx.get());
     const std::vector<int> layers(wanted_layers.begin(), wanted_layers.end());
-    const int n_rows = 1 + mixes_per_request * cfg.n_parallel; // the zero row, and room for all in one decode
     // llama.cpp sizes its graphs for a token count rounded up to a multiple of the sequences
     const int n_columns = (cfg.n_batch + cfg.n_parallel - 1) / cfg.n_parallel * cfg.n_parallel;
     std::unique_ptr<edit_bank> new_bank;
     std::unique_ptr<taps> new_tap;
     if (!layers.empty()) {
-        new_bank = std::make_unique<edit_bank>(mdl->n_embd(), layers, n_rows, n_columns);
+        new_bank = std::make_unique<edit_bank>(mdl->n_embd(), layers, n_columns, wanted_tables, cfg.native_on_cpu);
     }
     if (!wanted_taps.empty()) {
         new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, n_columns);
@@ -210,16 +164,10 @@ void session::attach() {
     hook = std::move(new_hook); // the old chain, bank and taps are no longer reachable from the context
     bank = std::move(new_bank);
     tap = std::move(new_tap);
-    if (tap && !readouts.empty()) {
-        tap->set_readouts(readouts);
-    }
-    row_of_key.clear();
-    key_of_row.assign(size_t(n_rows), 0);
-    row_used.assign(size_t(n_rows), -1);
     ++attachments;
 }
 
-void session::set_taps(tap_config config, std::vector<float> readout_directions) {
+void session::set_taps(tap_config config) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (config.empty() && wanted_taps.empty()) {
         return;
@@ -227,36 +175,40 @@ void session::set_taps(tap_config config, std::vector<float> readout_directions)
     require_idle("changing what is captured");
     config.pool_layers = checked_layers(std::move(config.pool_layers));
     config.raw_layers = checked_layers(std::move(config.raw_layers));
-    const size_t n_given = config.reading_layers.size();
-    if (!std::is_sorted(config.reading_layers.begin(), config.reading_layers.end())) {
-        throw vector_error("the blocks to read out must ascend");
-    }
-    config.reading_layers = checked_layers(std::move(config.reading_layers));
-    if (config.reading_layers.size() != n_given) {
-        throw vector_error("a block is read out twice");
-    }
     if (config.n_pools < 0 || (config.n_pools == 0) != config.pool_layers.empty()) {
         throw vector_error("blocks to pool and pools come together");
     }
-    const size_t n = n_given * size_t(config.n_readouts) * size_t(mdl->n_embd());
-    if (readout_directions.size() != n) {
-        throw vector_error("read-outs need " + std::to_string(n) + " numbers");
+    if (config == wanted_taps) {
+        return;
     }
-    const bool same = config == wanted_taps;
     std::swap(wanted_taps, config);
-    std::swap(readouts, readout_directions);
-    if (!same) {
-        try {
-            attach();
-        } catch (...) {
-            std::swap(wanted_taps, config);
-            std::swap(readouts, readout_directions);
-            throw;
-        }
-    } else if (tap && !readouts.empty()) {
-        llama_synchronize(ctx.get());
-        tap->set_readouts(readouts);
+    try {
+        attach();
+    } catch (...) {
+        std::swap(wanted_taps, config);
+        throw;
     }
+}
+
+void session::set_control_vector(const std::vector<float> & directions) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (cfg.hook) {
+        throw model_error("a control vector is for sessions without the hook");
+    }
+    if (any_request()) {
+        throw model_error("changing the control vector while requests are running is not possible");
+    }
+    const int n_embd = mdl->n_embd(), n_layer = mdl->n_layer();
+    const bool none = directions.empty();
+    if (!none && directions.size() != size_t(n_embd) * size_t(n_layer - 1)) {
+        throw vector_error("a control vector needs a row for every block but the first");
+    }
+    const log_capture log;
+    if (llama_set_adapter_cvec(ctx.get(), none ? nullptr : directions.data(), directions.size(), n_embd, 1,
+                               n_layer - 1) != 0) {
+        throw model_error("llama.cpp does not take the control vector");
+    }
+    fail_all(); // nothing computed under another one may be reused
 }
 
 void session::add_edit_layers(const std::vector<int> & layers) {
@@ -288,20 +240,9 @@ int session::submit(request r) {
             throw model_error("token id " + std::to_string(t) + " out of range");
         }
     }
-    if (!r.mix_of_token.empty() && int(r.mix_of_token.size()) != n) {
-        throw vector_error("mix_of_token has another length than tokens");
-    }
-    const int n_mixes = int(r.mixes.size());
-    for (int m : r.mix_of_token) {
-        if (m < -1 || m >= n_mixes) {
-            throw vector_error("mix_of_token names mix " + std::to_string(m));
-        }
-    }
-    if (r.mix_of_generated < -1 || r.mix_of_generated >= n_mixes) {
-        throw vector_error("mix_of_generated names mix " + std::to_string(r.mix_of_generated));
-    }
-    if (n_mixes > 256) {
-        throw vector_error("a request has " + std::to_string(n_mixes) + " distinct mixes, 256 fit");
+    check_steering(r.steer, n);
+    if (r.response_begin >= n) {
+        throw context_error("the response begins after the given tokens");
     }
     const int64_t n_all = int64_t(n) + r.max_tokens;
     const auto inside = [](const span & s, int64_t limit) {
@@ -318,35 +259,99 @@ int session::submit(request r) {
             throw context_error("a pool's span is not one");
         }
     }
-    if (!cfg.hook && !(r.mixes.empty() && r.pools.empty() && r.raws.empty())) {
+    if (!cfg.hook && !(r.steer.mixes.empty() && r.pools.empty() && r.raws.empty() && !r.reads && !r.decides)) {
         throw model_error("this session runs without the hook");
     }
     if (r.pools.size() * slots.size() > size_t(wanted_taps.n_pools)) {
         throw context_error("a request has more pools than the taps keep");
     }
-    for (const mix_ptr & m : r.mixes) {
-        if (m->layers.empty() || m->key == 0) {
-            throw vector_error("a mix needs blocks, and a key that is not 0");
+    if (r.reads) {
+        const readout & o = *r.reads;
+        if (o.n < 1 || o.layers != checked_layers(o.layers) || o.n_embd != mdl->n_embd() ||
+            o.directions.size() != o.layers.size() * size_t(o.n) * size_t(o.n_embd)) {
+            throw vector_error("read-outs need ascending blocks, and directions of the model's width");
         }
-        for (int il : m->layers) {
-            if (il < 0 || il >= mdl->n_layer()) {
-                throw vector_error("block " + std::to_string(il) + " out of range 0.." +
-                                   std::to_string(mdl->n_layer() - 1));
-            }
+    }
+    if (r.max_tokens > 0) { // a grammar that does not parse is this request's own error
+        const token_sampler parsed(mdl->vocab(), r.sampling);
+    }
+    make_room(r.steer, r.reads.get());
+    queue.emplace_back(next_id, std::move(r));
+    return next_id++;
+}
+
+void session::check_steering(const steering & s, int n_given) const {
+    if (!s.mix_of_token.empty() && int(s.mix_of_token.size()) != n_given) {
+        throw vector_error("mix_of_token has another length than tokens");
+    }
+    const int n_mixes = int(s.mixes.size());
+    const auto check = [n_mixes](int m) {
+        if (m < -1 || m >= n_mixes) {
+            throw vector_error("mix " + std::to_string(m) + " is named, of " + std::to_string(n_mixes));
         }
-        if (m->data.size() != m->layers.size() * size_t(mdl->n_embd())) {
+    };
+    std::for_each(s.mix_of_token.begin(), s.mix_of_token.end(), check);
+    for (size_t i = 0; i < s.generated.size(); ++i) {
+        check(s.generated[i].mix);
+        check(s.generated[i].thinking);
+        if (i > 0 && s.generated[i].begin <= s.generated[i - 1].begin) {
+            throw vector_error("the phases of a steering must ascend");
+        }
+    }
+    for (const mix_ptr & m : s.mixes) {
+        if (m->layers().back() >= mdl->n_layer()) {
+            throw vector_error("block " + std::to_string(m->layers().back()) + " out of range 0.." +
+                               std::to_string(mdl->n_layer() - 1));
+        }
+        if (m->n_embd() != mdl->n_embd()) {
             throw vector_error("a mix has another width than the model");
         }
     }
-    // what the next decode must find attached
-    while (mixes_per_request < n_mixes) {
-        mixes_per_request *= 2;
+}
+
+void session::make_room(const steering & s, const readout * reads) {
+    for (const mix_ptr & m : s.mixes) {
+        wanted_layers.insert(m->layers().begin(), m->layers().end());
+        wanted_tables.grow(*m);
     }
-    for (const mix_ptr & m : r.mixes) {
-        wanted_layers.insert(m->layers.begin(), m->layers.end());
+    if (reads) {
+        wanted_layers.insert(reads->layers.begin(), reads->layers.end());
+        wanted_tables.grow(*reads);
     }
-    queue.emplace_back(next_id, std::move(r));
-    return next_id++;
+}
+
+bool session::steer(int id, steering st) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (slot & s : slots) {
+        if (s.id == id) {
+            check_steering(st, s.n_given);
+            make_room(st, nullptr);
+            set_steering(s, std::move(st), s.n_done);
+            return true;
+        }
+    }
+    for (auto & [queued, r] : queue) {
+        if (queued == id) {
+            check_steering(st, int(r.tokens.size()));
+            make_room(st, nullptr);
+            r.steer = std::move(st);
+            return true;
+        }
+    }
+    return false;
+}
+
+std::vector<float> session::readings_of(int id, size_t from) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const slot & s : slots) {
+        if (s.id == id && s.req.reads) {
+            const size_t per_token = s.req.reads->layers.size() * size_t(s.req.reads->n);
+            const size_t begin = std::min(from, size_t(s.n_done)) * per_token;
+            return {s.res.readings.begin() + std::ptrdiff_t(begin),
+                    s.res.readings.begin() + std::ptrdiff_t(size_t(s.n_done) * per_token)};
+        }
+    }
+    return {};
 }
 
 bool session::cancel(int id) {
@@ -361,6 +366,12 @@ bool session::cancel(int id) {
     if (it == queue.end()) {
         return false;
     }
+    result r;
+    r.id = id;
+    r.finish = "cancelled";
+    r.n_prompt = int(it->second.tokens.size());
+    r.reads = it->second.reads;
+    results.push_back(std::move(r));
     queue.erase(it);
     return true;
 }
@@ -387,29 +398,44 @@ std::vector<result> session::take_results() {
     return out;
 }
 
-uint64_t session::key_at(const slot & s, size_t index) const {
-    const int at = s.token_mix[index];
-    return at < 0 ? 0 : s.req.mixes[size_t(at)]->key;
+int session::response_index(const slot & s, int index) const {
+    const int begin = s.req.response_begin >= 0 ? s.req.response_begin : s.n_given - 1;
+    return std::max(0, index - begin);
 }
 
-int session::row_for(const mix_ptr & m) {
-    int row;
-    if (const auto it = row_of_key.find(m->key); it != row_of_key.end()) {
-        row = it->second;
-    } else {
-        row = int(std::min_element(row_used.begin() + 1, row_used.end()) - row_used.begin());
-        if (row_used[size_t(row)] == step_count) {
-            throw model_error("more mixes in one decode than rows");
+uint64_t session::key_at(const slot & s, size_t index) {
+    const mix_ptr & m = s.token_mix[index];
+    const int begin = s.req.response_begin >= 0 ? s.req.response_begin : s.n_given - 1;
+    return m ? m->key_at(std::max(0, int(index) - begin)) : 0;
+}
+
+mix_ptr session::mix_of_next(const slot & s, bool thinking) const {
+    const int j = response_index(s, int(s.token_mix.size()));
+    const phase * now = nullptr;
+    for (const phase & p : s.req.steer.generated) {
+        if (p.begin <= j) {
+            now = &p;
         }
-        if (row_used[size_t(row)] >= 0) {
-            row_of_key.erase(key_of_row[size_t(row)]);
-        }
-        bank->set_row(row, *m);
-        row_of_key[m->key] = row;
-        key_of_row[size_t(row)] = m->key;
     }
-    row_used[size_t(row)] = step_count;
-    return row;
+    const int m = !now ? -1 : thinking ? now->thinking : now->mix;
+    return m < 0 ? nullptr : s.req.steer.mixes[size_t(m)];
+}
+
+// Steering for the tokens [from, ...): given ones by their table, the one sampled last by its phase.
+void session::set_steering(slot & s, steering steer, int from) {
+    s.req.steer = std::move(steer);
+    const steering & st = s.req.steer;
+    const auto n = s.tokens.size();
+    s.token_mix.resize(size_t(from));
+    while (s.token_mix.size() < n) {
+        const size_t index = s.token_mix.size();
+        if (int(index) < s.n_given) {
+            const int m = st.mix_of_token.empty() ? -1 : st.mix_of_token[index];
+            s.token_mix.push_back(m < 0 ? nullptr : st.mixes[size_t(m)]);
+        } else {
+            s.token_mix.push_back(mix_of_next(s, s.last_thinks));
+        }
+    }
 }
 
 // Free slots take queued requests, in order. A request that reuses prefixes waits while another is still computing a
@@ -423,14 +449,13 @@ void session::admit() {
         }
         const request & r = it->second;
         const auto key_of = [&](size_t i) -> uint64_t {
-            if (r.mix_of_token.empty() || r.mix_of_token[i] < 0) {
-                return 0;
-            }
-            return r.mixes[size_t(r.mix_of_token[i])]->key;
+            const int m = r.steer.mix_of_token.empty() ? -1 : r.steer.mix_of_token[i];
+            const int begin = r.response_begin >= 0 ? r.response_begin : int(r.tokens.size()) - 1;
+            return m < 0 ? 0 : r.steer.mixes[size_t(m)]->key_at(std::max(0, int(i) - begin));
         };
         int target = int(free_slot - slots.begin());
         int source = -1, n_reuse = 0;
-        if (r.reuse_prefix && !one_sequence_per_decode) {
+        if (r.reuse_prefix && !regroups) {
             int limit = int(r.tokens.size()) - 1; // tokens from here on must be computed
             if (r.outputs.end > r.outputs.begin) {
                 limit = std::min(limit, r.outputs.begin);
@@ -441,7 +466,7 @@ void session::admit() {
             for (const span & p : r.raws) {
                 limit = std::min(limit, p.begin);
             }
-            if (r.keep_readings) {
+            if (r.reads) {
                 limit = 0;
             }
             const auto shared = [&](const slot & s, bool promised) {
@@ -508,11 +533,16 @@ void session::admit() {
         s.id = s.res.id = it->first;
         s.req = std::move(it->second);
         s.tokens = s.req.tokens;
-        s.token_mix = s.req.mix_of_token;
-        s.token_mix.resize(s.tokens.size(), -1);
+        s.thinking = s.req.thinking;
         s.n_given = s.res.n_prompt = int(s.tokens.size());
         s.n_done = s.res.n_reused = n_reuse;
+        set_steering(s, std::move(s.req.steer), 0);
         s.res.taps = wanted_taps;
+        s.res.reads = s.req.reads;
+        if (s.req.reads) {
+            const size_t n_tokens = std::min(size_t(s.n_given) + size_t(s.req.max_tokens), size_t(cfg.n_ctx));
+            s.res.readings.assign(n_tokens * s.req.reads->layers.size() * size_t(s.req.reads->n), nan32);
+        }
         s.res.pool_sums.assign(s.req.pools.size(),
                                std::vector<double>(wanted_taps.pool_layers.size() * size_t(mdl->n_embd())));
         s.res.pool_counts.assign(s.req.pools.size(), std::vector<int>(wanted_taps.pool_layers.size()));
@@ -524,9 +554,9 @@ void session::admit() {
             s.res.logits.reserve(size_t(s.req.outputs.end - s.req.outputs.begin) * size_t(mdl->n_vocab()));
         }
         if (s.req.max_tokens > 0) {
-            s.sampler = make_sampler(s.req.sampling, mdl->n_vocab());
+            s.sampler = std::make_unique<token_sampler>(mdl->vocab(), s.req.sampling);
             for (llama_token t : s.tokens) {
-                llama_sampler_accept(s.sampler.get(), t);
+                s.sampler->accept_prompt(t);
             }
         }
         it = queue.erase(it);
@@ -544,42 +574,63 @@ bool session::wants_output(const slot & s, int index) const {
 }
 
 // Contiguous by sequence, ascending; generating sequences first get their token, prompts share what room is left.
-void session::build_batch(std::vector<batch_item> & items) const {
+// one_slot: only the first sequence that has something to compute.
+void session::build_batch(std::vector<batch_item> & items, bool one_slot) {
     int tokens_left = cfg.n_batch, outputs_left = std::max(cfg.n_outputs, cfg.n_parallel);
-    std::vector<int> share(slots.size(), 0);
-    for (size_t q = 0; q < slots.size(); ++q) {
-        const slot & s = slots[q];
-        if (s.id < 0 || s.n_done < s.n_given) {
-            continue;
+    const size_t n_slots = slots.size();
+    std::vector<int> share(n_slots, 0);
+    const auto pending = [&](size_t q) { return slots[q].id >= 0 && slots[q].n_done < int(slots[q].tokens.size()); };
+    const auto generating = [&](size_t q) { return pending(q) && slots[q].n_done >= slots[q].n_given; };
+    std::vector<size_t> takes_part;
+    if (regroups || one_slot) {
+        // one prompt, or neighbours that generate one token each: llama.cpp keeps the order of these
+        size_t q = 0;
+        while (q < n_slots && !pending((next_slot + q) % n_slots)) {
+            ++q;
         }
-        share[q] = 1;
-        --tokens_left;
-        --outputs_left;
-        if (one_sequence_per_decode) {
-            break;
+        if (q < n_slots) {
+            q = (next_slot + q) % n_slots;
+            takes_part.push_back(q);
+            while (!one_slot && generating(q) && q + 1 < n_slots && generating(q + 1)) {
+                takes_part.push_back(++q);
+            }
+            next_slot = (q + 1) % n_slots;
+        }
+    } else {
+        for (size_t q = 0; q < n_slots; ++q) {
+            takes_part.push_back(q);
         }
     }
-    const bool generating = tokens_left < cfg.n_batch;
-    for (size_t q = 0; q < slots.size() && !(one_sequence_per_decode && generating); ++q) {
-        const slot & s = slots[q];
-        if (s.id < 0 || s.n_done >= s.n_given) {
-            continue;
+    for (size_t q : takes_part) {
+        if (generating(q)) {
+            share[q] = 1;
+            --tokens_left;
+            --outputs_left;
         }
-        while (s.n_done + share[q] < s.n_given && tokens_left > 0) {
-            const bool output = wants_output(s, s.n_done + share[q]);
+    }
+    const bool tables = mdl->may_offload() || cfg.native_on_cpu; // these hold a few mixes of a request at a time
+    for (size_t q : takes_part) {
+        const slot & s = slots[q];
+        std::set<uint64_t> mixes;
+        while (pending(q) && s.n_done + share[q] < s.n_given && tokens_left > 0) {
+            const int index = s.n_done + share[q];
+            const bool output = wants_output(s, index);
             if (output && outputs_left == 0) {
                 break;
+            }
+            if (tables && s.token_mix[size_t(index)]) {
+                mixes.insert(key_at(s, size_t(index)));
+                if (mixes.size() > size_t(edit_capacity::mixes_per_slot)) {
+                    break;
+                }
             }
             outputs_left -= output;
             --tokens_left;
             ++share[q];
         }
-        if (one_sequence_per_decode && share[q] > 0) {
-            break;
-        }
     }
     int rank = 0;
-    for (size_t q = 0; q < slots.size(); ++q) {
+    for (size_t q = 0; q < n_slots; ++q) {
         for (int i = 0; i < share[q]; ++i) {
             const int index = slots[q].n_done + i;
             items.push_back({int(q), index, wants_output(slots[q], index) ? rank++ : -1});
@@ -587,11 +638,11 @@ void session::build_batch(std::vector<batch_item> & items) const {
     }
 }
 
-std::vector<token_event> session::step(const std::function<bool()> & interrupted) {
+std::vector<token_event> session::step(const std::function<bool()> & interrupted, const decide_fn & decide) {
     const std::lock_guard<std::mutex> lock(mutex);
     std::vector<token_event> events;
     try {
-        compute(interrupted, events);
+        compute(interrupted, decide, events);
     } catch (...) { // no request is left half done: all are dropped, and the session can be used again
         stop_asked = nullptr;
         fail_all();
@@ -600,43 +651,74 @@ std::vector<token_event> session::step(const std::function<bool()> & interrupted
     return events;
 }
 
-void session::compute(const std::function<bool()> & interrupted, std::vector<token_event> & events) {
-    ++step_count;
-    // a request that edits blocks outside the attached set, or needs more rows, has brought a new attachment
-    if (!wanted_layers.empty() && (!bank || bank->layers().size() != wanted_layers.size() ||
-                                   bank->n_rows() != 1 + mixes_per_request * cfg.n_parallel)) {
+void session::compute(const std::function<bool()> & interrupted, const decide_fn & decide,
+                      std::vector<token_event> & events) {
+    // a request that touches blocks outside the attached set, or needs larger tables, has brought a new attachment
+    const bool tables = mdl->may_offload() || cfg.native_on_cpu;
+    if (!wanted_layers.empty() &&
+        (!bank || bank->layers().size() != wanted_layers.size() || (tables && bank->capacity() != wanted_tables))) {
         attach();
     }
-
     admit();
     std::vector<batch_item> items;
-    build_batch(items);
+    build_batch(items, false);
     if (items.empty()) {
         return;
     }
+    if (!decode(items, interrupted)) {
+        // llama.cpp has computed the tokens in another order than given (a cache too full to keep them together):
+        // nothing of it counts, and one sequence alone has no other order
+        for (const batch_item & item : items) {
+            const int q = item.slot;
+            if (!llama_memory_seq_rm(llama_get_memory(ctx.get()), q, slots[size_t(q)].n_done, -1)) {
+                throw model_error("llama.cpp computed this batch in another token order than given, and the model "
+                                  "cannot go back");
+            }
+        }
+        items.clear();
+        build_batch(items, true);
+        if (!decode(items, interrupted)) {
+            throw model_error(
+                "llama.cpp computed this batch in another token order than given, so steering cannot be placed");
+        }
+    }
+    for (const batch_item & item : items) {
+        slot & s = slots[size_t(item.slot)];
+        s.cached.emplace_back(s.tokens[size_t(item.index)], key_at(s, size_t(item.index)));
+        s.n_done = item.index + 1;
+    }
+    collect(items, decide, events);
+}
 
+// One llama_decode with its steering and taps. False when the graph saw the tokens in another order; `items` is emptied
+// when the cache had no room, after making some.
+bool session::decode(std::vector<batch_item> & items, const std::function<bool()> & interrupted) {
     const auto n = items.size();
     std::vector<llama_token> tokens(n);
     std::vector<llama_pos> positions(n);
-    std::vector<int32_t> n_seq_id(n, 1), rows(n, 0);
+    std::vector<int32_t> n_seq_id(n, 1);
     std::vector<llama_seq_id> seq(n);
     std::vector<llama_seq_id *> seq_ids(n);
     std::vector<int8_t> outputs(n);
+    std::vector<token_edit> edits(n);
     const auto n_pools = size_t(wanted_taps.n_pools);
     std::vector<float> pool_weights(tap ? n * n_pools : 0);
     const size_t pools_per_slot = n_pools / slots.size();
     bool pools_used = false;
     for (size_t i = 0; i < n; ++i) {
-        const slot & s = slots[size_t(items[i].slot)];
+        slot & s = slots[size_t(items[i].slot)];
         const auto index = size_t(items[i].index);
         tokens[i] = s.tokens[index];
         positions[i] = items[i].index;
         seq[i] = items[i].slot;
         seq_ids[i] = &seq[i];
         outputs[i] = items[i].output >= 0;
-        const int m = s.token_mix[index];
-        if (m >= 0) {
-            rows[i] = row_for(s.req.mixes[size_t(m)]);
+        edits[i].edit = s.token_mix[index].get();
+        edits[i].j = response_index(s, items[i].index);
+        edits[i].slot = items[i].slot;
+        if (const readout * reads = s.req.reads.get()) {
+            edits[i].reads = reads;
+            edits[i].readings = s.res.readings.data() + index * reads->layers.size() * size_t(reads->n);
         }
         for (size_t p = 0; p < s.req.pools.size() && p < pools_per_slot; ++p) {
             if (!in(s.req.pools[p], items[i].index)) {
@@ -649,7 +731,7 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
     if (hook) {
         llama_synchronize(ctx.get());
         if (bank) {
-            bank->set_index(rows);
+            bank->set_tokens(edits);
         }
         if (tap && n_pools > 0) {
             tap->set_pool_weights(pool_weights);
@@ -670,129 +752,186 @@ void session::compute(const std::function<bool()> & interrupted, std::vector<tok
     const int rc = llama_decode(ctx.get(), batch);
     llama_synchronize(ctx.get());
     stop_asked = nullptr;
+    if (rc == 1) {
+        make_cells_free(items);
+        items.clear();
+        return true;
+    }
     std::string why;
     if (rc == 2) {
         why = "interrupted";
-    } else if (rc == 1) {
-        why = "the KV cache is full";
     } else if (rc != 0) {
         why = "llama.cpp cannot decode this batch (code " + std::to_string(rc) + ") " + log.errors();
-    } else if (hook && !hook->problem().empty()) {
+    } else if (hook) {
         why = hook->problem();
-    } else if (hook && !hook->order_was(tokens, positions)) {
-        why = "llama.cpp computed this batch in another token order than given, so steering cannot be placed";
     }
     if (!why.empty()) {
         throw model_error(why);
     }
-
+    if (hook && !hook->order_was(tokens, positions)) {
+        return false;
+    }
+    if (bank) {
+        std::vector<int> output_of_token;
+        for (const batch_item & item : items) {
+            output_of_token.push_back(item.output);
+        }
+        bank->read_back(edits, output_of_token);
+    }
     if (tap && pools_used) {
         tap->read_pooled();
     }
-    for (const batch_item & item : items) {
-        slot & s = slots[size_t(item.slot)];
-        s.cached.emplace_back(s.tokens[size_t(item.index)], key_at(s, size_t(item.index)));
-        s.n_done = item.index + 1;
-    }
-    collect(items, events);
+    return true;
 }
 
-void session::collect(const std::vector<batch_item> & items, std::vector<token_event> & events) {
+// The cache has no cells for a decode: first the texts of idle slots go, then the longest request, with an error of its
+// own. The others go on.
+void session::make_cells_free(const std::vector<batch_item> & items) {
+    const auto mem = llama_get_memory(ctx.get());
+    bool freed = false;
+    for (size_t q = 0; q < slots.size(); ++q) {
+        if (slots[q].id < 0 && !slots[q].cached.empty()) {
+            llama_memory_seq_rm(mem, llama_seq_id(q), -1, -1);
+            slots[q].cached.clear();
+            freed = true;
+        }
+    }
+    if (freed) {
+        return;
+    }
+    int longest = items[0].slot;
+    for (const batch_item & item : items) {
+        if (slots[size_t(item.slot)].n_done > slots[size_t(longest)].n_done) {
+            longest = item.slot;
+        }
+    }
+    llama_memory_seq_rm(mem, longest, -1, -1);
+    slots[size_t(longest)].cached.clear();
+    finish(slots[size_t(longest)], "error", "the KV cache is full");
+}
+
+// f(first item, column, count) for the rows of items [begin, end) at block il that have one, as runs of neighbours.
+// Where the block keeps the output rows only, a row's column is the rank of its output.
+template <typename Items, typename F>
+static void for_each_run(const Items & items, size_t begin, size_t end, bool cut, const F & f) {
+    const auto column_of = [&](size_t i) { return cut ? items[i].output : int(i); };
+    for (size_t i = begin; i < end;) {
+        const int column = column_of(i);
+        size_t n = 1;
+        while (column >= 0 && i + n < end && column_of(i + n) == column + int(n)) {
+            ++n;
+        }
+        if (column >= 0) {
+            f(i, column, int(n));
+        }
+        i += n;
+    }
+}
+
+void session::collect_pools(slot & s, const std::vector<batch_item> & items, size_t begin, size_t end) {
     const auto n_embd = size_t(mdl->n_embd());
-    const auto n_vocab = size_t(mdl->n_vocab());
     const size_t pools_per_slot = size_t(wanted_taps.n_pools) / slots.size();
     const bool rows_kept = tap && tap->keeps_rows(int64_t(items.size()));
-    // where block il's row of an item stands in the buffers, or -1
-    const auto column_of = [&](size_t i, int il) { return tap->is_cut(il) ? items[i].output : int(i); };
-    // f(first item, column, count) for the rows of items [i, end), as runs of neighbours
-    const auto for_each_run = [&](size_t i, size_t end, int il, const auto & f) {
-        while (i < end) {
-            const int column = column_of(i, il);
-            size_t n = 1;
-            while (column >= 0 && i + n < end && column_of(i + n, il) == column + int(n)) {
-                ++n;
+    for (size_t p = 0; p < s.req.pools.size() && p < pools_per_slot; ++p) {
+        int n_all = 0, n_out = 0;
+        for (size_t i = begin; i < end; ++i) {
+            if (in(s.req.pools[p], items[i].index)) {
+                ++n_all, n_out += items[i].output >= 0;
             }
-            if (column >= 0) {
-                f(i, column, int(n));
+        }
+        for (size_t l = 0; l < wanted_taps.pool_layers.size(); ++l) {
+            const int il = wanted_taps.pool_layers[l];
+            const bool cut = tap->is_cut(il);
+            const int counted = cut ? n_out : n_all;
+            if (counted == 0) {
+                continue;
             }
-            i += n;
+            double * into = s.res.pool_sums[p].data() + l * n_embd;
+            const auto add = [&](int column) {
+                const float * from = tap->pooled(il, column);
+                for (size_t k = 0; k < n_embd; ++k) {
+                    into[k] += double(from[k]);
+                }
+            };
+            if (!rows_kept) {
+                add(int(size_t(items[begin].slot) * pools_per_slot + p));
+            }
+            for (size_t i = begin; i < end && rows_kept; ++i) {
+                const int column = cut ? items[i].output : int(i);
+                if (column >= 0 && in(s.req.pools[p], items[i].index)) {
+                    add(column);
+                }
+            }
+            s.res.pool_counts[p][l] += counted;
         }
-    };
-    for (size_t begin = 0; begin < items.size();) {
-        size_t end = begin;
-        while (end < items.size() && items[end].slot == items[begin].slot) {
-            ++end;
-        }
-        const int q = items[begin].slot;
-        slot & s = slots[size_t(q)];
+    }
+}
 
-        for (size_t p = 0; p < s.req.pools.size() && p < pools_per_slot; ++p) {
-            int n_all = 0, n_out = 0;
-            for (size_t i = begin; i < end; ++i) {
-                if (in(s.req.pools[p], items[i].index)) {
-                    ++n_all, n_out += items[i].output >= 0;
-                }
-            }
-            for (size_t l = 0; l < wanted_taps.pool_layers.size(); ++l) {
-                const int il = wanted_taps.pool_layers[l];
-                const int counted = tap->is_cut(il) ? n_out : n_all;
-                if (counted == 0) {
-                    continue;
-                }
-                double * into = s.res.pool_sums[p].data() + l * n_embd;
-                const auto add = [&](int column) {
-                    const float * from = tap->pooled(il, column);
-                    for (size_t k = 0; k < n_embd; ++k) {
-                        into[k] += double(from[k]);
-                    }
-                };
-                if (!rows_kept) {
-                    add(int(size_t(q) * pools_per_slot + p));
-                }
-                for (size_t i = begin; i < end && rows_kept; ++i) {
-                    const int column = column_of(i, il);
-                    if (column >= 0 && in(s.req.pools[p], items[i].index)) {
-                        add(column);
-                    }
-                }
-                s.res.pool_counts[p][l] += counted;
-            }
+void session::collect_raws(slot & s, const std::vector<batch_item> & items, size_t begin, size_t end) {
+    if (s.req.raws.empty()) {
+        return;
+    }
+    const auto n_embd = size_t(mdl->n_embd());
+    const span & want = s.req.raws[0];
+    const auto n_rows = size_t(want.end - want.begin);
+    while (begin < end && items[begin].index < want.begin) { // the items inside the span
+        ++begin;
+    }
+    while (end > begin && items[end - 1].index >= want.end) {
+        --end;
+    }
+    for (size_t l = 0; l < wanted_taps.raw_layers.size(); ++l) {
+        const int il = wanted_taps.raw_layers[l];
+        for_each_run(items, begin, end, tap->is_cut(il), [&](size_t i, int column, int n) {
+            const auto row = size_t(items[i].index - want.begin);
+            tap->read_raw(il, column, n, s.res.raw.data() + (l * n_rows + row) * n_embd);
+        });
+    }
+}
+
+// The prompt of a request that decides is read: what does its response get? Where it is steered anew, the tokens from
+// the response's first on do not count and are computed once more; `end` then leaves them out. False: no token follows.
+bool session::decide_now(slot & s, const std::vector<batch_item> & items, size_t begin, size_t & end,
+                         const decide_fn & decide) {
+    const int first = s.req.response_begin;
+    if (!s.req.decides || first < 0 || items[begin].index > first || items[end - 1].index < first) {
+        return true;
+    }
+    s.req.decides = false;
+    std::optional<steering> st = decide ? decide(s.res) : std::nullopt;
+    if (!st) {
+        return true;
+    }
+    check_steering(*st, s.n_given);
+    make_room(*st, nullptr);
+    const int q = items[begin].slot;
+    const int back_to = s.req.pools.empty() ? first : items[begin].index; // the pools of this decode are sums already
+    if (!llama_memory_seq_rm(llama_get_memory(ctx.get()), q, back_to, -1)) {
+        set_steering(s, std::move(*st), s.n_done); // a recurrent state cannot go back: from the next token on
+        return true;
+    }
+    s.n_done = back_to;
+    s.cached.resize(size_t(back_to));
+    set_steering(s, std::move(*st), first);
+    while (end > begin && items[end - 1].index >= back_to) {
+        --end;
+    }
+    return false;
+}
+
+void session::collect(const std::vector<batch_item> & items, const decide_fn & decide,
+                      std::vector<token_event> & events) {
+    const auto n_vocab = size_t(mdl->n_vocab());
+    for (size_t begin = 0; begin < items.size();) {
+        size_t next = begin;
+        while (next < items.size() && items[next].slot == items[begin].slot) {
+            ++next;
         }
-        if (!s.req.raws.empty()) {
-            const span & want = s.req.raws[0];
-            const auto n_rows = size_t(want.end - want.begin);
-            size_t first = begin, last = end; // the items inside the span
-            while (first < last && items[first].index < want.begin) {
-                ++first;
-            }
-            while (last > first && items[last - 1].index >= want.end) {
-                --last;
-            }
-            for (size_t l = 0; l < wanted_taps.raw_layers.size(); ++l) {
-                const int il = wanted_taps.raw_layers[l];
-                for_each_run(first, last, il, [&](size_t i, int column, int n) {
-                    const auto row = size_t(items[i].index - want.begin);
-                    tap->read_raw(il, column, n, s.res.raw.data() + (l * n_rows + row) * n_embd);
-                });
-            }
-        }
-        if (s.req.keep_readings && wanted_taps.n_readouts > 0) {
-            const auto n_read = size_t(wanted_taps.n_readouts);
-            const size_t n_layers = wanted_taps.reading_layers.size();
-            const size_t at = s.res.readings.size();
-            s.res.readings.resize(at + (end - begin) * n_layers * n_read, nan32); // [token][block][read-out]
-            std::vector<float> run((end - begin) * n_read);
-            for (size_t l = 0; l < n_layers; ++l) {
-                const int il = wanted_taps.reading_layers[l];
-                for_each_run(begin, end, il, [&](size_t i, int column, int n) {
-                    tap->read_readings(il, column, n, run.data());
-                    for (size_t t = 0; t < size_t(n); ++t) {
-                        std::copy_n(run.data() + t * n_read, n_read,
-                                    s.res.readings.data() + at + ((i - begin + t) * n_layers + l) * n_read);
-                    }
-                });
-            }
-        }
+        slot & s = slots[size_t(items[begin].slot)];
+        size_t end = next;
+        const bool goes_on = decide_now(s, items, begin, end, decide);
+        collect_pools(s, items, begin, end);
+        collect_raws(s, items, begin, end);
         int sampled_from = -1;
         for (size_t i = begin; i < end; ++i) {
             if (items[i].output < 0) {
@@ -814,27 +953,66 @@ void session::collect(const std::vector<batch_item> & items, std::vector<token_e
                 sampled_from = int(i);
             }
         }
-        if (s.closing) {
+        if (!goes_on) {
+            // the response is computed in the next decode
+        } else if (s.closing) {
             finish(s, "length");
         } else if (s.n_done >= s.n_given && s.req.max_tokens == 0) {
             finish(s, "given");
         } else if (sampled_from >= 0 && s.req.max_tokens > 0) {
             take_token(s, sampled_from, events);
         }
-        begin = end;
+        begin = next;
     }
 }
 
+// Whether the text is inside a thinking block after one more piece.
+static bool thinks_after(const std::pair<std::string, std::string> & marks, std::string & seen,
+                         const std::string & piece, bool thinking) {
+    seen += piece;
+    for (;;) {
+        const std::string & mark = thinking ? marks.second : marks.first;
+        const size_t at = seen.find(mark);
+        if (at == std::string::npos) {
+            break;
+        }
+        seen.erase(0, at + mark.size());
+        thinking = !thinking;
+    }
+    const size_t longest = std::max(marks.first.size(), marks.second.size());
+    if (seen.size() > longest) {
+        seen.erase(0, seen.size() - longest);
+    }
+    return thinking;
+}
+
 void session::take_token(slot & s, int output, std::vector<token_event> & events) {
-    const llama_token token = llama_sampler_sample(s.sampler.get(), ctx.get(), output);
+    llama_token token = -1;
+    try {
+        token = s.sampler->sample(ctx.get(), output);
+    } catch (const std::exception & e) { // llama.cpp's grammar
+        finish(s, "error", std::string("sampling failed: ") + e.what());
+        return;
+    }
+    if (token < 0) {
+        finish(s, "error", "the grammar allows no token here");
+        return;
+    }
     if (mdl->is_end(token) && !s.req.ignore_end) {
         finish(s, "stop");
         return;
     }
+    double logprob = std::numeric_limits<double>::quiet_NaN();
+    if (s.req.n_logprobs >= 0) {
+        const float * row = llama_get_logits_ith(ctx.get(), output);
+        s.res.top_logprobs.emplace_back();
+        logprob = log_probs(row, mdl->n_vocab(), token, s.req.n_logprobs, s.res.top_logprobs.back());
+        s.res.logprobs.push_back(logprob);
+    }
     s.res.tokens.push_back(token);
     const std::string piece = mdl->piece(token, false);
     s.res.text += piece;
-    events.push_back({s.id, token, piece});
+    events.push_back({s.id, token, piece, logprob});
     size_t cut = std::string::npos; // where the first stop string begins
     for (const std::string & stop : s.req.stop) {
         cut = std::min(cut, s.res.text.find(stop));
@@ -845,9 +1023,13 @@ void session::take_token(slot & s, int output, std::vector<token_event> & events
         return;
     }
     s.tokens.push_back(token);
-    s.token_mix.push_back(s.req.mix_of_generated);
+    s.last_thinks = s.thinking; // the marker that closes belongs to the block
+    s.token_mix.push_back(mix_of_next(s, s.last_thinks));
+    if (!s.req.think_marks.first.empty()) {
+        s.thinking = thinks_after(s.req.think_marks, s.marks_seen, mdl->piece(token, true), s.thinking);
+    }
     const bool full = int(s.res.tokens.size()) >= s.req.max_tokens || int(s.tokens.size()) >= cfg.n_ctx;
-    if (full && (!s.req.pools.empty() || s.req.keep_readings) && int(s.tokens.size()) <= cfg.n_ctx) {
+    if (full && (!s.req.pools.empty() || s.req.reads) && int(s.tokens.size()) <= cfg.n_ctx) {
         s.closing = true; // the last token's own activations still count
     } else if (full) {
         finish(s, "length");
@@ -855,8 +1037,12 @@ void session::take_token(slot & s, int output, std::vector<token_event> & events
 }
 
 // The slot is free again; its cached text stays for later requests with the same prefix.
-void session::finish(slot & s, const char * why) {
+void session::finish(slot & s, const char * why, const std::string & error) {
     s.res.finish = why;
+    s.res.error = error;
+    if (s.req.reads) {
+        s.res.readings.resize(size_t(s.n_done) * s.req.reads->layers.size() * size_t(s.req.reads->n));
+    }
     results.push_back(std::move(s.res));
     auto cached = std::move(s.cached);
     s = slot();
@@ -890,14 +1076,15 @@ std::vector<float> session::self_test(const std::shared_ptr<model> & m, int n_th
             r.outputs = {0, 1};
             r.keep_logits = true;
             if (il >= 0) {
-                auto unit = std::make_shared<mix>();
-                unit->key = uint64_t(il) + 1;
-                unit->layers = {il};
+                std::vector<float> unit;
                 for (int k = 0; k < m->n_embd(); ++k) {
-                    unit->data.push_back(k % 3 == 0 ? 1.0f : -1.0f);
+                    unit.push_back(k % 3 == 0 ? 1.0f : -1.0f);
                 }
-                r.mixes = {unit};
-                r.mix_of_token = {0};
+                edit_term plus;
+                plus.write = 0;
+                r.steer.mixes = {std::make_shared<mix>(uint64_t(il) + 1, m->n_embd(), std::vector<int>{il},
+                                                       std::vector<std::vector<edit_term>>{{plus}}, unit)};
+                r.steer.mix_of_token = {0};
             }
             row_of_id[s.submit(std::move(r))] = il;
         }

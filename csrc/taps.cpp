@@ -24,14 +24,11 @@ void taps::allocate(const placement & where) {
     for (int il : cfg.raw_layers) {
         by_device[where[size_t(il)]].raw_layers.push_back(il);
     }
-    for (int il : cfg.reading_layers) {
-        by_device[where[size_t(il)]].reading_layers.push_back(il);
-    }
     std::vector<device> made; // all or none: a failure in between leaves nothing that looks allocated
     for (auto & [buft, d] : by_device) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
         d.is_cpu = !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
-        d.ctx = make_tensor_context(5);
+        d.ctx = make_tensor_context(3);
         ggml_context * ctx = d.ctx.get();
         if (const auto n = int64_t(d.pool_layers.size())) {
             d.pool_weights = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cfg.n_pools, n_columns);
@@ -41,19 +38,12 @@ void taps::allocate(const placement & where) {
         if (const auto n = int64_t(d.raw_layers.size())) {
             d.raw = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd, n_columns, n);
         }
-        if (const auto n = int64_t(d.reading_layers.size())) {
-            d.readouts = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd, cfg.n_readouts, n);
-            d.readings = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, cfg.n_readouts, n_columns, n);
-        }
         d.buffer = allocate_tensors(ctx, buft);
         made.push_back(std::move(d));
     }
     devices = std::move(made);
     if (!host_pool_weights.empty()) {
         set_pool_weights(host_pool_weights);
-    }
-    if (!host_readouts.empty()) {
-        set_readouts(host_readouts);
     }
 }
 
@@ -64,20 +54,6 @@ void taps::set_pool_weights(const std::vector<float> & weights) {
     for (const device & d : devices) {
         if (d.pool_weights) {
             ggml_backend_tensor_set(d.pool_weights, weights.data(), 0, weights.size() * sizeof(float));
-        }
-    }
-}
-
-void taps::set_readouts(const std::vector<float> & directions) {
-    if (devices.empty()) {
-        host_readouts = directions;
-    }
-    const size_t per_layer = size_t(cfg.n_readouts) * size_t(n_embd);
-    for (const device & d : devices) {
-        for (size_t i = 0; i < d.reading_layers.size(); ++i) {
-            const auto at = size_t(position_in(cfg.reading_layers, d.reading_layers[i]));
-            ggml_backend_tensor_set(d.readouts, directions.data() + at * per_layer, i * d.readouts->nb[2],
-                                    per_layer * sizeof(float));
         }
     }
 }
@@ -108,17 +84,6 @@ void taps::read_raw(int il, int column, int n, float * dst) const {
         }
         ggml_backend_tensor_get(d.raw, dst, size_t(at) * d.raw->nb[2] + size_t(column) * d.raw->nb[1],
                                 size_t(n) * d.raw->nb[1]);
-    }
-}
-
-void taps::read_readings(int il, int column, int n, float * dst) const {
-    for (const device & d : devices) {
-        const int at = position_in(d.reading_layers, il);
-        if (at < 0) {
-            continue;
-        }
-        ggml_backend_tensor_get(d.readings, dst, size_t(at) * d.readings->nb[2] + size_t(column) * d.readings->nb[1],
-                                size_t(n) * d.readings->nb[1]);
     }
 }
 
@@ -181,8 +146,7 @@ void taps::pool(ggml_context * ctx, device & d, int at, ggml_tensor * x, const g
     }
 }
 
-std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
-                                     const graph_inputs & in) {
+std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * x, const graph_inputs & in) {
     if (x->ne[1] != in.n_tokens) {
         set_cut(il, true);
     } else if (in.out_ids && in.out_ids->ne[0] < in.n_tokens) {
@@ -196,13 +160,6 @@ std::vector<ggml_tensor *> taps::tap(ggml_context * ctx, int il, ggml_tensor * h
         if (const int at = position_in(d.raw_layers, il); at >= 0) {
             ggml_tensor * dst = ggml_view_2d(ctx, d.raw, n_embd, x->ne[1], d.raw->nb[1], size_t(at) * d.raw->nb[2]);
             ends.push_back(ggml_cpy(ctx, x, dst));
-        }
-        if (const int at = position_in(d.reading_layers, il); at >= 0) {
-            ggml_tensor * u = ggml_view_2d(ctx, d.readouts, n_embd, cfg.n_readouts, d.readouts->nb[1],
-                                           size_t(at) * d.readouts->nb[2]);
-            ggml_tensor * dst = ggml_view_2d(ctx, d.readings, cfg.n_readouts, h->ne[1], d.readings->nb[1],
-                                             size_t(at) * d.readings->nb[2]);
-            ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, u, h), dst));
         }
     }
     return ends;

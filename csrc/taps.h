@@ -1,6 +1,7 @@
 #pragma once
 
-#include "edit_bank.h"
+#include "device_memory.h"
+#include "mix.h"
 
 #include <cstddef>
 #include <memory>
@@ -10,23 +11,19 @@
 namespace personasteer {
 
 struct tap_config {
-    std::vector<int> pool_layers;    // ascending; blocks whose output is pooled inside the graph
-    int n_pools = 0;                 // pools filled by one decode: weighted sums over its tokens
-    std::vector<int> raw_layers;     // ascending; blocks whose output is kept for every token
-    std::vector<int> reading_layers; // ascending; blocks that are projected on read-out directions
-    int n_readouts = 0;              // read-out directions per block
+    std::vector<int> pool_layers; // ascending; blocks whose output is pooled inside the graph
+    int n_pools = 0;              // pools filled by one decode: weighted sums over its tokens
+    std::vector<int> raw_layers;  // ascending; blocks whose output is kept for every token
 
-    bool empty() const { return pool_layers.empty() && raw_layers.empty() && reading_layers.empty(); }
+    bool empty() const { return pool_layers.empty() && raw_layers.empty(); }
     bool operator==(const tap_config & o) const {
-        return pool_layers == o.pool_layers && n_pools == o.n_pools && raw_layers == o.raw_layers &&
-               reading_layers == o.reading_layers && n_readouts == o.n_readouts;
+        return pool_layers == o.pool_layers && n_pools == o.n_pools && raw_layers == o.raw_layers;
     }
 };
 
-// Copies of block outputs, pooled, raw or projected, made on the device inside the graph, right behind the block.
-// Pooled and raw rows are the block's output as the next block sees it (after the edit); readings are <h, u> of the
-// block's output before the edit. A pool is a weighted sum over all tokens of a decode: a sequence whose activations
-// are not finite spoils the pools of the others.
+// Copies of block outputs, pooled or raw, made on the device inside the graph, right behind the block: the output as
+// the next block sees it, after the edit. A pool is a weighted sum over all tokens of a decode: a sequence whose
+// activations are not finite spoils the pools of the others.
 class taps {
   public:
     taps(int n_embd, tap_config config, int n_columns);
@@ -38,8 +35,6 @@ class taps {
 
     // weights[t * n_pools + s]: the share of token t in pool s, for the tokens of the next decode
     void set_pool_weights(const std::vector<float> & weights);
-    // directions[(i * n_readouts + r) * n_embd]: read-out r at reading_layers[i]
-    void set_readouts(const std::vector<float> & directions);
 
     // Whether the model computes block il for the output rows only (most do so at the last one). Known from the graphs
     // built so far; where every token has an output row it makes no difference.
@@ -52,25 +47,21 @@ class taps {
     // After a decode. For a block cut down to the output rows, a column is the rank of the output row.
     const float * pooled(int il, int column) const; // [n_embd] of a pool or a row, valid until the next read_pooled
     void read_pooled();
-    void read_raw(int il, int column, int n, float * dst) const;      // n columns of n_embd
-    void read_readings(int il, int column, int n, float * dst) const; // n columns of n_readouts
+    void read_raw(int il, int column, int n, float * dst) const; // n columns of n_embd
 
-    // the tensors whose computation fills the buffers for this block; h before, x after the edit
-    std::vector<ggml_tensor *> tap(ggml_context * ctx, int il, ggml_tensor * h, ggml_tensor * x,
-                                   const graph_inputs & in);
+    // the tensors whose computation fills the buffers for this block, whose output is x
+    std::vector<ggml_tensor *> tap(ggml_context * ctx, int il, ggml_tensor * x, const graph_inputs & in);
     void new_graph(); // forget the nodes shared by the blocks of the last graph
 
   private:
     struct device {
         bool is_cpu = false;
-        std::vector<int> pool_layers, raw_layers, reading_layers; // ascending, the part on this device
+        std::vector<int> pool_layers, raw_layers; // ascending, the part on this device
         ggml_context_ptr ctx;
         ggml_backend_buffer_ptr buffer;
         ggml_tensor * pool_weights = nullptr; // F32 [n_pools, n_columns]
         ggml_tensor * pooled = nullptr;       // F32 [n_embd, n_pools, pool_layers.size()]
         ggml_tensor * raw = nullptr;          // F32 [n_embd, n_columns, raw_layers.size()]
-        ggml_tensor * readouts = nullptr;     // F32 [n_embd, n_readouts, reading_layers.size()]
-        ggml_tensor * readings = nullptr;     // F32 [n_readouts, n_columns, reading_layers.size()]
         ggml_tensor * weights_all = nullptr;  // node of the graph being built, for all tokens
         ggml_tensor * weights_out = nullptr;  // the same for the output rows
         std::vector<float> pooled_host;       // copy of `pooled`
@@ -85,7 +76,7 @@ class taps {
     int n_columns;
     std::vector<device> devices;
     std::set<int> cut_blocks;
-    std::vector<float> host_pool_weights, host_readouts; // set before the devices were known
+    std::vector<float> host_pool_weights; // set before the devices were known
 };
 
 } // namespace personasteer

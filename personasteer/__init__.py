@@ -4,6 +4,7 @@ from personasteer._native import load_core as _load_core
 
 _load_core()
 
+from personasteer.attach import Attachment, attach, detach  # noqa: E402
 from personasteer.chat import ChatTemplate  # noqa: E402
 from personasteer.derive import contrast, derive  # noqa: E402
 from personasteer.errors import (  # noqa: E402
@@ -17,30 +18,42 @@ from personasteer.errors import (  # noqa: E402
     TraitError,
     VectorError,
 )
+from personasteer.live import Answer, Session, Stream  # noqa: E402
 from personasteer.model import Model, demo_model  # noqa: E402
-from personasteer.steering import Add, Steering  # noqa: E402
+from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When  # noqa: E402
 from personasteer.traits import Trait  # noqa: E402
 from personasteer.vectors import PersonaVector  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablate",
     "Add",
+    "Answer",
     "ArgumentError",
+    "Attachment",
+    "Cap",
     "ChatTemplate",
     "ContextError",
     "ElicitationError",
+    "Floor",
     "IncompatibleVector",
     "Model",
     "ModelError",
     "PersonaVector",
     "PersonasteerError",
+    "Redirect",
+    "Session",
     "Steering",
+    "Stream",
     "TemplateError",
     "Trait",
     "TraitError",
     "VectorError",
+    "When",
+    "attach",
     "contrast",
     "demo_model",
     "derive",
+    "detach",
 ]

@@ -11,6 +11,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from personasteer.errors import ArgumentError, TemplateError
+from personasteer.spans import END_OF_MESSAGE, THINKING_MARKERS, Span, locate_contents
 
 Message: TypeAlias = Mapping[str, str]
 Conversation: TypeAlias = str | Sequence[Message]
@@ -35,6 +36,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as e:
             raise TemplateError(f"the model's chat template does not parse: {e}") from e
+        self._source = source
         self._names = {"bos_token": bos, "eos_token": eos}
 
     def render(
@@ -53,6 +55,39 @@ class ChatTemplate:
             )
         except Exception as e:  # a template is foreign code: TypeError, RecursionError, ... all mean the same here
             raise TemplateError(f"the model's chat template cannot render these messages: {e}") from e
+
+    def spans(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, today: datetime | None = None
+    ) -> tuple[str, list[Span]]:
+        """`render`'s text, and where in it each message's own content stands, without the template's markup.
+
+        The spans come in the order of the text. Whitespace, or thinking, that the template strips is in no span; a
+        message that it leaves out has none.
+
+        messages, add_generation_prompt, today: as in `render`.
+
+        Raises ArgumentError when a message lacks a role or a content, TemplateError when rendering fails and when a
+        message's text cannot be located.
+        """
+        messages = as_messages(messages)
+        now = today or datetime.now()
+
+        def render(contents: Sequence[str]) -> str:
+            return self.render(
+                [{**m, "content": c} for m, c in zip(messages, contents, strict=True)],
+                add_generation_prompt=add_generation_prompt,
+                today=now,
+            )
+
+        text = render([m["content"] for m in messages])
+        return text, locate_contents(text, messages, render, foreign=self._source)
+
+    def thinking_markers(self) -> tuple[str, str] | None:
+        """The markers that open and close the model's thinking, where the template names one; None where none."""
+        for opening, closing in THINKING_MARKERS:
+            if opening in self._source or (closing != END_OF_MESSAGE and closing in self._source):
+                return opening, closing
+        return None
 
     def takes_system(self) -> bool:
         """Whether a system message reaches the model: it must show up in the text, and before the user's."""

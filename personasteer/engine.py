@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer._native import load_core
-from personasteer.errors import ArgumentError
-from personasteer.steering import SteeredModel, Steering, compile_mixes
+from personasteer.errors import ArgumentError, ModelError
+from personasteer.mixes import Conditions, Plan, Reads, compile_plan, make_reads
+from personasteer.steering import Roles, SteeredModel, Steering
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, total)
 OnToken: TypeAlias = Callable[[int, str], None]  # (index of the request, text)
@@ -51,7 +52,10 @@ class Sampling:
 class Request:
     """One text to compute, and what to keep of it. Spans are [begin, end) token indices; end -1 is open.
 
-    n_prompt is the P of the scopes (None: all given tokens are prompt).
+    n_prompt is the P of the scopes (None: all given tokens are prompt); roles holds the role of each given token, where
+    a chat template tells; think_marks opens and closes a thinking block, and `thinking` says that the text ends in one.
+    reads: directions to project every token on, {il: (n_embd,)} each. n_logprobs >= 0: log p of every generated token,
+    and of so many most probable ones.
     """
 
     tokens: Sequence[int]
@@ -65,20 +69,23 @@ class Request:
     keep_scores: bool = False
     pools: tuple[tuple[int, int], ...] = ()
     raw: tuple[int, int] | None = None
-    keep_readings: bool = False
+    reads: tuple[Mapping[int, NDArray[Any]], ...] = ()
     share_prefix: bool = False
     ignore_end: bool = False  # go on after an end-of-turn token
+    roles: Roles | None = None
+    think_marks: tuple[str, str] = ("", "")
+    thinking: bool = False
+    grammar: str = ""
+    n_logprobs: int = -1
 
 
 @dataclass(frozen=True)
 class Taps:
-    """What the graph keeps for every request of a run: blocks pooled, kept raw, projected."""
+    """What the graph keeps for every request of a run: blocks pooled, kept raw."""
 
     pool_layers: tuple[int, ...] = ()
     n_pools: int = 1
     raw_layers: tuple[int, ...] = ()
-    reading_layers: tuple[int, ...] = ()
-    readouts: NDArray[np.float32] | None = None  # (reading_layers, n_readouts, n_embd)
 
 
 class TextStream:
@@ -106,6 +113,115 @@ class TextStream:
         return self._decoder.decode(text[self._n_sent :], final=True)
 
 
+class Compiled:
+    """A request as the native session takes it, and its conditions on the prompt."""
+
+    def __init__(self, request: Request, model: SteeredModel) -> None:
+        self.request, self._model = request, model
+        conditions = Conditions(request.steering, model)
+        # a text that is all prompt has no response to decide on
+        self._conditions = conditions if request.n_prompt is not None else Conditions(Steering(), model)
+        self._check_last_block()
+        columns = [*self._conditions.directions, *(dict(r) for r in request.reads)]
+        self._reads: Reads | None = make_reads(columns, model.n_embd)
+        self._resteered = False
+        self._rho = 0.0  # of the plans before this one
+        if self._conditions:  # what is wrong with an edit shows now, not when its condition holds
+            self._compile(request.steering, [True] * len(request.steering))
+        self.plan = self._compile(request.steering)
+
+    def _check_last_block(self) -> None:
+        r, last = self.request, self._model.n_layer - 1
+        if r.n_prompt is None or not any(last in column for column in self._conditions.directions):
+            return
+        generates = r.max_tokens > 0 and r.n_prompt == len(r.tokens)
+        if not (generates or r.outputs[0] < r.n_prompt <= r.outputs[1]):
+            raise ArgumentError(
+                f"the condition reads block {last}, the last one, of which nothing is computed for the prompt's last "
+                "token here: use other layers"
+            )
+
+    def _compile(self, steering: Steering, decided: Sequence[bool] = ()) -> Plan:
+        r = self.request
+        return compile_plan(steering, self._model, len(r.tokens), r.n_prompt, r.roles, decided)
+
+    def arguments(self, index: int) -> dict[str, Any]:
+        """Keyword arguments of the native submit; `index` gives the request a random stream of its own."""
+        r, core = self.request, load_core()
+        return {
+            "tokens": r.tokens,
+            **self._native(self.plan),
+            "response_begin": -1 if r.n_prompt is None or r.n_prompt > len(r.tokens) else r.n_prompt - 1,
+            "reads": core.Readout(self._reads.layers, self._reads.directions) if self._reads else None,
+            "decides": bool(self._conditions),
+            "max_tokens": r.max_tokens,
+            "stop": [s.encode() for s in r.stop],
+            "think_marks": r.think_marks,
+            "thinking": r.thinking,
+            "grammar": r.grammar,
+            "n_logprobs": r.n_logprobs,
+            "outputs": r.outputs,
+            "keep_logits": r.keep_logits,
+            "keep_scores": r.keep_scores,
+            "pools": r.pools,
+            "raws": [r.raw] if r.raw else [],
+            "reuse_prefix": r.share_prefix,
+            "ignore_end": r.ignore_end,
+            **r.sampling.arguments(index),
+        }
+
+    def _native(self, plan: Plan) -> dict[str, Any]:
+        return {
+            "mixes": [m.native for m in plan.mixes],
+            "mix_of_token": plan.of_token if plan.mixes else [],
+            "generated": plan.generated if plan.mixes else [],
+        }
+
+    def decide(self, readings: NDArray[np.float32]) -> tuple[Any, ...] | None:
+        """The response's steering, now that the prompt is read; None where no condition holds, or where other edits
+        have been given meanwhile.
+        """
+        n_prompt = self.request.n_prompt
+        if self._resteered or not self._conditions or self._reads is None or n_prompt is None:
+            return None
+        verdicts = self._conditions.decide(readings, self._reads.layers, n_prompt)
+        if not any(verdicts):
+            return None
+        before, self.plan = self.plan, self._compile(self.request.steering, verdicts)
+        return None if self.plan.same_as(before) else tuple(self._native(self.plan).values())
+
+    def resteer(self, steering: Steering) -> dict[str, Any]:
+        """The arguments of the native steer for other edits from here on. Raises ArgumentError for a condition on the
+        prompt, which has been read.
+        """
+        if Conditions(steering, self._model):
+            raise ArgumentError('a condition on the prompt comes too late: use When(..., on="token")')
+        plan = self._compile(steering)
+        self._rho, self.plan, self._resteered = self.rho, plan, True
+        return self._native(plan)
+
+    @property
+    def rho(self) -> float:
+        """The largest dose that a token gets, or got under an earlier steering."""
+        return max(self._rho, self.plan.rho)
+
+    def shaped(self, readings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Flat readings as (tokens, layers, directions)."""
+        layers, n = self._reads.directions.shape[:2] if self._reads else (0, 0)
+        return readings.reshape(-1, layers, n) if layers * n else readings.reshape(0, layers, n)
+
+    def own_readings(self, readings: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """(tokens, layers of the read-out) for each of the request's own read-outs, its layers ascending."""
+        if self._reads is None:
+            return []
+        out = []
+        first = len(self._conditions.directions)
+        for k, column in enumerate(self.request.reads):
+            at = [self._reads.layers.index(il) for il in sorted(column)]
+            out.append(np.asarray(readings[:, at, first + k]))
+        return out
+
+
 def run(
     session: Any,
     model: SteeredModel,
@@ -115,59 +231,43 @@ def run(
     keep_cache: bool = False,
     progress: Progress | None = None,
     on_token: OnToken | None = None,
+    first: int = 0,
 ) -> list[dict[str, Any]]:
-    """Compute all requests; the native results in the order of `requests`.
+    """Compute all requests; the native results in the order of `requests`, with "rho", the largest dose of a token.
+    `first` is the number of the first one, for its random stream and for on_token.
 
     Starts from an empty cache unless `keep_cache`, so that the same list gives the same numbers whatever ran before.
     An interrupt or an error leaves the session empty and usable.
     """
-    core = load_core()
     if not keep_cache:
         session.reset()
     taps = taps or Taps()
-    session.set_taps(
-        pool_layers=taps.pool_layers,
-        n_pools_per_request=taps.n_pools,
-        raw_layers=taps.raw_layers,
-        reading_layers=taps.reading_layers,
-        readouts=taps.readouts,
-    )
-    compiled = [compile_mixes(r.steering, model, len(r.tokens), r.n_prompt) for r in requests]
+    session.set_taps(pool_layers=taps.pool_layers, n_pools_per_request=taps.n_pools, raw_layers=taps.raw_layers)
+    compiled = [Compiled(r, model) for r in requests]
     order: dict[int, int] = {}
     results: list[dict[str, Any]] = [{} for _ in requests]
     streams = [TextStream(r.stop) for r in requests]
+
+    def decide(request_id: int, readings: NDArray[np.float32]) -> tuple[Any, ...] | None:
+        return compiled[order[request_id]].decide(readings)
+
     try:
-        for i, (r, (mixes, of_token, of_generated)) in enumerate(zip(requests, compiled, strict=True)):
-            request_id = session.submit(
-                tokens=r.tokens,
-                mixes=[core.Mix(m.key, m.layers, m.data) for m in mixes],
-                mix_of_token=of_token,
-                mix_of_generated=of_generated,
-                max_tokens=r.max_tokens,
-                stop=[s.encode() for s in r.stop],
-                outputs=r.outputs,
-                keep_logits=r.keep_logits,
-                keep_scores=r.keep_scores,
-                pools=r.pools,
-                raws=[r.raw] if r.raw else [],
-                keep_readings=r.keep_readings,
-                reuse_prefix=r.share_prefix,
-                ignore_end=r.ignore_end,
-                **r.sampling.arguments(i),
-            )
-            order[request_id] = i
+        for i, c in enumerate(compiled):
+            order[session.submit(**c.arguments(first + i))] = i
         done = 0
         while session.busy:
-            for request_id, _, piece in session.step():
+            for request_id, _, piece, _ in session.step(decide):
                 i = order[request_id]
                 if on_token and (text := streams[i].push(piece)):
-                    on_token(i, text)
+                    on_token(first + i, text)
             for result in session.take_results():
                 i = order[result["id"]]
-                results[i] = result
+                if result["error"]:
+                    raise ModelError(result["error"])
+                results[i] = {**result, "rho": compiled[i].plan.rho}
                 done += 1
                 if on_token and (text := streams[i].finish(result["text"])):
-                    on_token(i, text)
+                    on_token(first + i, text)
                 if progress:
                     progress(done, len(requests))
     except BaseException:

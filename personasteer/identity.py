@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from personasteer._native import load_core
@@ -77,7 +77,18 @@ def identify(path: str | os.PathLike[str]) -> dict[str, str]:
     return result
 
 
+def with_adapters(found: Mapping[str, str], adapters: Sequence[tuple[Path, float]]) -> dict[str, str]:
+    """The identity of a model with LoRA adapters applied: another fingerprint, and a part "adapters"."""
+    if not adapters:
+        return dict(found)
+    digest = hashlib.sha256(repr([(identify(file)["fingerprint"], scale) for file, scale in adapters]).encode())
+    whole = hashlib.sha256(found["fingerprint"].encode() + digest.digest())
+    return {**found, "fingerprint": whole.hexdigest(), "adapters": digest.hexdigest()[:16]}
+
+
 def differences(first: Mapping[str, str], second: Mapping[str, str]) -> str:
     """In words, what differs between two identities, as far as both say."""
     found = [what for part, what in PARTS.items() if part in first and first[part] != second[part]]
+    if first.get("adapters") != second.get("adapters"):
+        found.append("other LoRA adapters")
     return ", ".join(found) or "another fingerprint"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import importlib.util
+import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,13 +21,20 @@ from numpy.typing import NDArray
 from personasteer import engine, identity
 from personasteer._native import build_id, extra_buffers_work, load_core
 from personasteer.chat import ChatTemplate, Conversation, as_messages
-from personasteer.engine import OnToken, Progress, Request, Sampling, Taps
+from personasteer.control_vector import run_by_control_vector
+from personasteer.engine import OnToken, Progress, Request, Taps
 from personasteer.errors import ArgumentError, ModelError, TemplateError
 from personasteer.files import read_cache, write_cache
+from personasteer.live import Session, Stream, make_request
+from personasteer.mixes import MixCache
+from personasteer.prompts import Prompt, with_roles
 from personasteer.steering import Steer, Steering, as_steering, per_request
 from personasteer.traits import neutral_pairs
 
+log = logging.getLogger("personasteer")
+
 Item: TypeAlias = str | tuple[str, str] | Sequence[dict[str, str]]
+Adapter: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], float]"
 POOLS = ("mean", "last", "raw")
 SPANS = ("all", "prompt", "response")
 MEASURED_ON = datetime(2025, 1, 1)  # for templates that name the date: measurements do not depend on the day
@@ -42,6 +52,7 @@ class Model:
         n_gpu_layers: blocks kept on the GPU, where llama-cpp-python was built for one; -1 is all.
         seed: default seed of sampling.
         use_mmap: map the file instead of reading it.
+        lora: LoRA adapters (GGUF files) applied beside the steering: paths, or (path, scale) pairs.
 
     Raises:
         ModelError: no such file, not a GGUF, truncated, without a tokenizer, or of an architecture whose blocks
@@ -59,44 +70,66 @@ class Model:
         n_gpu_layers: int = -1,
         seed: int = 0,
         use_mmap: bool = True,
+        lora: Sequence[Adapter] = (),
     ) -> None:
-        for name, value, low in (("n_ctx", n_ctx, 8), ("n_parallel", n_parallel, 1), ("n_batch", n_batch, 1)):
-            if value < low:
-                raise ArgumentError(f"{name} must be at least {low}, not {value}")
-        if n_parallel > 256:
-            raise ArgumentError(f"n_parallel must be at most 256, not {n_parallel}")
+        _check_sizes(n_ctx, n_parallel, n_batch)
         if n_threads is not None and n_threads < 1:
             raise ArgumentError(f"n_threads must be at least 1, not {n_threads}")
-        self._session: Any = None
-        self._native: Any = None
+        self.path = identity.check_model_file(path)
+        adapters = _adapters(lora)
+        core = load_core()
+        native = core.Model(
+            os.fsencode(self.path), n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_extra_bufts=extra_buffers_work()
+        )
+        for adapter, scale in adapters:
+            native.add_adapter(os.fsencode(adapter), scale)
+        self._start(native, adapters, n_ctx, n_parallel, n_batch, n_threads, seed)
+
+    @classmethod
+    def _around(cls, native: Any, path: Path, *, n_threads: int | None) -> Model:
+        """A Model of weights that somebody else has loaded from `path`."""
+        model = cls.__new__(cls)
+        model.path = path
+        model._start(native, [], 512, 1, 512, n_threads, 0)
+        return model
+
+    def _start(
+        self,
+        native: Any,
+        adapters: list[tuple[Path, float]],
+        n_ctx: int,
+        n_parallel: int,
+        n_batch: int,
+        n_threads: int | None,
+        seed: int,
+    ) -> None:
+        self._shared_session: Any = None
+        self._live: Session | None = None
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._native: Any = native
         self._lock = threading.RLock()
         self._running = False
         self._default: contextvars.ContextVar[Steering | None] = contextvars.ContextVar("steering", default=None)
-        self.path = identity.check_model_file(path)
-        self.identity: Mapping[str, str] = identity.identify(self.path)
+        self.identity: Mapping[str, str] = identity.with_adapters(identity.identify(self.path), adapters)
         self.fingerprint = self.identity["fingerprint"]
         self.seed = seed
         self.n_threads = n_threads or _physical_cores()
-        core = load_core()
-        self._native = core.Model(
-            os.fsencode(self.path), n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_extra_bufts=extra_buffers_work()
-        )
-        self.n_layer: int = self._native.n_layer
-        self.n_embd: int = self._native.n_embd
-        self.n_vocab: int = self._native.n_vocab
+        self.n_layer: int = native.n_layer
+        self.n_embd: int = native.n_embd
+        self.n_vocab: int = native.n_vocab
         self.n_ctx = n_ctx
         self.n_parallel = n_parallel
+        self.n_batch = n_batch
         self.metadata: dict[str, str] = {
-            k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in self._native.metadata.items()
+            k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in native.metadata.items()
         }
-        self.description: str = self._native.description.decode("utf-8", "replace")
+        self.description: str = native.description.decode("utf-8", "replace")
+        self.mixes = MixCache()
         self._norms: NDArray[np.float32] | None = None
-        self._check_steerable()
-        self._session = self._new_session(n_ctx, n_parallel, n_batch)
-        source = self._native.chat_template.decode("utf-8", "replace")
-        self._template = (
-            ChatTemplate(source, self._special(self._native.bos), self._special(self._native.eos)) if source else None
-        )
+        self._means: NDArray[np.float32] | None = None
+        self.unhooked = self._why_not_steerable()
+        source = native.chat_template.decode("utf-8", "replace")
+        self._template = ChatTemplate(source, self._special(native.bos), self._special(native.eos)) if source else None
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Block indices, ascending and once each. Raises ArgumentError where there is none, or no such block."""
@@ -108,6 +141,13 @@ class Model:
                 raise ArgumentError(f"layer {il} is out of range: the model has blocks 0 to {self.n_layer - 1}")
         return chosen
 
+    @property
+    def _session(self) -> Any:
+        """The context of the list calls, made when the first one comes."""
+        if self._shared_session is None:
+            self._shared_session = self._new_session(self.n_ctx, self.n_parallel, self.n_batch)
+        return self._shared_session
+
     def _new_session(self, n_ctx: int, n_parallel: int, n_batch: int) -> Any:
         # a decode gives all its tokens an output row while that keeps the output buffer (16 bytes per entry) small
         n_outputs = int(np.clip(64 * 2**20 // (16 * self.n_vocab), n_parallel, 64))
@@ -118,6 +158,7 @@ class Model:
             n_batch=max(n_batch, n_parallel),
             n_threads=self.n_threads,
             n_outputs=n_outputs,
+            hook=not self.unhooked,
         )
 
     # -- identity ---------------------------------------------------------------------------------------------------
@@ -134,7 +175,7 @@ class Model:
     @property
     def origin(self) -> dict[str, Any]:
         """What a vector's provenance says of the model that it is from."""
-        parts = {part: self.identity[part] for part in identity.PARTS}
+        parts = {part: digest for part, digest in self.identity.items() if part != "fingerprint"}
         return {
             "model": self.name,
             "architecture": self.architecture,
@@ -146,50 +187,84 @@ class Model:
     def norms(self) -> NDArray[np.float32]:
         """(n_layer,) m_il: the median norm of each block's output, unsteered, over 16 everyday question-answer pairs.
 
-        All positions but the first of each text are pooled. Computed once per model file and build, then cached.
+        All positions but the first of each text are pooled. Computed once per model file and build, then cached. NaN
+        where the model runs without the hook.
         """
-        with self._lock:
-            if self._norms is None:
-                cached = self._measured().get("norms")
-                if isinstance(cached, list) and len(cached) == self.n_layer:
-                    self._norms = np.asarray(cached, np.float32)
-                else:
-                    self._norms = self._measure_norms()
-                    self._remember("norms", [float(m) for m in self._norms])
-            return self._norms
+        self._measure_everyday()
+        assert self._norms is not None
+        return self._norms
 
-    def _measure_norms(self) -> NDArray[np.float32]:
+    @property
+    def means(self) -> NDArray[np.float32]:
+        """(n_layer, n_embd) mean block outputs over the same texts and positions as `norms`."""
+        self._measure_everyday()
+        assert self._means is not None
+        return self._means
+
+    def _measure_everyday(self) -> None:
+        with self._lock:
+            if self._norms is not None:
+                return
+            shape = (self.n_layer, self.n_embd)
+            if self.unhooked:
+                self._norms, self._means = np.full(shape[0], np.nan, np.float32), np.full(shape, np.nan, np.float32)
+                return
+            cached = self._measured()
+            norms, means = cached.get("norms"), cached.get("means")
+            try:
+                known = np.asarray(norms, np.float32), np.asarray(means, np.float32)
+            except (TypeError, ValueError):  # a cache file that somebody else wrote
+                known = np.zeros(0, np.float32), np.zeros(0, np.float32)
+            if known[0].shape == shape[:1] and known[1].shape == shape:
+                self._norms, self._means = known
+                return
+            states = self._everyday_states()
+            lengths = np.linalg.norm(states, axis=2)
+            self._means = np.asarray(states.mean(axis=1), np.float32)
+            self._norms = np.asarray(np.median(lengths, axis=1), np.float32)
+            self._remember(norms=self._norms.tolist(), means=self._means.tolist())
+
+    def _everyday_states(self) -> NDArray[np.float64]:
         taps = Taps(raw_layers=tuple(range(self.n_layer)))
         texts = [self.pair_tokens(question, answer)[0] for question, answer in neutral_pairs()]
         # a session of its own, one text a run: the numbers depend on none of the model's options
         session = self._new_session(max(map(len, texts)), n_parallel=1, n_batch=512)
-        norms = []
+        states = []
         for tokens in texts:
             request = Request(tokens, outputs=(1, len(tokens)), raw=(1, len(tokens)))
-            raw = engine.run(session, self, [request], taps=taps)[0]["raw"]
-            norms.append(np.linalg.norm(raw.astype(np.float64), axis=2))
-        return np.asarray(np.median(np.concatenate(norms, axis=1), axis=1), np.float32)
+            states.append(engine.run(session, self, [request], taps=taps)[0]["raw"].astype(np.float64))
+        return np.concatenate(states, axis=1)
 
     def _measured(self) -> dict[str, object]:
         return read_cache(f"model-{self.fingerprint[:32]}-{build_id()}.json")
 
-    def _remember(self, key: str, value: object) -> None:
-        write_cache(f"model-{self.fingerprint[:32]}-{build_id()}.json", {**self._measured(), key: value})
+    def _remember(self, **values: object) -> None:
+        write_cache(f"model-{self.fingerprint[:32]}-{build_id()}.json", {**self._measured(), **values})
 
-    def _check_steerable(self) -> None:
+    def _why_not_steerable(self) -> str:
+        """Why the hook cannot go into this model's graph; "" where it can.
+
+        Raises ModelError where an edit is made and does not reach the logits.
+        """
         if self._measured().get("steerable") is True:
-            return
+            return ""
         try:
             change = load_core().Session.self_test(model=self._native, n_threads=self.n_threads)
         except ModelError as e:
-            raise ModelError(f"{self.path}: architecture {self.architecture!r} cannot be steered: {e}") from e
+            log.warning(
+                "%s: architecture %r cannot be steered by the hook: %s. What is left is llama.cpp's own control "
+                "vector: additions with raw=True, on all tokens, from block 1 on, one steering at a time; no capture",
+                self.path.name, self.architecture, e,
+            )  # fmt: skip
+            return str(e)
         deaf = [il for il, c in enumerate(change) if not c > 0]
         if deaf:
             raise ModelError(
                 f"{self.path}: architecture {self.architecture!r} cannot be steered: "
                 f"an edit at block {deaf[0]} does not reach the logits"
             )
-        self._remember("steerable", True)
+        self._remember(steerable=True)
+        return ""
 
     # -- text and tokens --------------------------------------------------------------------------------------------
 
@@ -221,19 +296,44 @@ class Model:
         """A conversation through the chat template, up to where the assistant writes. Some templates name the date:
         `today`, or the clock's when None.
         """
-        text = self.template.render(as_messages(conversation, system), today=today)
-        bos = self._special(self._open().bos)
-        return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+        return self._chat_prompt(conversation, system, today=today).tokens
 
     def pair_tokens(self, prompt: Conversation, answer: str, system: str | None = None) -> tuple[list[int], int]:
         """(tokens, P) of a prompt with its answer; without a template: question, newline, answer. Undated, see
         MEASURED_ON.
         """
+        pair = self._pair(prompt, answer, system)
+        return pair.tokens, pair.n_prompt or 0
+
+    def _pair(self, prompt: Conversation, answer: str, system: str | None = None, *, roles: bool = False) -> Prompt:
         if self._template is None and isinstance(prompt, str):
             given = self.tokenize(prompt + "\n")
-        else:
-            given = self.prompt_tokens(prompt, system, today=MEASURED_ON)
-        return given + self.tokenize(answer, add_special=False), len(given)
+            return Prompt(given + self.tokenize(answer, add_special=False), len(given))
+        return self._chat_prompt(prompt, system, answer=answer, today=MEASURED_ON, roles=roles)
+
+    def _plain_prompt(self, text: str) -> Prompt:
+        tokens = self.tokenize(text)
+        return Prompt(tokens, len(tokens))
+
+    def _chat_prompt(
+        self,
+        conversation: Conversation,
+        system: str | None = None,
+        *,
+        answer: str = "",
+        today: datetime | None = None,
+        roles: bool = False,
+    ) -> Prompt:
+        """A conversation, and an answer where one is given, with the roles of the tokens where they are asked for."""
+        messages = as_messages(conversation, system)
+        today = today or datetime.now()
+        text = self.template.render(messages, today=today)
+        bos = self._special(self._open().bos)
+        given = self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+        tokens = given + (self.tokenize(answer, add_special=False) if answer else [])
+        if roles:
+            return with_roles(self.template, messages, self._open(), tokens, len(given), text, answer, today=today)
+        return Prompt(tokens, len(given))
 
     def _special(self, token: int) -> str:
         return self._native.piece(token, True).decode("utf-8", "replace") if token >= 0 else ""
@@ -259,9 +359,9 @@ class Model:
             steer: an edit such as vector * 0.3, a list of edits, or None for what `steering()` set.
             system: a system message in front.
             options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
-                stop=() and on_token, called with each new piece of text. reuse_cache=True keeps computed text from
-                call to call under the same steering: faster for long conversations; rounding may differ from a
-                fresh run, because the shapes of the computation do.
+                stop=(), grammar (GBNF) or json_schema, and on_token, called with each new piece of text.
+                reuse_cache=True keeps computed text from call to call under the same steering: faster for long
+                conversations; rounding may differ from a fresh run, because the shapes of the computation do.
 
         Raises:
             TemplateError: the model has no chat template, or it cannot take these messages.
@@ -273,7 +373,11 @@ class Model:
         self, conversations: Sequence[Conversation], *, steer: Any = None, system: str | None = None, **options: Any
     ) -> list[str]:
         """Answers to many conversations, computed together; `steer` is one for all, or a list with one for each."""
-        return self._complete([self.prompt_tokens(c, system) for c in conversations], steer, **options)
+        steerings = self._steerings(steer, len(conversations))
+        prompts = [
+            self._chat_prompt(c, system, roles=s.needs_roles) for c, s in zip(conversations, steerings, strict=True)
+        ]
+        return self._complete(prompts, steerings, **options)
 
     def generate(self, prompt: str, *, steer: Steer = None, **options: Any) -> str:
         """The continuation of a plain text, without a template. Options as in `chat`."""
@@ -281,36 +385,69 @@ class Model:
 
     def generate_batch(self, prompts: Sequence[str], *, steer: Any = None, **options: Any) -> list[str]:
         """Continuations of many plain texts, computed together."""
-        return self._complete([self.tokenize(p) for p in prompts], steer, **options)
+        return self._complete([self._plain_prompt(p) for p in prompts], self._steerings(steer, len(prompts)), **options)
 
     def _complete(
         self,
-        prompts: Sequence[list[int]],
-        steer: Any,
+        prompts: Sequence[Prompt],
+        steerings: Sequence[Steering],
         *,
-        max_tokens: int = 256,
-        temperature: float = 0.7,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] | str = (),
         reuse_cache: bool = False,
         on_token: OnToken | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ) -> list[str]:
-        if max_tokens < 1:
-            raise ArgumentError(f"max_tokens must be at least 1, not {max_tokens}")
         seed = self.seed if seed is None else seed
-        sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         requests = [
-            Request(p, len(p), s, max_tokens, sampling, tuple(filter(None, stops)), share_prefix=reuse_cache)
-            for p, s in zip(prompts, self._steerings(steer, len(prompts)), strict=True)
+            make_request(p, s, seed=seed, reuse_cache=reuse_cache, **options)
+            for p, s in zip(prompts, steerings, strict=True)
         ]
         results = self._run(requests, keep_cache=reuse_cache, on_token=on_token, progress=progress)
         return [r["text"].decode("utf-8", "replace") for r in results]
+
+    # -- requests that join and leave -------------------------------------------------------------------------------
+
+    def session(self, *, n_parallel: int | None = None, n_ctx: int | None = None, reuse_cache: bool = True) -> Session:
+        """A running batch with a context of its own: submit requests at any time, stream and cancel them, change their
+        steering, read their projections. Sizes are the model's own when None; see personasteer.live.Session.
+        """
+        n_ctx = self.n_ctx if n_ctx is None else n_ctx
+        n_parallel = self.n_parallel if n_parallel is None else n_parallel
+        _check_sizes(n_ctx, n_parallel, self.n_batch)
+        with self._lock:
+            self._open()
+            session = Session(self, self._new_session(n_ctx, n_parallel, self.n_batch), reuse_cache=reuse_cache)
+            self._sessions.add(session)
+            return session
+
+    async def stream(
+        self, conversation: Conversation | None = None, *, prompt: str | None = None, **options: Any
+    ) -> AsyncIterator[str]:
+        """The answer's text piece by piece, computed in a thread together with that of all other streams of this model.
+
+        Arguments as in Session.submit. Leaving the loop early cancels the request.
+        """
+
+        def submit() -> Stream:
+            with self._lock:
+                if self._live is None:
+                    self._live = self.session()
+                live = self._live
+            return live.submit(conversation, prompt=prompt, **options)
+
+        submitted = asyncio.ensure_future(asyncio.to_thread(submit))
+        try:
+            running = await asyncio.shield(submitted)
+        except asyncio.CancelledError:  # the thread goes on
+            submitted.add_done_callback(_cancel_submitted)
+            raise
+        try:
+            async for piece in running:
+                yield piece
+        finally:
+            if not running.done:
+                running.cancel()
 
     # -- reading the model ------------------------------------------------------------------------------------------
 
@@ -361,11 +498,13 @@ class Model:
         chosen = tuple(range(self.n_layer)) if layers is None else self.check_layers(layers)
         requests, widths = [], []
         for item, s in zip(_items(items), self._steerings(steer, len(items)), strict=True):
-            tokens, n_prompt, (begin, end) = self._span_of(item, span)
+            given, (begin, end) = self._span_of(item, span, s.needs_roles)
             wanted = (end - 1, end) if pool == "last" else (begin, end)
             outputs = wanted if last_layer or pool == "last" else (0, 0)
             pools, raw = ((), wanted) if pool == "raw" else ((wanted,), None)
-            requests.append(Request(tokens, n_prompt, s, outputs=outputs, pools=pools, raw=raw))
+            requests.append(
+                Request(given.tokens, given.n_prompt, s, outputs=outputs, pools=pools, raw=raw, roles=given.roles)
+            )
             widths.append(wanted[1] - wanted[0])
         taps = Taps(raw_layers=chosen) if pool == "raw" else Taps(pool_layers=chosen)
         results = self._run(requests, taps=taps, progress=progress)
@@ -392,40 +531,41 @@ class Model:
             directions: (n_layer, n_embd), or (n_layer, k, n_embd) for k read-outs a block.
 
         Returns:
-            list of (n_tokens, n_layer, k) float32; float32 products summed by ggml (on NVIDIA in TF32 beyond three
-            tokens: about 2e-3 relative).
+            list of (n_tokens, n_layer, k) float32; on CPU layers float32 sums in a fixed order, on other devices the
+            device's own (on NVIDIA in TF32 beyond three tokens: about 2e-3 relative).
         """
         u = np.asarray(directions, np.float32)
         u = u[:, None, :] if u.ndim == 2 else u
         if u.ndim != 3 or u.shape[0] != self.n_layer or u.shape[2] != self.n_embd:
             raise ArgumentError(f"directions must be ({self.n_layer}, k, {self.n_embd}), not {u.shape}")
         tokens = [self.tokenize(t) for t in _texts(texts)]
+        reads = tuple({il: u[il, k] for il in range(self.n_layer)} for k in range(u.shape[1]))
         requests = [
-            Request(t, None, s, outputs=(0, len(t)), keep_readings=True)
+            Request(t, None, s, outputs=(0, len(t)), reads=reads)
             for t, s in zip(tokens, self._steerings(steer, len(tokens)), strict=True)
         ]
-        taps = Taps(reading_layers=tuple(range(self.n_layer)), readouts=u)
-        return [r["readings"] for r in self._run(requests, taps=taps)]
+        return [r["readings"] for r in self._run(requests)]
 
-    def _span_of(self, item: Item, span: str | None) -> tuple[list[int], int | None, tuple[int, int]]:
+    def _span_of(self, item: Item, span: str | None, roles: bool) -> tuple[Prompt, tuple[int, int]]:
         if isinstance(item, str):
             if span == "response":
                 raise ArgumentError('a plain text has no response: pass (prompt, answer) pairs, or span="all"')
             tokens = self.tokenize(item)
-            return tokens, None, (0, len(tokens))
+            return Prompt(tokens, None), (0, len(tokens))
         if isinstance(item, tuple):
             if len(item) != 2 or not isinstance(item[1], str):
                 raise ArgumentError(f"a pair must be (prompt, answer), not {item!r}")
-            tokens, n_prompt = self.pair_tokens(*item)
+            given = self._pair(*item, roles=roles)
         else:
             messages = as_messages(item)
             if messages[-1]["role"] != "assistant" or len(messages) < 2:
                 raise ArgumentError("messages to capture must end with the assistant's answer to something")
-            tokens, n_prompt = self.pair_tokens(messages[:-1], messages[-1]["content"])
-        begin, end = {"all": (0, len(tokens)), "prompt": (0, n_prompt)}.get(span or "", (n_prompt, len(tokens)))
+            given = self._pair(messages[:-1], messages[-1]["content"], roles=roles)
+        n, n_prompt = len(given.tokens), given.n_prompt or 0
+        begin, end = {"all": (0, n), "prompt": (0, n_prompt)}.get(span or "", (n_prompt, n))
         if begin == end:
             raise ArgumentError("an answer to capture is empty")
-        return tokens, n_prompt, (begin, end)
+        return given, (begin, end)
 
     # -- internals --------------------------------------------------------------------------------------------------
 
@@ -451,6 +591,8 @@ class Model:
                 _ = self.norms  # measured before the run: it is a run of its own
             self._running = True
             try:
+                if self.unhooked:
+                    return run_by_control_vector(session or self._session, self, requests, **options)
                 return engine.run(session or self._session, self, requests, **options)
             finally:
                 self._running = False
@@ -474,20 +616,22 @@ class Model:
         """Take the hook out of llama.cpp's graph; the next steered or captured request puts it back."""
         with self._lock:
             self._open()
-            self._session.detach()
+            if self._shared_session is not None:
+                self._shared_session.detach()
 
     @property
     def hook_bytes(self) -> int:
         """Bytes of the edit bank and the taps now, on all devices; llama.cpp's output buffer grows beside them."""
         with self._lock:
             self._open()
-            return int(self._session.hook_bytes)
+            return int(self._shared_session.hook_bytes) if self._shared_session is not None else 0
 
     def close(self) -> None:
-        """Free the model. Waits for a running computation; later use raises ModelError."""
+        """Free the model and its sessions. Waits for a running computation; later use raises ModelError."""
         with self._lock:
-            self._session = None
-            self._native = None
+            for session in list(self._sessions):
+                session.close()
+            self._live = self._shared_session = self._native = None
 
     def __enter__(self) -> Model:
         return self
@@ -520,6 +664,29 @@ def demo_model_path() -> Path:
 def demo_model(**options: Any) -> Model:
     """The bundled SmolLM2-135M-Instruct, opened; options as in Model."""
     return Model(demo_model_path(), **options)
+
+
+def _cancel_submitted(submitted: asyncio.Future[Stream]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()
+
+
+def _check_sizes(n_ctx: int, n_parallel: int, n_batch: int) -> None:
+    for name, value, low in (("n_ctx", n_ctx, 8), ("n_parallel", n_parallel, 1), ("n_batch", n_batch, 1)):
+        if value < low:
+            raise ArgumentError(f"{name} must be at least {low}, not {value}")
+    if n_parallel > 256:
+        raise ArgumentError(f"n_parallel must be at most 256, not {n_parallel}")
+
+
+def _adapters(lora: Sequence[Adapter]) -> list[tuple[Path, float]]:
+    if isinstance(lora, (str, os.PathLike)):
+        raise ArgumentError("lora must be a list of files or of (file, scale) pairs")
+    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in lora]
+    for file, scale in pairs:
+        if not np.isfinite(scale):
+            raise ArgumentError(f"the scale of the LoRA adapter {file} must be finite, not {scale}")
+    return [(identity.check_model_file(file), float(scale)) for file, scale in pairs]
 
 
 def _texts(texts: Sequence[str]) -> Sequence[str]:

@@ -1,13 +1,12 @@
-"""What is done to the residual stream: edits, and steerings as lists of them."""
+"""What is done to the residual stream: edits with scopes, and steerings as lists of them."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("personasteer")
 
 Scope: TypeAlias = str | tuple[int, ...]
-SCOPES = ("all", "prompt", "response")
+PLACES = ("all", "prompt", "response")
+ROLES = ("system", "user", "assistant")
+SCOPES = (*PLACES, *ROLES, "thinking")
+Roles: TypeAlias = Mapping[str, NDArray[np.bool_]]  # which tokens each of ROLES and "thinking" covers
+Threshold: TypeAlias = "float | Sequence[float] | NDArray[Any] | None"
 
 
 class SteeredModel(Protocol):
@@ -38,22 +41,141 @@ class SteeredModel(Protocol):
     def name(self) -> str: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """What all edits have in common: where they apply. Keyword arguments of every edit:
+
+    Args:
+        scope: which tokens. For a prompt of P tokens, counted from 0: "all"; "prompt", t <= P - 2; "response",
+            t >= P - 1, the prompt's last token and on; "system", "user", "assistant", the contents of these roles'
+            messages in the chat template, generated text counting as the assistant's; "thinking", what stands in a
+            thinking block, its closing marker included; or positions of given tokens.
+        layers: blocks to edit; None for the edit's own default.
+        start, stop: only where start <= j < stop, j = t - (P - 1) counting the tokens of the response. Prompt tokens
+            have j < 0.
+        half_life: the edit's strength is halved every so many tokens of the response, 2^(-max(j, 0) / half_life).
+
+    Raises:
+        ArgumentError: an unknown scope, a schedule that is empty, a half-life that is not positive.
+    """
+
+    scope: Scope = "all"
+    layers: tuple[int, ...] | None = None
+    start: int | None = None
+    stop: int | None = None
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scope, str):
+            if self.scope not in SCOPES:
+                raise ArgumentError(f"scope must be one of {', '.join(SCOPES)} or token positions, not {self.scope!r}")
+        elif isinstance(self.scope, Iterable) and all(isinstance(t, (int, np.integer)) and t >= 0 for t in self.scope):
+            object.__setattr__(self, "scope", tuple(int(t) for t in self.scope))
+        else:
+            raise ArgumentError(f"token positions must be a list of integers from 0, not {self.scope!r}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
+        if self.start is not None and self.stop is not None and self.start >= self.stop:
+            raise ArgumentError(f"the schedule is empty: start {self.start}, stop {self.stop}")
+        if self.half_life is not None and not (math.isfinite(self.half_life) and self.half_life > 0):
+            raise ArgumentError(f"half_life must be a positive number of tokens, not {self.half_life}")
+
+    def __add__(self, other: Any) -> Steering:
+        return Steering([self, *as_steering(other)])
+
+    def __mul__(self, factor: float) -> Self:
+        raise ArgumentError(f"{type(self).__name__} has no strength that could be scaled")
+
+    def __rmul__(self, factor: float) -> Self:
+        return self * factor
+
+    @property
+    def inert(self) -> bool:
+        """Whether it changes nothing, wherever it is."""
+        return False
+
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        """What is done at each block of `model`. Raises as the class says."""
+        raise NotImplementedError
+
+    def covers(self, n_tokens: int, n_prompt: int | None, roles: Roles | None = None) -> NDArray[np.bool_]:
+        """Which of n_tokens given tokens are edited. n_prompt None: all is prompt."""
+        n_prompt = n_tokens + 1 if n_prompt is None else n_prompt
+        t = np.arange(n_tokens)
+        j = t - (n_prompt - 1)
+        if self.scope == "all":
+            covered = np.ones(n_tokens, bool)
+        elif self.scope == "prompt":
+            covered = j < 0
+        elif self.scope == "response":
+            covered = j >= 0
+        elif isinstance(self.scope, str):
+            if roles is None:
+                raise ArgumentError(
+                    f"scope {self.scope!r} needs messages in a chat template (chat, or messages to capture): a plain "
+                    "text has no roles"
+                )
+            covered = roles[self.scope].copy()
+        else:
+            covered = np.isin(t, np.asarray(self.scope, dtype=np.int64))
+        if self.start is not None:
+            covered &= j >= self.start
+        if self.stop is not None:
+            covered &= j < self.stop
+        return covered
+
+    @property
+    def needs_roles(self) -> bool:
+        return isinstance(self.scope, str) and self.scope not in PLACES
+
+    def covers_generated(self, j: int, thinking: bool) -> bool:
+        """Whether the j-th token of the response is edited when it is generated."""
+        covered = thinking if self.scope == "thinking" else self.scope in ("all", "response", "assistant")
+        return covered and (self.start is None or j >= self.start) and (self.stop is None or j < self.stop)
+
+
 @dataclass(frozen=True)
-class Add:
+class Gate:
+    """Open for a token where sign * (<h, direction> - at) > 0; h is the block's output before its edits."""
+
+    direction: NDArray[np.float64]  # unit length
+    at: float
+    sign: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one edit does at one block. Additions: `row`. Windows: the reading on `read` is kept in [low, high], or
+    (`target`) moved over to another direction.
+    """
+
+    row: NDArray[np.float64] | None = None
+    keep_norm: bool = False
+    read: NDArray[np.float64] | None = None  # unit length, as `target`
+    low: float = -math.inf
+    high: float = math.inf
+    share: float = 1.0
+    target: NDArray[np.float64] | None = None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True)
+class Add(Edit):
     """Adds a direction to the block outputs: h_il <- h_il + c_il v_il.
 
     With a relative strength rho, c_il = rho * w_il * m_il / ||v_il||, where m_il is the median norm of the block's
     output in this model and the weights w_il sum to 1 over the edited layers: rho is the total dose, in units of the
-    stream's own norm, whatever the scale of the data and the number of layers. With `raw`, c_il = strength.
+    stream's own norm, whatever the scale of the data and the number of layers. With `raw`, c_il = strength. With
+    `keep_norm` the stream is turned and keeps its length: h <- (h + b) ||h|| / ||h + b||, b the sum of such additions;
+    plain additions come after that.
 
     Args:
         vector: the directions.
         strength: rho, signed; positive is more of the trait. 0.2 to 0.3 is plainly visible on small models, about
             0.5 on one layer is where coherence starts to go. With `raw`, alpha.
-        scope: which tokens: "all"; "prompt" (up to the one before the last of the prompt); "response" (from the
-            prompt's last token on); or positions of given tokens, counted from 0.
-        layers: blocks to edit; the vector's recommended layers when None.
         raw: take the strength as alpha, the factor of the data as stored.
+        keep_norm: turn the stream instead of lengthening it.
+        layers: blocks to edit; the vector's recommended layers when None. More in Edit.
 
     Raises:
         ArgumentError: a strength that is not finite, an unknown scope.
@@ -64,22 +186,13 @@ class Add:
 
     vector: PersonaVector
     strength: float
-    scope: Scope = "all"
-    layers: tuple[int, ...] | None = None
-    raw: bool = False
+    raw: bool = field(default=False, kw_only=True)
+    keep_norm: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not math.isfinite(self.strength):
             raise ArgumentError(f"strength must be a finite number, not {self.strength}")
-        if isinstance(self.scope, str):
-            if self.scope not in SCOPES:
-                raise ArgumentError(f"scope must be one of {', '.join(SCOPES)} or token positions, not {self.scope!r}")
-        elif isinstance(self.scope, Iterable) and all(isinstance(t, (int, np.integer)) and t >= 0 for t in self.scope):
-            object.__setattr__(self, "scope", tuple(int(t) for t in self.scope))
-        else:
-            raise ArgumentError(f"token positions must be a list of integers from 0, not {self.scope!r}")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
 
     def __mul__(self, factor: float) -> Add:
         return replace(self, strength=self.strength * float(factor))
@@ -89,43 +202,308 @@ class Add:
     def __neg__(self) -> Add:
         return self * -1.0
 
-    def __add__(self, other: Add | Steering) -> Steering:
-        return Steering([self]) + other
+    @property
+    def inert(self) -> bool:
+        return self.strength == 0.0
 
-    def rows(self, model: SteeredModel) -> dict[int, NDArray[np.float64]]:
-        """What is added at each block of `model`: {il: (n_embd,)}."""
-        vector = self.vector
-        check_fits(vector, model)
-        layers = self.layers if self.layers is not None else vector.layers
-        if self.strength == 0.0:
-            return {}
-        if not layers:
-            raise VectorError(f"vector {vector.name!r} names no layer to steer at: give it some with vector.at([...])")
-        for il in layers:
-            if not 0 <= il < model.n_layer:
-                raise VectorError(f"layer {il} is out of range: the model has blocks 0 to {model.n_layer - 1}")
-        data, lengths = vector.directions_at(layers)
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        layers = _layers_of(self, self.vector, model, self.vector.layers)
+        data, lengths = self.vector.directions_at(layers)
         if self.raw:
             scales = np.full(len(layers), self.strength)
         else:
-            weights = np.array(list(vector.weights_over(layers).values()))
-            scales = self.strength * weights * model.norms[list(layers)] / lengths
-        return dict(zip(layers, scales[:, None] * data, strict=True))
-
-    def covers(self, n_tokens: int, n_prompt: int | None) -> tuple[NDArray[np.bool_], bool]:
-        """Which of n_tokens given tokens are edited, and whether generated ones are. n_prompt None: all is prompt."""
-        index = np.arange(n_tokens)
-        response = np.zeros(n_tokens, bool) if n_prompt is None else index >= n_prompt - 1
-        if self.scope == "all":
-            return np.ones(n_tokens, bool), True
-        if self.scope == "prompt":
-            return ~response, False
-        if self.scope == "response":
-            return response, True
-        return np.isin(index, np.asarray(self.scope, dtype=np.int64)), False
+            weights = np.array(list(self.vector.weights_over(layers).values()))
+            norms = model.norms[list(layers)]
+            if not np.isfinite(norms).all():
+                raise VectorError(f"the norms of {model.name} are not known, so strength {self.strength} has no scale: "
+                                  "pass raw=True")  # fmt: skip
+            scales = self.strength * weights * norms / lengths
+        rows = scales[:, None] * data
+        return {il: Term(row=row, keep_norm=self.keep_norm) for il, row in zip(layers, rows, strict=True)}
 
 
-Edit: TypeAlias = Add
+@dataclass(frozen=True)
+class Cap(Edit):
+    """Keeps the reading <h, v-hat> from rising above tau: h <- h - v-hat max(<h, v-hat> - tau, 0).
+
+    Args:
+        vector: the directions; v-hat = v / ||v||.
+        tau: (n_layer,) thresholds in units of <h, v-hat>; a number for one layer; None for those stored in the vector.
+        layers: blocks to edit; the vector's recommended layers when None. More in Edit.
+
+    Raises:
+        VectorError: when used, if no threshold is stored, or one is missing or not finite at an edited layer.
+        ArgumentError: a single number for several layers, thresholds of another length.
+
+    Source: arXiv 2601.10387 (activation capping).
+    """
+
+    vector: PersonaVector
+    tau: Threshold = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "tau", _numbers(self.tau, "tau"))
+
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        return {il: Term(read=v, high=t) for il, v, t in self._thresholds(model)}
+
+    def _thresholds(self, model: SteeredModel) -> list[tuple[int, NDArray[np.float64], float]]:
+        layers = _layers_of(self, self.vector, model, self.vector.layers)
+        units = _units(self.vector, layers)
+        limits = _values_at(self.vector, model, "thresholds", self.tau, layers, "tau")
+        return list(zip(layers, units, limits, strict=True))
+
+
+@dataclass(frozen=True)
+class Floor(Cap):
+    """Keeps the reading <h, v-hat> from falling below tau: h <- h + v-hat max(tau - <h, v-hat>, 0).
+
+    The mirror of Cap, with the same arguments and errors.
+    """
+
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        return {il: Term(read=v, low=t) for il, v, t in self._thresholds(model)}
+
+
+@dataclass(frozen=True)
+class Ablate(Edit):
+    """Takes a direction out of the block outputs: h <- h + share * v-hat (to - <h, v-hat>).
+
+    Args:
+        vector: the directions; v-hat = v / ||v||.
+        to: the reading that is left: 0; "mean", the model's mean over everyday texts as stored in the vector; an
+            (n_layer,) array, or a number for one layer.
+        share: how much of the way, 0 to 1.
+        layers: blocks to edit; every block with a direction when None. More in Edit.
+
+    Raises:
+        ArgumentError: a share outside 0..1.
+        VectorError: when used, if "mean" is asked for and none is stored, or a direction is unusable.
+
+    Source: arXiv 2406.11717, section 2.4 (directional ablation).
+    """
+
+    vector: PersonaVector
+    to: float | str | Sequence[float] | NDArray[Any] = 0.0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.share) and 0.0 <= self.share <= 1.0):
+            raise ArgumentError(f"share must be between 0 and 1, not {self.share}")
+        if isinstance(self.to, str) and self.to != "mean":
+            raise ArgumentError(f'to must be a number, an array or "mean", not {self.to!r}')
+        if not isinstance(self.to, str):
+            object.__setattr__(self, "to", _numbers(self.to, "to"))
+
+    def __mul__(self, factor: float) -> Ablate:
+        return replace(self, share=self.share * float(factor))
+
+    __rmul__ = __mul__
+
+    @property
+    def inert(self) -> bool:
+        return self.share == 0.0
+
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        layers = _layers_of(self, self.vector, model, self.vector.usable_layers)
+        units = _units(self.vector, layers)
+        if isinstance(self.to, (int, float)) and self.to == 0:
+            targets = [0.0] * len(layers)
+        else:
+            given = None if isinstance(self.to, str) else self.to
+            targets = _values_at(self.vector, model, "means", given, layers, "to")
+        return {
+            il: Term(read=v, low=t, high=t, share=self.share) for il, v, t in zip(layers, units, targets, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Redirect(Edit):
+    """Moves what the stream reads on one direction over to another: the reading of `vector` becomes 0, that of
+    `target` grows by as much. For orthogonal directions a, b of unit length: h <- h + (b - a) <h, a>.
+
+    Args:
+        vector, target: the directions, of which the lengths do not matter.
+        share: how much of it, 0 to 1.
+        layers: blocks to edit; every block where both have a direction when None. More in Edit.
+
+    Raises:
+        ArgumentError: a share outside 0..1.
+        VectorError: when used, if a direction is unusable or the two are the same.
+    """
+
+    vector: PersonaVector
+    target: PersonaVector
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.share) and 0.0 <= self.share <= 1.0):
+            raise ArgumentError(f"share must be between 0 and 1, not {self.share}")
+
+    def __mul__(self, factor: float) -> Redirect:
+        return replace(self, share=self.share * float(factor))
+
+    __rmul__ = __mul__
+
+    @property
+    def inert(self) -> bool:
+        return self.share == 0.0
+
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        both = tuple(il for il in self.vector.usable_layers if il in set(self.target.usable_layers))
+        layers = _layers_of(self, self.vector, model, both)
+        check_fits(self.target, model)
+        pairs = zip(_units(self.vector, layers), _units(self.target, layers), strict=True)
+        return {
+            il: Term(read=a, low=0.0, high=0.0, share=self.share, target=b)
+            for il, (a, b) in zip(layers, pairs, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class When:
+    """Applies an edit only where a condition holds.
+
+    on="prompt": the condition is read once, while the prompt is computed; where it holds, the edit applies from the
+    prompt's last token on. It holds when the mean over its layers of (reading - threshold) is above 0, the reading
+    being <h, c-hat> averaged over the prompt's tokens but the first (pool="mean"; the first is where attention parks,
+    with a norm of its own), or that of its last token (pool="last"). A text without a response never meets it.
+    on="token": each token is judged by itself, at each edited block by its own reading there, before the block's edits.
+
+    Args:
+        condition: the directions to read.
+        edit: Add, Cap, Floor, Ablate or Redirect. Its scope still holds.
+        threshold: (n_layer,) array in units of <h, c-hat>; a number for one layer; None for those stored in
+            `condition`.
+        above: hold above the threshold; below it when False.
+        layers: blocks to read on="prompt"; the condition's recommended layers when None.
+
+    Raises:
+        ArgumentError: an unknown `on` or `pool`, a condition inside a condition.
+        VectorError: when used, if no threshold is stored, or a direction is unusable at a layer that is read.
+
+    Source: arXiv 2409.05907 (conditional activation steering).
+    """
+
+    condition: PersonaVector
+    edit: Edit
+    threshold: Threshold = None
+    above: bool = True
+    on: str = "prompt"
+    pool: str = "mean"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.edit, Edit):
+            raise ArgumentError(f"When needs one edit such as vector * 0.3, not {_name(self.edit)}")
+        if type(self.condition).__name__ != "PersonaVector":
+            raise ArgumentError(f"the condition must be a PersonaVector, not {type(self.condition).__name__}")
+        if self.on not in ("prompt", "token"):
+            raise ArgumentError(f"on must be prompt or token, not {self.on!r}")
+        if self.pool not in ("mean", "last"):
+            raise ArgumentError(f"pool must be mean or last, not {self.pool!r}")
+        object.__setattr__(self, "threshold", _numbers(self.threshold, "threshold"))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted({int(il) for il in self.layers})))
+
+    def __add__(self, other: Any) -> Steering:
+        return Steering([self, *as_steering(other)])
+
+    def __mul__(self, factor: float) -> When:
+        return replace(self, edit=self.edit * factor)
+
+    __rmul__ = __mul__
+
+    @property
+    def inert(self) -> bool:
+        return self.edit.inert
+
+    def terms(self, model: SteeredModel) -> dict[int, Term]:
+        """The edit's terms; on="token" with a gate each."""
+        terms = self.edit.terms(model)
+        if self.on == "prompt" or not terms:
+            return terms
+        check_fits(self.condition, model)
+        layers = tuple(terms)
+        units = _units(self.condition, layers)
+        limits = _values_at(self.condition, model, "thresholds", self.threshold, layers, "threshold")
+        sign = 1.0 if self.above else -1.0
+        gates = {il: Gate(v, t, sign) for il, v, t in zip(layers, units, limits, strict=True)}
+        return {il: replace(term, gate=gates[il]) for il, term in terms.items()}
+
+    def probe(self, model: SteeredModel) -> tuple[tuple[int, ...], list[NDArray[np.float64]], list[float]]:
+        """(layers, unit directions, thresholds) to read on the prompt."""
+        layers = _layers_of(self, self.condition, model, self.condition.layers)
+        if self.pool == "mean" and model.n_layer - 1 in layers:
+            raise ArgumentError(
+                f"the condition reads block {model.n_layer - 1}, the last one, which llama.cpp computes for the "
+                'prompt\'s last token only: use pool="last" or other layers'
+            )
+        units = _units(self.condition, layers)
+        return layers, units, _values_at(self.condition, model, "thresholds", self.threshold, layers, "threshold")
+
+
+AnyEdit: TypeAlias = Edit | When
+
+
+def _layers_of(
+    edit: Edit | When, vector: PersonaVector, model: SteeredModel, default: Sequence[int]
+) -> tuple[int, ...]:
+    check_fits(vector, model)
+    layers = edit.layers if edit.layers is not None else tuple(default)
+    if not layers:
+        raise VectorError(f"vector {vector.name!r} names no layer to steer at: give it some with vector.at([...])")
+    for il in layers:
+        if not 0 <= il < model.n_layer:
+            raise VectorError(f"layer {il} is out of range: the model has blocks 0 to {model.n_layer - 1}")
+    return layers
+
+
+def _units(vector: PersonaVector, layers: Sequence[int]) -> list[NDArray[np.float64]]:
+    data, lengths = vector.directions_at(layers)
+    return list(data / lengths[:, None])
+
+
+def _numbers(value: Any, name: str) -> float | tuple[float, ...] | None:
+    """Per-layer numbers as an edit keeps them: so that equal edits are equal."""
+    if value is None:
+        return None
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as e:
+        raise ArgumentError(f"{name} must be numbers, one for each layer, not {value!r:.80}") from e
+    if array.ndim > 1:
+        raise ArgumentError(f"{name} must have one number for each layer, not the shape {array.shape}")
+    return float(array) if array.ndim == 0 else tuple(float(x) for x in array)
+
+
+def _values_at(
+    vector: PersonaVector, model: SteeredModel, stored: str, given: Any, layers: Sequence[int], name: str
+) -> list[float]:
+    """Per-layer numbers: given ones, or the vector's own."""
+    if given is None:
+        given = getattr(vector, stored)
+        if given is None:
+            raise VectorError(f"vector {vector.name!r} stores no {stored}: pass {name}=")
+    array = np.asarray(given, np.float64)
+    if array.ndim == 0 and len(layers) != 1:
+        raise ArgumentError(
+            f"{name}={given} is one number for {len(layers)} layers: readings differ from layer to layer, pass "
+            "an array of n_layer numbers"
+        )
+    # a vector of another tool may have fewer blocks than the model
+    if array.ndim and array.shape not in ((model.n_layer,), (vector.n_layer,)):
+        raise ArgumentError(
+            f"{name} must have one number for each of the {model.n_layer} layers, not the shape {array.shape}"
+        )
+    values = array[list(layers)] if array.ndim else array[None]
+    if not np.isfinite(values).all():
+        raise VectorError(f"{name} is not finite at layer {layers[int(np.argmin(np.isfinite(values)))]}")
+    return [float(v) for v in values]
+
 
 _warned: set[tuple[str, str]] = set()
 
@@ -154,8 +532,8 @@ def check_fits(vector: PersonaVector, model: SteeredModel) -> None:
         )
 
 
-class Steering(list[Edit]):
-    """A list of edits that one request runs with. Additions sum up."""
+class Steering(list[AnyEdit]):
+    """A list of edits that one request runs with, together: additions first, then what caps, floors and ablates."""
 
     def __add__(self, other: Any) -> Steering:  # type: ignore[override]
         return Steering([*self, *as_steering(other)])
@@ -176,20 +554,42 @@ class Steering(list[Edit]):
         self[:] = self * factor
         return self
 
+    @property
+    def needs_roles(self) -> bool:
+        """Whether some edit's scope is a role or the thinking block."""
+        return any((e.edit if isinstance(e, When) else e).needs_roles for e in self)
 
-Steer: TypeAlias = Add | Steering | Sequence[Add] | None
+    def rho(self, model: SteeredModel) -> float:
+        """The total dose of its additions, all active: sum over layers of ||sum of the added vectors|| / m_il."""
+        rows: dict[int, NDArray[np.float64]] = {}
+        for edit in self:
+            for il, term in edit.terms(model).items() if not edit.inert else ():
+                if term.row is not None:
+                    rows[il] = rows[il] + term.row if il in rows else term.row
+        return dose(rows, model)
+
+
+def dose(rows: Mapping[int, NDArray[np.float64]], model: SteeredModel) -> float:
+    """Total rho of rows {il: (n_embd,)} that are added."""
+    if not rows:
+        return 0.0
+    stack = np.stack(list(rows.values()))
+    return float((np.sqrt(np.einsum("le,le->l", stack, stack)) / model.norms[list(rows)]).sum())
+
+
+Steer: TypeAlias = AnyEdit | Steering | Sequence[AnyEdit] | None
 
 
 def as_steering(steer: Steer) -> Steering:
     """One edit, several, or none, as a Steering."""
     if steer is None:
         return Steering()
-    if isinstance(steer, Add):
+    if isinstance(steer, (Edit, When)):
         return Steering([steer])
     if isinstance(steer, Iterable) and not isinstance(steer, (str, bytes, Mapping)):
         edits = list(steer)
         for edit in edits:
-            if not isinstance(edit, Add):
+            if not isinstance(edit, (Edit, When)):
                 raise ArgumentError(f"an edit is needed here, such as vector * 0.3, not {_name(edit)}")
         return Steering(edits)
     raise ArgumentError(f"steer must be an edit such as vector * 0.3, a list of edits or None, not {_name(steer)}")
@@ -210,54 +610,3 @@ def _name(thing: object) -> str:
     if type(thing).__name__ == "PersonaVector":
         return "a bare PersonaVector (multiply it by a strength)"
     return type(thing).__name__
-
-
-@dataclass(frozen=True)
-class Mix:
-    """A sum of additions, as the engine takes it: rows (len(layers), n_embd) float32, and their 64-bit fingerprint."""
-
-    key: int
-    layers: tuple[int, ...]
-    data: NDArray[np.float32]
-
-
-def compile_mixes(
-    steering: Steering, model: SteeredModel, n_tokens: int, n_prompt: int | None
-) -> tuple[list[Mix], list[int], int]:
-    """(mixes, index of the mix per given token or -1, index for generated tokens or -1) of one request.
-
-    Edits that do nothing (strength 0, empty scope) leave no trace: such a request is an unsteered one.
-    """
-    rows = [edit.rows(model) for edit in steering]
-    scopes = [edit.covers(n_tokens, n_prompt) for edit in steering]
-    active = [i for i, r in enumerate(rows) if r]
-    if not active:
-        return [], [], -1
-    signatures = np.stack([np.append(*scopes[i]) for i in active])  # (edits, tokens + 1), the last column: generated
-    kinds, of_token = np.unique(signatures, axis=1, return_inverse=True)
-    mixes: list[Mix] = []
-    index = []
-    for kind in kinds.T:
-        chosen = [rows[i] for i, on in zip(active, kind, strict=True) if on]
-        mix = _sum_rows(chosen, model.n_embd)
-        index.append(-1 if mix is None else len(mixes))
-        if mix is not None:
-            mixes.append(mix)
-    per_token = [index[k] for k in np.ravel(of_token)]
-    return mixes, per_token[:-1], per_token[-1]
-
-
-def _sum_rows(rows: list[dict[int, NDArray[np.float64]]], n_embd: int) -> Mix | None:
-    total: dict[int, NDArray[np.float64]] = {}
-    for r in rows:
-        for il, row in r.items():
-            total[il] = total[il] + row if il in total else row
-    layers = tuple(sorted(total))
-    with np.errstate(over="ignore"):  # infinite is refused below
-        data = np.array([total[il] for il in layers], np.float64).reshape(-1, n_embd).astype(np.float32)
-    if not data.any():
-        return None
-    if not np.isfinite(data).all():
-        raise VectorError("the steering adds numbers that are not finite: the strength is too large for float32")
-    digest = hashlib.sha256(np.asarray(layers, np.int64).tobytes() + data.tobytes()).digest()
-    return Mix(int.from_bytes(digest[:8], "little") | 1, layers, data)

@@ -13,7 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 from personasteer.errors import ArgumentError, IncompatibleVector, VectorError
 from personasteer.steering import Add
 
+WINDOW = (-0.5, 0.5)  # coherence usually starts to go from about 0.5 on
 ORIGIN = ("model", "architecture", "fingerprint", "identity")  # the part of a provenance that Model.origin gives
+
+
+def _frozen(values: ArrayLike) -> NDArray[np.float32]:
+    """A copy of its own that nobody can change: what was computed from it stays right."""
+    array = np.array(values, dtype=np.float32, order="C")
+    array.flags.writeable = False
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +40,9 @@ class PersonaVector:
         provenance: method, fingerprint, seed, prompts hash, versions, ...: what a reader needs to derive it again.
         separations: (n_layer,) Cohen's d of the projections of positive against negative samples; or None.
         reliability: (n_layer,) cosine between directions from two halves of the samples; or None.
+        thresholds: (n_layer,) tau for Cap, Floor and When, in units of <h, v-hat>; or None.
+        means: (n_layer,) the model's mean reading over everyday texts, for Ablate(to="mean"); or None.
+        window: (low, high) total strengths between which the model stays coherent; a rule of thumb until calibrated.
 
     Arithmetic: `vector * s` is Add(vector, s); `a + b`, `a - b`, `-a` act on the data.
 
@@ -49,9 +60,12 @@ class PersonaVector:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     separations: NDArray[np.float32] | None = None
     reliability: NDArray[np.float32] | None = None
+    thresholds: NDArray[np.float32] | None = None
+    means: NDArray[np.float32] | None = None
+    window: tuple[float, float] = WINDOW
 
     def __post_init__(self) -> None:
-        data = np.ascontiguousarray(self.directions, dtype=np.float32)
+        data = _frozen(self.directions)
         if data.ndim != 2 or 0 in data.shape:
             raise VectorError(f"directions must have the shape (n_layer, n_embd), not {data.shape}")
         if np.isinf(data).any():
@@ -65,15 +79,21 @@ class PersonaVector:
             ("norms", data.shape[:1]),
             ("separations", data.shape[:1]),
             ("reliability", data.shape[:1]),
+            ("thresholds", data.shape[:1]),
+            ("means", data.shape[:1]),
         ):
             value = getattr(self, attribute)
             if value is not None:
-                array = np.ascontiguousarray(value, dtype=np.float32)
+                array = _frozen(value)
                 if array.shape != shape:
                     raise VectorError(f"{attribute} must have the shape {shape}, not {array.shape}")
                 object.__setattr__(self, attribute, array)
         if not np.isfinite(self.strength):
             raise VectorError(f"strength must be finite, not {self.strength}")
+        low, high = (float(x) for x in self.window)
+        if not (np.isfinite([low, high]).all() and low <= 0.0 <= high):
+            raise VectorError(f"window must be (low, high) around 0, not {self.window}")
+        object.__setattr__(self, "window", (low, high))
         if not isinstance(self.provenance, Mapping):
             raise VectorError(f"provenance must be a mapping, not {type(self.provenance).__name__}")
         for weight in self.weights.values():
@@ -98,6 +118,12 @@ class PersonaVector:
         if not v.any():
             raise VectorError(f"vector {self.name!r} is zero at layer {il}")
         return v
+
+    @property
+    def usable_layers(self) -> tuple[int, ...]:
+        """Every block with a direction that is finite and not zero."""
+        usable = np.isfinite(self.directions).all(axis=1) & self.directions.any(axis=1)
+        return tuple(int(il) for il in np.flatnonzero(usable))
 
     def directions_at(self, layers: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(directions (len(layers), n_embd), their lengths). Raises VectorError as `direction` does."""
@@ -149,9 +175,17 @@ class PersonaVector:
         return self._with(self.directions - other.directions, f"{self.name}-{other.name}")
 
     def __neg__(self) -> PersonaVector:
-        last = None if self.last_prompt is None else -self.last_prompt
         name = f"-{self.name}"
-        return replace(self, directions=-self.directions, last_prompt=last, name=name, provenance=self._origin(name))
+        flipped = {a: -value for a in ("last_prompt", "thresholds", "means") if (value := getattr(self, a)) is not None}
+        low, high = self.window
+        return replace(
+            self,
+            directions=-self.directions,
+            name=name,
+            window=(-high, -low),
+            provenance=self._origin(name),
+            **flipped,
+        )
 
     def _check_same(self, other: PersonaVector) -> None:
         if self.directions.shape != other.directions.shape:

@@ -16,6 +16,7 @@ os.environ["PERSONASTEER_CACHE_DIR"] = _cache.name
 import numpy as np  # noqa: E402 (the cache folder must be known before the package is imported)
 import oracle  # noqa: E402 (brings llama_cpp's libraries into the process, before the extension)
 import pytest  # noqa: E402
+import tiny_models  # noqa: E402
 
 import personasteer  # noqa: E402, F401
 from personasteer import _core, _native  # noqa: E402
@@ -67,7 +68,10 @@ class Loaded:
         rng = np.random.default_rng(seed)
         return (scale * rng.standard_normal((self.n_layer, self.n_embd))).astype(np.float32)
 
-    def session(self, *, n_ctx: int = 256, n_parallel: int = 1, n_batch: int = 64, n_outputs: int = 64) -> Any:
+    def session(
+        self, *, n_ctx: int = 256, n_parallel: int = 1, n_batch: int = 64, n_outputs: int = 64, native: bool = False
+    ) -> Any:
+        """native: blocks on the CPU take ggml's own operations, as on other devices, instead of the fused node."""
         return _core.Session(
             model=self.core,
             n_ctx=n_ctx,
@@ -75,6 +79,7 @@ class Loaded:
             n_batch=n_batch,
             n_threads=N_THREADS,
             n_outputs=n_outputs,
+            native_on_cpu=native,
         )
 
     def plain_context(
@@ -141,6 +146,21 @@ def qwen(qwen_path: Path) -> Loaded:
 @pytest.fixture(scope="session")
 def gemma(gemma_path: Path) -> Loaded:
     return load("gemma", gemma_path)
+
+
+@pytest.fixture(scope="session")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load("recurrent", tiny_models.write_recurrent_model(tmp_path_factory.mktemp("tiny") / "recurrent.gguf"))
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load("hybrid", tiny_models.write_hybrid_model(tmp_path_factory.mktemp("tiny") / "hybrid.gguf"))
+
+
+@pytest.fixture(scope="session")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load("sliding", tiny_models.write_sliding_window_model(tmp_path_factory.mktemp("tiny") / "sliding.gguf"))
 
 
 @pytest.fixture(

@@ -96,6 +96,7 @@ class PlainContext:
             params.cb_eval = self._callback
         self.states: dict[int, np.ndarray] = {}  # of the last decode: block -> (rows, n_embd)
         self.edits: dict[int, np.ndarray] = {}  # of the next decode: block -> (rows, n_embd), added in place
+        self.replaces = False  # the edits are put in the rows' place instead; NaN leaves a number as it is
         self.handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise RuntimeError("llama.cpp cannot make a context")
@@ -114,7 +115,8 @@ class PlainContext:
             rows = np.empty((ggml.ggml_nbytes(tensor) // (4 * self.model.n_embd), self.model.n_embd), np.float32)
             ggml.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
             if int(block) in self.edits:
-                rows += self.edits[int(block)]
+                edit = self.edits[int(block)]
+                rows = np.where(np.isnan(edit), rows, edit) if self.replaces else rows + edit
                 ggml.ggml_backend_tensor_set(tensor, rows.ctypes.data, 0, rows.nbytes)
             self.states[int(block)] = rows
         return True
@@ -163,7 +165,7 @@ class PlainContext:
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Whole texts, each a sequence, in the decodes that a session makes of them.
 
-        edits: per text (n_layer, n_tokens, n_embd), added to the block outputs. Returns per text the logits of its
+        edits: per text (n_layer, n_tokens, n_embd), for the block outputs. Returns per text the logits of its
         output rows and the block outputs (n_layer, n_tokens, n_embd), NaN where a block has no row.
         """
         n_layer, n_embd = self.model.n_layer, self.model.n_embd

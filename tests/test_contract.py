@@ -44,7 +44,7 @@ def text_request(tokens: list[int], outputs: tuple[int, int], mix: Any = None, *
     """A given text, logits kept at `outputs`, the mix on every token."""
     request: dict[str, Any] = {"tokens": tokens, "outputs": outputs, "keep_logits": True, **more}
     if mix is not None:
-        request |= {"mixes": [mix], "mix_of_token": [0] * len(tokens), "mix_of_generated": 0}
+        request |= {"mixes": [mix], "mix_of_token": [0] * len(tokens), "generated": [(0, 0, 0)]}
     return request
 
 
@@ -59,12 +59,19 @@ def layer_range(name: str, n_layer: int) -> list[int]:
     }[name]
 
 
+@pytest.fixture(params=[False, True], ids=["fused", "native"])
+def native(request: pytest.FixtureRequest) -> bool:
+    """Both ways in which a block is edited. An addition is the same float32 add in either."""
+    chosen: bool = request.param
+    return chosen
+
+
 # ---- additions
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last", "range"])
 def test_an_addition_equals_the_control_vector_of_llama_cpp_in_prefill_and_in_every_decode_step(
-    loaded: Loaded, where: str
+    loaded: Loaded, native: bool, where: str
 ) -> None:
     layers = layer_range(where, loaded.n_layer)
     data = loaded.directions()
@@ -75,7 +82,7 @@ def test_an_addition_equals_the_control_vector_of_llama_cpp_in_prefill_and_in_ev
     plain = loaded.plain_context(n_outputs=1)
     plain.set_cvec(data, layers[0], layers[-1])
     (expected,), _ = plain.compute([tokens], [outputs])
-    session = loaded.session(n_outputs=1)
+    session = loaded.session(n_outputs=1, native=native)
     session.submit(**text_request(tokens, outputs, mix_of(1, data, layers)))
     n_decodes = 0
     while session.busy:
@@ -86,18 +93,19 @@ def test_an_addition_equals_the_control_vector_of_llama_cpp_in_prefill_and_in_ev
     assert n_decodes == 1 + n_steps
     assert steered["logits"].shape == expected.shape == (1 + n_steps, loaded.core.n_vocab)
     assert np.array_equal(steered["logits"], expected)
-    unsteered = run(loaded.session(n_outputs=1), text_request(tokens, outputs))[0]["logits"]
+    unsteered = run(loaded.session(n_outputs=1, native=native), text_request(tokens, outputs))[0]["logits"]
     assert (np.abs(unsteered - expected).max(axis=1) > 1e-3).all()  # the vector was really at work in each row
 
 
 def test_greedy_generation_under_an_addition_is_what_llama_cpp_generates_under_the_control_vector(
-    loaded: Loaded,
+    loaded: Loaded, native: bool
 ) -> None:
     layers, data = layer_range("range", loaded.n_layer), loaded.directions()
     prompt = loaded.tokens(20)
     (steered,) = run(
-        loaded.session(), {"tokens": prompt, "mixes": [mix_of(1, data, layers)], "mix_of_token": [0] * len(prompt),
-                           "mix_of_generated": 0, "max_tokens": 8}
+        loaded.session(native=native),
+        {"tokens": prompt, "mixes": [mix_of(1, data, layers)], "mix_of_token": [0] * len(prompt),
+         "generated": [(0, 0, 0)], "max_tokens": 8},
     )  # fmt: skip
 
     plain = loaded.plain_context()
@@ -115,7 +123,7 @@ def test_greedy_generation_under_an_addition_is_what_llama_cpp_generates_under_t
     assert steered["tokens"] == replayed
 
 
-def test_an_addition_at_block_0_and_on_some_tokens_equals_an_addition_in_place(loaded: Loaded) -> None:
+def test_an_addition_at_block_0_and_on_some_tokens_equals_an_addition_in_place(loaded: Loaded, native: bool) -> None:
     # llama.cpp's control vectors reach neither block 0 nor single tokens: here cb_eval adds to the block output itself
     tokens, data = loaded.tokens(24), loaded.directions()
     scoped = np.zeros((loaded.n_layer, len(tokens), loaded.n_embd), np.float32)
@@ -125,20 +133,20 @@ def test_an_addition_at_block_0_and_on_some_tokens_equals_an_addition_in_place(l
 
     request = text_request(tokens, (0, 24), mix_of(1, data, [0, loaded.n_layer - 1]))
     request["mix_of_token"] = [-1] * 10 + [0] * 14
-    (steered,) = run(loaded.session(), request)
+    (steered,) = run(loaded.session(native=native), request)
 
     assert np.array_equal(steered["logits"], expected)
-    (unsteered,) = run(loaded.session(), text_request(tokens, (0, 24)))
+    (unsteered,) = run(loaded.session(native=native), text_request(tokens, (0, 24)))
     assert np.array_equal(steered["logits"][:10], unsteered["logits"][:10])
     assert (steered["logits"][10:] != unsteered["logits"][10:]).any(axis=1).all()
 
 
 def test_a_continuation_reuses_a_prefix_only_under_the_same_steering_and_equals_the_control_vector(
-    loaded: Loaded,
+    loaded: Loaded, native: bool
 ) -> None:
     layers, data = layer_range("range", loaded.n_layer), loaded.directions()
     tokens = loaded.tokens(21)
-    session = loaded.session()
+    session = loaded.session(native=native)
     run(session, text_request(tokens[:20], (19, 20), mix_of(1, data, layers)))
     (same,) = run(session, text_request(tokens, (20, 21), mix_of(1, data, layers), reuse_prefix=True))
     (other,) = run(session, text_request(tokens, (20, 21), mix_of(2, 2 * data, layers), reuse_prefix=True))
@@ -170,12 +178,12 @@ def test_a_prefix_that_a_sliding_window_cache_has_dropped_is_not_reused(gemma: L
     assert np.abs(result["logits"] - fresh["logits"]).max() < 0.2
 
 
-def test_an_edit_at_a_block_is_the_control_vector_of_that_block_and_of_no_neighbour(tiny: Loaded) -> None:
+def test_an_edit_at_a_block_is_the_control_vector_of_that_block_and_of_no_neighbour(tiny: Loaded, native: bool) -> None:
     il, tokens, v = 2, tiny.tokens(16), tiny.directions(seed=3)[2]
     planted = np.zeros((tiny.n_layer, tiny.n_embd), np.float32)
     planted[il] = v
     everywhere = list(range(tiny.n_layer))
-    session = tiny.session()
+    session = tiny.session(native=native)
     session.set_taps(raw_layers=everywhere)
     request = {"tokens": tokens, "outputs": (0, 16), "keep_logits": True, "raws": [(0, 16)]}
     (unsteered,) = run(session, request)
@@ -218,12 +226,14 @@ def test_raw_capture_equals_cb_eval_at_every_block_with_nan_where_a_block_has_no
     assert np.array_equal(captured["raw"], states, equal_nan=True)
 
 
-def test_raw_capture_of_a_steered_text_is_the_block_output_that_the_next_block_sees(loaded: Loaded) -> None:
+def test_raw_capture_of_a_steered_text_is_the_block_output_that_the_next_block_sees(
+    loaded: Loaded, native: bool
+) -> None:
     tokens, data, layers = loaded.tokens(24), loaded.directions(), layer_range("all but 0", loaded.n_layer)
     plain = loaded.plain_context(watch=True)
     plain.set_cvec(data, layers[0], layers[-1])
     _, (states,) = plain.compute([tokens], [(0, 24)])
-    session = loaded.session()
+    session = loaded.session(native=native)
     session.set_taps(raw_layers=[0, *layers])
     (captured,) = run(session, text_request(tokens, (0, 24), mix_of(1, data, layers), raws=[(0, 24)]))
 
@@ -259,13 +269,14 @@ def test_pooled_sums_over_several_decodes_are_the_sums_of_the_raw_rows(loaded: L
             assert error.max() < 1e-5
 
 
-def test_readings_are_the_projections_of_the_raw_rows(loaded: Loaded) -> None:
+def test_readings_are_the_projections_of_the_raw_rows(loaded: Loaded, native: bool) -> None:
     tokens = loaded.tokens(24)
     everything = list(range(loaded.n_layer))
     directions = np.stack([loaded.directions(seed) for seed in range(3)], axis=1)  # (n_layer, 3, n_embd)
-    session = loaded.session(n_batch=16)
-    session.set_taps(raw_layers=everything, reading_layers=everything, readouts=directions)
-    (result,) = run(session, {"tokens": tokens, "outputs": (20, 24), "raws": [(0, 24)], "keep_readings": True})
+    session = loaded.session(n_batch=16, native=native)
+    session.set_taps(raw_layers=everything)
+    reads = _core.Readout(everything, directions)
+    (result,) = run(session, {"tokens": tokens, "outputs": (20, 24), "raws": [(0, 24)], "reads": reads})
 
     raw = result["raw"].astype(np.float64)
     expected = np.einsum("lte,lre->tlr", raw, directions.astype(np.float64))
@@ -277,15 +288,34 @@ def test_readings_are_the_projections_of_the_raw_rows(loaded: Loaded) -> None:
     assert (difference[has_row] <= 1e-5 * magnitude[has_row]).all()
 
 
+def test_a_reading_is_of_the_block_output_before_that_blocks_own_edit_and_after_the_earlier_ones(
+    loaded: Loaded, native: bool
+) -> None:
+    tokens, data, il = loaded.tokens(24), loaded.directions(), loaded.n_layer // 2
+    session = loaded.session(native=native)
+    session.set_taps(raw_layers=[il, il + 1])
+    reads = _core.Readout([il, il + 1], loaded.directions(5)[[il, il + 1], None])
+    common = {"outputs": (0, 24), "raws": [(0, 24)], "reads": reads}
+    (unsteered,) = run(session, text_request(tokens, **common))
+    (steered,) = run(session, text_request(tokens, mix=mix_of(1, data, [il]), **common))
+
+    assert steered["readings"].shape == (24, 2, 1)
+    assert np.array_equal(steered["readings"][:, 0], unsteered["readings"][:, 0])
+    assert (steered["raw"][0] != unsteered["raw"][0]).any(axis=1).all()
+    u, raw = loaded.directions(5)[il + 1].astype(np.float64), steered["raw"][1].astype(np.float64)
+    assert (np.abs(steered["readings"][:, 1, 0] - raw @ u) <= 1e-5 * (np.abs(raw) @ np.abs(u))).all()
+    assert (steered["readings"][:, 1] != unsteered["readings"][:, 1]).all()
+
+
 # ---- several requests in one batch
 
 
-def test_steering_of_other_sequences_in_a_batch_never_changes_a_sequence(loaded: Loaded) -> None:
+def test_steering_of_other_sequences_in_a_batch_never_changes_a_sequence(loaded: Loaded, native: bool) -> None:
     texts = [loaded.tokens(n, start) for n, start in ((20, 0), (27, 30), (14, 60))]
     outputs = [(len(t) - 4, len(t)) for t in texts]
     layers = layer_range("all but 0", loaded.n_layer)
     vectors = [loaded.directions(seed) for seed in (1, 2, 3)]
-    session = loaded.session(n_parallel=3)
+    session = loaded.session(n_parallel=3, native=native)
 
     def logits(choice: Sequence[int | None]) -> list[np.ndarray]:
         session.reset()
@@ -305,14 +335,14 @@ def test_steering_of_other_sequences_in_a_batch_never_changes_a_sequence(loaded:
             assert np.array_equal(got, expected), (choice, q)
 
 
-def test_alone_against_batch_differs_exactly_as_much_as_in_llama_cpp_itself(loaded: Loaded) -> None:
+def test_alone_against_batch_differs_exactly_as_much_as_in_llama_cpp_itself(loaded: Loaded, native: bool) -> None:
     texts = [loaded.tokens(n, start) for n, start in ((20, 0), (27, 30), (14, 60))]
     outputs = [(len(t) - 4, len(t)) for t in texts]
     layers, v = layer_range("range", loaded.n_layer), loaded.directions()
     plain = loaded.plain_context(n_parallel=3)
     plain.set_cvec(v, layers[0], layers[-1])
     plain_batch, _ = plain.compute(texts, outputs)
-    session = loaded.session(n_parallel=3)
+    session = loaded.session(n_parallel=3, native=native)
     mix, other = mix_of(1, v, layers), mix_of(2, -v, layers)
     batch = run(session, *map(text_request, texts, outputs, (mix, other, None)))[0]["logits"]
     plain.reset()
@@ -325,10 +355,14 @@ def test_alone_against_batch_differs_exactly_as_much_as_in_llama_cpp_itself(load
     assert np.abs(alone - batch).max() == own
 
 
-def test_a_request_that_joins_never_changes_one_that_is_generating_whatever_its_steering(loaded: Loaded) -> None:
+def test_a_request_that_joins_never_changes_one_that_is_generating_whatever_its_steering(
+    loaded: Loaded, native: bool
+) -> None:
     everything = list(range(loaded.n_layer))
     first, second = loaded.tokens(20), loaded.tokens(30, 40)
-    session = loaded.session(n_parallel=2, n_batch=24, n_outputs=2)  # the second prompt takes two decodes
+    session = loaded.session(
+        n_parallel=2, n_batch=24, n_outputs=2, native=native
+    )  # the second prompt takes two decodes
     session.set_taps(raw_layers=everything)
     session.add_edit_layers(everything)
     mix = mix_of(1, loaded.directions(1), everything)
@@ -357,13 +391,13 @@ def test_a_request_that_joins_never_changes_one_that_is_generating_whatever_its_
 
 
 def test_a_zero_edit_an_unused_edit_and_a_detached_session_are_bit_identical_to_plain_llama_cpp(
-    loaded: Loaded,
+    loaded: Loaded, native: bool
 ) -> None:
     texts, outputs = [loaded.tokens(24), loaded.tokens(17, 40)], [(20, 24), (13, 17)]
     everything = list(range(loaded.n_layer))
     zero = np.zeros((loaded.n_layer, loaded.n_embd), np.float32)
     expected, _ = loaded.plain_context(n_parallel=2).compute(texts, outputs)
-    session = loaded.session(n_parallel=2)
+    session = loaded.session(n_parallel=2, native=native)
 
     def logits(mix: Any = None) -> list[np.ndarray]:
         session.reset()
@@ -387,13 +421,13 @@ def test_a_zero_edit_an_unused_edit_and_a_detached_session_are_bit_identical_to_
     assert not any(map(np.array_equal, strong, expected))
 
 
-def test_changing_strength_between_decodes_builds_no_new_graph(loaded: Loaded) -> None:
+def test_changing_strength_between_decodes_builds_no_new_graph(loaded: Loaded, native: bool) -> None:
     layers, v = layer_range("range", loaded.n_layer), loaded.directions()
     n_prompt, n_steps = 16, 10
     tokens = loaded.tokens(n_prompt + n_steps)
-    session = loaded.session(n_outputs=1)
+    session = loaded.session(n_outputs=1, native=native)
     request = text_request(tokens, (n_prompt - 1, n_prompt + n_steps))
-    # three strengths in turn; a slot has four rows at hand
+    # three strengths in turn, two of them in the prompt; a slot has two rows at hand where there are tables
     request["mixes"] = [mix_of(k + 1, strength * v, layers) for k, strength in enumerate((0.5, 1.0, -1.0))]
     request["mix_of_token"] = [t % 3 - 1 if t < n_prompt else t % 3 for t in range(len(tokens))]
     session.submit(**request)
@@ -405,7 +439,7 @@ def test_changing_strength_between_decodes_builds_no_new_graph(loaded: Loaded) -
     assert len(set(builds[1:])) == 1  # the first single-token decode builds its graph, the others reuse it
     session.take_results()
 
-    # a strength never seen before, and so a row to upload, for each single-token decode
+    # a strength never seen before for each single-token decode: where there are tables, a row to upload
     rows = []
     run(session, text_request(tokens[:16], (0, 0)))
     for k in range(6):
@@ -420,10 +454,10 @@ def test_changing_strength_between_decodes_builds_no_new_graph(loaded: Loaded) -
     assert session.n_attachments == 1
 
 
-def test_attach_detach_and_growing_edits_keep_giving_the_right_logits(loaded: Loaded) -> None:
+def test_attach_detach_and_growing_edits_keep_giving_the_right_logits(loaded: Loaded, native: bool) -> None:
     tokens, data = loaded.tokens(20), loaded.directions()
     last = loaded.n_layer - 1
-    session = loaded.session(n_parallel=2)
+    session = loaded.session(n_parallel=2, native=native)
     (unsteered,), _ = loaded.plain_context(n_parallel=2).compute([tokens], [(16, 20)])
     expected = {}
     for il in (1, 2, last):
@@ -445,7 +479,7 @@ def test_attach_detach_and_growing_edits_keep_giving_the_right_logits(loaded: Lo
         check(2, 3)
         check(None, 0)
         session.set_taps()
-        for key in range(10, 30):  # more mixes than the bank has rows
+        for key in range(10, 22):  # three times as many mixes as tables have rows
             check((1, 2, last)[key % 3], key)
         check(last, 2)
         session.detach()
@@ -468,20 +502,19 @@ def test_every_slot_count_and_batch_size_gives_the_control_vector_result(
     plain.reset()
     plain.set_cvec(v, layers[0], layers[-1])
     steered, _ = plain.compute(texts, outputs)
-    session = loaded.session(**size)
     mixes = [mix_of(1, v, layers) if q % 2 == 0 else None for q in range(n_parallel)]
-    results = run(session, *map(text_request, texts, outputs, mixes))
+    for native in (False, True):
+        results = run(loaded.session(**size, native=native), *map(text_request, texts, outputs, mixes))
+        for q, result in enumerate(results):
+            assert np.array_equal(result["logits"], steered[q] if q % 2 == 0 else unsteered[q]), (native, q)
 
-    for q, result in enumerate(results):
-        assert np.array_equal(result["logits"], steered[q] if q % 2 == 0 else unsteered[q]), q
 
-
-def test_a_text_longer_than_a_decode_gives_the_control_vector_result(loaded: Loaded) -> None:
+def test_a_text_longer_than_a_decode_gives_the_control_vector_result(loaded: Loaded, native: bool) -> None:
     tokens, v, layers = loaded.tokens(90), loaded.directions(), layer_range("range", loaded.n_layer)
     plain = loaded.plain_context(n_batch=32, n_outputs=8, watch=True)
     plain.set_cvec(v, layers[0], layers[-1])
     (expected,), (states,) = plain.compute([tokens], [(70, 90)])
-    session = loaded.session(n_batch=32, n_outputs=8)
+    session = loaded.session(n_batch=32, n_outputs=8, native=native)
     session.set_taps(raw_layers=layers)
     (result,) = run(session, text_request(tokens, (70, 90), mix_of(1, v, layers), raws=[(0, 90)]))
 
@@ -495,7 +528,7 @@ def test_a_text_longer_than_a_decode_gives_the_control_vector_result(loaded: Loa
 )
 @pytest.mark.parametrize("n_parallel", [1, 2])
 def test_a_cache_filled_to_the_last_cell_gives_the_right_result_and_one_token_more_an_error(
-    name: str, n_parallel: int, request: pytest.FixtureRequest
+    name: str, n_parallel: int, native: bool, request: pytest.FixtureRequest
 ) -> None:
     loaded: Loaded = request.getfixturevalue(name)
     v, layers = loaded.directions(), layer_range("range", loaded.n_layer)
@@ -505,7 +538,7 @@ def test_a_cache_filled_to_the_last_cell_gives_the_right_result_and_one_token_mo
     plain = loaded.plain_context(**size)
     plain.set_cvec(v, layers[0], layers[-1])
     expected, _ = plain.compute(texts, [(n - 3, n)] * n_parallel)
-    session = loaded.session(**size)
+    session = loaded.session(**size, native=native)
     requests = [text_request(t, (n - 3, n), mix_of(1, v, layers)) for t in texts]
     for _ in range(2):  # the second time over what the first left in the cache
         # plain llama.cpp has room for these decodes, so the session has no excuse for an error
@@ -526,26 +559,75 @@ def test_a_cache_filled_to_the_last_cell_gives_the_right_result_and_one_token_mo
             assert result["pool_counts"][0].tolist() == [n]
 
 
-def test_the_memory_of_an_attachment_is_its_rows_and_its_index(loaded: Loaded) -> None:
+ALIGNMENT = 64  # of each tensor
+
+
+def window_mix(key: int, loaded: Loaded, layers: Sequence[int], n: int, *, gated: bool = False) -> Any:
+    """n caps at each block, on directions of their own."""
+    vectors = np.random.default_rng(key).standard_normal((n, loaded.n_embd)) / np.sqrt(loaded.n_embd)
+    terms = [(il, 2, k if gated else -1, k, k) for il in layers for k in range(n)]
+    numbers = [(0.0, 1.0, -1e30, 0.5, 1.0, 0.0)] * len(terms)
+    return _core.Mix(key=key, terms=terms, numbers=numbers, vectors=vectors)
+
+
+def test_the_memory_of_an_attachment_on_the_cpu_is_an_entry_for_each_token_and_the_buffers_of_its_taps(
+    loaded: Loaded,
+) -> None:
     n_parallel, n_batch, n_pools = 2, 48, 3
     layers, tokens = [0, 1, loaded.n_layer - 1], loaded.tokens(10)
+    everything = list(range(loaded.n_layer))
     session = loaded.session(n_parallel=n_parallel, n_batch=n_batch)
     run(session, text_request(tokens, (0, 1)))
     assert session.hook_bytes == 0
     session.add_edit_layers(layers)
     run(session, text_request(tokens, (0, 1)))
-    n_rows = 1 + 4 * n_parallel
-    bank = 4 * n_rows * len(layers) * loaded.n_embd + 4 * n_batch
-    alignment = 2 * 64  # of each of the two tensors
-    assert bank <= session.hook_bytes <= bank + alignment
+    entries = n_batch * 40  # three pointers and two numbers, on a machine of 64 bits
+    assert session.hook_bytes == entries
+    for mix in (mix_of(1, loaded.directions(), everything), window_mix(2, loaded, everything, 20, gated=True)):
+        run(session, text_request(tokens, (0, 1), mix, reads=_core.Readout([1], np.ones((1, 9, loaded.n_embd)))))
+        assert session.hook_bytes == entries  # more blocks, terms and directions, and not a byte more
 
-    session.set_taps(pool_layers=layers, n_pools_per_request=n_pools, raw_layers=[0], reading_layers=[1],
-                     readouts=np.ones((1, 2, loaded.n_embd), np.float32))  # fmt: skip
+    session.set_taps(pool_layers=layers, n_pools_per_request=n_pools, raw_layers=[0])
     run(session, text_request(tokens, (0, 1)))
     all_pools = n_pools * n_parallel
-    pooled = all_pools * (n_batch + len(layers) * loaded.n_embd)
-    taps = 4 * (pooled + n_batch * loaded.n_embd + 2 * loaded.n_embd + 2 * n_batch)
-    assert bank + taps <= session.hook_bytes <= bank + taps + alignment + 5 * 64
+    taps = 4 * (all_pools * (n_batch + len(layers) * loaded.n_embd) + n_batch * loaded.n_embd)
+    assert entries + taps <= session.hook_bytes <= entries + taps + 3 * ALIGNMENT
+
+
+def test_tables_grow_with_what_a_mix_does_at_a_block_and_not_with_the_number_of_mixes(tiny: Loaded) -> None:
+    n_parallel, n_batch = 2, 48
+    layers, tokens = [0, 1, tiny.n_layer - 1], tiny.tokens(10)
+    n_embd, n_layers, n_mixes = tiny.n_embd, len(layers), 2 * n_parallel  # two mixes of each request at a time
+    session = tiny.session(n_parallel=n_parallel, n_batch=n_batch, native=True)
+    session.add_edit_layers(layers)
+    entries = n_batch * 40
+
+    def grown_to(tables: int, n_tensors: int, **request: Any) -> None:
+        run(session, text_request(tokens, (0, 1), **request))
+        assert entries + tables <= session.hook_bytes <= entries + tables + n_tensors * ALIGNMENT
+        assert session.hook_bytes >= before
+        # what needs no more room finds the same tables
+        n_attachments, n_bytes = session.n_attachments, session.hook_bytes
+        for key in range(100, 108):
+            run(session, text_request(tokens, (0, 1), mix_of(key, tiny.directions(key), layers)))
+        assert (session.n_attachments, session.hook_bytes) == (n_attachments, n_bytes)
+
+    before = 0
+    additions = 4 * (n_batch + (1 + n_mixes) * n_layers * n_embd)  # the index, and a row a mix; one row does nothing
+    grown_to(additions, 2, mix=mix_of(1, tiny.directions(), layers))
+    before = session.hook_bytes
+    numbers = 5 * (1 + n_mixes)  # of a column, for every row
+    one_window = 4 * n_mixes * n_layers * (2 * n_embd + numbers)  # read, write
+    grown_to(additions + one_window, 5, mix=window_mix(2, tiny, layers, 1))
+    before = session.hook_bytes
+    grown_to(additions + 4 * one_window, 5, mix=window_mix(3, tiny, layers, 3))  # capacities are powers of two
+    before = session.hook_bytes
+    gates = 4 * 4 * n_mixes * n_layers * n_embd
+    grown_to(additions + 4 * one_window + gates, 6, mix=window_mix(4, tiny, layers, 2, gated=True))
+    before = session.hook_bytes
+    readings = 4 * 2 * n_parallel * n_layers * (n_embd + n_batch)  # two directions of each request, and what they give
+    reads = _core.Readout([1], np.ones((1, 2, n_embd)))
+    grown_to(additions + 4 * one_window + gates + readings, 8, reads=reads)
 
 
 # ---- the process

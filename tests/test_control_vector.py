@@ -40,6 +40,9 @@ def full_vector() -> PersonaVector:
                     "text": "naïve ☂", "none": None, "list": [1, 2.5, "x"]},
         separations=np.array([np.nan, 1.5, 2.5, 3.1], np.float32),
         reliability=np.array([np.nan, 0.5, 0.6, 0.7], np.float32),
+        thresholds=np.array([np.nan, 1.25, -2.5, 3.0], np.float32),
+        means=np.array([np.nan, -0.5, 0.25, 0.125], np.float32),
+        window=(-0.3, 0.45),
     )  # fmt: skip
 
 
@@ -68,16 +71,17 @@ def test_loading_a_saved_vector_gives_everything_back(tmp_path: Path) -> None:
     assert (back.name, back.strength, back.layers) == (v.name, v.strength, v.layers)
     assert dict(back.weights) == dict(v.weights)
     assert dict(back.provenance) == dict(v.provenance)
-    for attribute in ("directions", "last_prompt", "norms", "separations", "reliability"):
+    assert back.window == v.window
+    for attribute in ("directions", "last_prompt", "norms", "separations", "reliability", "thresholds", "means"):
         assert np.array_equal(getattr(back, attribute), getattr(v, attribute), equal_nan=True), attribute
         assert getattr(back, attribute).dtype == np.float32
 
 
-def test_a_strength_and_weights_that_float32_does_not_hold_come_back_exactly(tmp_path: Path) -> None:
-    v = samples.vector(norms=NORMS, strength=0.3, weights={1: 0.7, 2: 0.3})
+def test_numbers_that_float32_does_not_hold_come_back_exactly(tmp_path: Path) -> None:
+    v = samples.vector(norms=NORMS, strength=0.3, weights={1: 0.7, 2: 0.3}, window=(-0.1, 0.7))
     v.save(tmp_path / "a.gguf")
     back = PersonaVector.load(tmp_path / "a.gguf")
-    assert (back.strength, dict(back.weights)) == (0.3, {1: 0.7, 2: 0.3})
+    assert (back.strength, dict(back.weights), back.window) == (0.3, {1: 0.7, 2: 0.3}, (-0.1, 0.7))
     back.save(tmp_path / "b.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
@@ -88,7 +92,16 @@ def test_a_bare_vector_comes_back_without_what_it_never_had(tmp_path: Path) -> N
     back = PersonaVector.load(tmp_path / "v.gguf")
     assert np.array_equal(back.directions, v.directions)
     assert (back.last_prompt, back.separations, back.reliability) == (None, None, None)
+    assert (back.thresholds, back.means, back.window) == (None, None, (-0.5, 0.5))
     assert (back.weights, back.provenance, back.strength) == ({}, {}, 0.5)
+
+
+def test_a_file_from_before_there_were_windows_and_thresholds_loads_with_the_usual_window(tmp_path: Path) -> None:
+    full_vector().save(tmp_path / "v.gguf")
+    old = rewrite(tmp_path / "v.gguf", tmp_path / "old.gguf", {"window": None, "thresholds": None, "means": None})
+    back = PersonaVector.load(old)
+    assert (back.thresholds, back.means, back.window) == (None, None, (-0.5, 0.5))
+    assert np.array_equal(back.directions, full_vector().directions, equal_nan=True)
 
 
 def test_a_vector_without_a_name_comes_back(tmp_path: Path) -> None:
@@ -363,6 +376,8 @@ def value_types(value: Any, f: Any) -> Iterator[Any]:
     elif isinstance(value, list):
         yield gguf.GGUFValueType.ARRAY
         yield gguf.GGUFValueType.FLOAT32 if any(isinstance(x, float) for x in value) else gguf.GGUFValueType.INT32
+    elif isinstance(value, float):
+        yield gguf.GGUFValueType.FLOAT64
     else:
         kind = f.types[0]
         yield kind if kind != gguf.GGUFValueType.STRING else gguf.GGUFValueType.UINT32
@@ -374,6 +389,13 @@ INCONSISTENT: dict[str, dict[str, Any]] = {
     "another width": {"n_embd": 32},
     "more blocks and less width": {"n_layer": 8, "n_embd": 32},
     "norms of three blocks": {"norms": [1.0, 2.0, 3.0]},
+    "thresholds of three blocks": {"thresholds": [1.0, 2.0, 3.0]},
+    "means of five blocks": {"means": [1.0] * 5},
+    "a window of three numbers": {"window": [-0.5, 0.0, 0.5]},
+    "a window without 0": {"window": [0.1, 0.5]},
+    "a window that is not a number": {"window": [float("nan"), 0.5]},
+    "a number for the window": {"window": 0.5},
+    "a text for the window": {"window": "wide"},
     "a layer out of range": {"layers": [1, 7]},
     "a layer without a direction": {"layers": [0, 1]},
     "a weight too many": {"weights": [0.2, 0.3, 0.5]},

@@ -100,8 +100,8 @@ def test_a_raw_text_is_all_prompt_and_positions_steer_from_there_on(model: ps.Mo
     text = TEXTS[:1]
     (unsteered,), (everywhere,) = model.logits(text), model.logits(text, steer=v * 0.4)
     for scope, expected in (("response", unsteered), ("prompt", everywhere), ("all", everywhere)):
-        assert np.array_equal(model.logits(text, steer=ps.Add(v, 0.4, scope))[0], expected), scope
-    (at_5,) = model.logits(text, steer=ps.Add(v, 0.4, (5,)))
+        assert np.array_equal(model.logits(text, steer=ps.Add(v, 0.4, scope=scope))[0], expected), scope
+    (at_5,) = model.logits(text, steer=ps.Add(v, 0.4, scope=(5,)))
     assert np.array_equal(at_5[:5], unsteered[:5])
     assert (np.abs(at_5[5:] - unsteered[5:]).max(axis=1) > 1e-6).all()
     assert not np.array_equal(at_5[5:], everywhere[5:])
@@ -216,7 +216,7 @@ def test_an_edit_adds_its_row_to_exactly_the_tokens_of_its_scope(model: ps.Model
     il, v = 1, samples.vector(layers=(1,))
     _, n_prompt = model.pair_tokens(*PAIR)
     unsteered, steered = (
-        model.capture([PAIR], pool="raw", span="all", steer=s)[0][:, il] for s in (None, ps.Add(v, 0.5, scope))
+        model.capture([PAIR], pool="raw", span="all", steer=s)[0][:, il] for s in (None, ps.Add(v, 0.5, scope=scope))
     )
     unit = v.directions[il].astype(np.float64) / np.linalg.norm(v.directions[il].astype(np.float64))
     row = 0.5 * float(model.norms[il]) * unit
@@ -241,24 +241,62 @@ def test_readings_are_the_projections_of_the_captured_rows(model: ps.Model) -> N
         model.readings(TEXTS, directions[:3])
 
 
-def test_norms_are_the_medians_over_sixteen_pairs_without_first_tokens_and_are_kept(
+def test_norms_are_the_medians_and_means_the_means_over_sixteen_pairs_without_first_tokens_and_are_kept(
     model: ps.Model, tiny: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    texts = [model.pair_tokens(question, answer)[0] for question, answer in neutral_pairs()]
     plain = oracle.PlainContext(
-        tiny.plain, n_ctx=512, n_parallel=4, n_batch=512, n_threads=1, n_outputs=64, watch=True
-    )  # the context that Model makes
+        tiny.plain, n_ctx=max(map(len, texts)), n_parallel=1, n_batch=512, n_threads=1, n_outputs=64, watch=True
+    )  # the context that Model makes for this
     rows = []
-    for question, answer in neutral_pairs():
-        tokens, _ = model.pair_tokens(question, answer)
+    for tokens in texts:
         plain.reset()
         _, (states,) = plain.compute([tokens], [(1, len(tokens))])
         rows.append(states[:, 1:].astype(np.float64))
-    lengths = np.sqrt((np.concatenate(rows, axis=1) ** 2).sum(axis=2))
+    states = np.concatenate(rows, axis=1)
+    lengths = np.sqrt((states**2).sum(axis=2))
     np.testing.assert_allclose(model.norms, np.median(lengths, axis=1), rtol=1e-7)  # rounded to float32 once
-    assert model.norms.dtype == np.float32
-    monkeypatch.setattr(ps.Model, "_measure_norms", lambda self: pytest.fail("measured twice"))
+    # rounded to float32 once; the order of a float64 sum of hundreds of numbers of about 1 does not show in it
+    np.testing.assert_allclose(model.means, states.mean(axis=1), rtol=1e-7, atol=1e-12)
+    assert model.norms.dtype == model.means.dtype == np.float32
+    monkeypatch.setattr(ps.Model, "_everyday_states", lambda self: pytest.fail("measured twice"))
     with opened(model.path) as again:
         assert np.array_equal(again.norms, model.norms)
+        assert np.array_equal(again.means, model.means)
+
+
+def test_norms_and_means_depend_on_none_of_the_models_options(model: ps.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, means = model.norms, model.means
+    monkeypatch.setattr(ps.Model, "_measured", lambda self: {})  # nothing is known: each measures for itself
+    monkeypatch.setattr(ps.Model, "_remember", lambda self, **values: None)
+    for options in ({"n_parallel": 1, "n_batch": 7}, {"n_ctx": 64, "seed": 5}, {"use_mmap": False}):
+        with opened(model.path, **options) as m:
+            assert np.array_equal(m.norms, norms), options
+            assert np.array_equal(m.means, means), options
+
+
+def test_a_model_makes_no_context_before_one_is_needed_and_then_one(
+    tiny_path: Path, model: ps.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ = model.norms  # measured and remembered, and the self-test passed
+    made: list[Any] = []
+    new_session = ps.Model._new_session
+
+    def counted(self: ps.Model, *sizes: int, **more: int) -> Any:
+        made.append(sizes)
+        return new_session(self, *sizes, **more)
+
+    monkeypatch.setattr(ps.Model, "_new_session", counted)
+    with opened(tiny_path) as m:
+        m.prompt_tokens("hello")
+        assert m.norms.shape == (4,)
+        m.detach()
+        assert m.hook_bytes == 0
+        assert made == []
+        m.logits(TEXTS, steer=samples.vector() * 0.2)
+        m.chat("hello", **GREEDY)
+        assert m.hook_bytes > 0
+        assert made == [(512, 4, 512)]
 
 
 def test_a_model_with_a_small_context_can_be_steered(tmp_path: Path) -> None:
@@ -394,7 +432,7 @@ def test_a_conversation_with_kept_cache_gives_the_text_of_fresh_runs_and_reuses_
     model: ps.Model,
 ) -> None:
     v = samples.vector()
-    for steer in (None, v * 0.3, ps.Add(v, 0.3, "response")):
+    for steer in (None, v * 0.3, ps.Add(v, 0.3, scope="response")):
         messages = [{"role": "user", "content": "How deep is the water?"}]
         for question in ("And how cold?", "Is it far?"):
             kept = model.chat(messages, steer=steer, reuse_cache=True, **GREEDY)
@@ -551,6 +589,8 @@ CALLS: dict[str, Callable[[ps.Model], Any]] = {
     "capture": lambda m: m.capture(["a"]),
     "readings": lambda m: m.readings(["a"], np.ones((4, 64))),
     "run_requests": lambda m: m.run_requests([Request([3])]),
+    "run_alone": lambda m: m.run_alone([Request([3])], n_parallel=1),
+    "session": lambda m: m.session(),
     "detach": lambda m: m.detach(),
     "hook_bytes": lambda m: m.hook_bytes,
     "derive": lambda m: ps.derive(m, "pirate"),
@@ -783,6 +823,12 @@ def test_contrast_is_the_difference_of_the_captured_means(model: ps.Model) -> No
     assert all(1 <= il < 4 for il in v.layers)
     assert v.provenance["fingerprint"] == model.fingerprint
     assert np.array_equal(v.norms, model.norms)
+    # readings <h, v-hat>: thresholds halfway between the two groups', means over everyday texts; rounded once
+    units = expected.astype(np.float32) / np.linalg.norm(expected, axis=1, keepdims=True)
+    halfway = (both[:3].mean(0, dtype=np.float64) + both[3:].mean(0, dtype=np.float64)) / 2
+    np.testing.assert_allclose(v.thresholds, (halfway * units).sum(1), atol=1e-5)
+    np.testing.assert_allclose(v.means, (model.means * units).sum(1), atol=1e-5)
+    assert v.window == (-0.5, 0.5)
     swapped = ps.contrast(model, negative, positive)
     # the texts come in another order, so in other shapes: rounding of the 16-bit cache
     assert (swapped.cosine(-v) > 0.999).all()
@@ -857,6 +903,7 @@ def test_a_template_that_names_the_date_gives_the_same_vector_every_day(
 
     with opened(path) as m:
         dated, undated = m.prompt_tokens("hello"), m.pair_tokens("hello", "hi")[0]
+        monkeypatch.setattr("personasteer.model.datetime", Tomorrow)
         monkeypatch.setattr("personasteer.chat.datetime", Tomorrow)
         assert m.prompt_tokens("hello") != dated
         assert m.detokenize(m.prompt_tokens("hello")).lstrip().startswith("2077-07-07")

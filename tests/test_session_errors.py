@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-def session_of(loaded: Loaded, *, n_parallel: int = 1, n_batch: int = 64, hook: bool = True) -> Any:
+def session_of(loaded: Loaded, *, n_parallel: int = 1, n_batch: int = 64, **more: bool) -> Any:
     """One thread: nothing here is worth two, and two would wait for each other on a busy machine."""
     return _core.Session(
-        model=loaded.core, n_ctx=256, n_parallel=n_parallel, n_batch=n_batch, n_threads=1, n_outputs=64, hook=hook
+        model=loaded.core, n_ctx=256, n_parallel=n_parallel, n_batch=n_batch, n_threads=1, n_outputs=64, **more
     )
 
 
-def plain_context_of(loaded: Loaded, *, watch: bool = False) -> oracle.PlainContext:
+def plain_context_of(loaded: Loaded, *, n_batch: int = 64, watch: bool = False) -> oracle.PlainContext:
     return oracle.PlainContext(
-        loaded.plain, n_ctx=256, n_parallel=1, n_batch=64, n_threads=1, n_outputs=64, watch=watch
+        loaded.plain, n_ctx=256, n_parallel=1, n_batch=n_batch, n_threads=1, n_outputs=64, watch=watch
     )
 
 
@@ -83,7 +83,7 @@ def test_the_graph_cannot_be_changed_under_a_request_which_then_goes_on(tiny: Lo
         session = session_of(tiny, n_batch=8)  # a prompt of three decodes
         session.set_taps(pool_layers=[0], raw_layers=[1])
         mix = mix_of(1, tiny.directions(), [1])
-        request_id = session.submit(tokens=tokens, mixes=[mix], mix_of_token=[0] * 20, mix_of_generated=0,
+        request_id = session.submit(tokens=tokens, mixes=[mix], mix_of_token=[0] * 20, generated=[(0, 0, 0)],
                                     max_tokens=8, pools=[(0, 20)], raws=[(0, 20)])  # fmt: skip
         if state == "running":
             session.step()
@@ -121,19 +121,41 @@ def test_results_taken_after_a_change_of_taps_keep_the_shapes_and_values_of_thei
 
 
 @pytest.mark.parametrize("il", [-1, 4, 99])
-@pytest.mark.parametrize("where", ["edits", "pool_layers", "raw_layers", "reading_layers", "a mix"])
+@pytest.mark.parametrize("where", ["edits", "pool_layers", "raw_layers", "a read-out"])
 def test_a_block_that_the_model_lacks_is_refused(tiny: Loaded, where: str, il: int) -> None:
     session = session_of(tiny)
     session.add_edit_layers([1])
     ones = np.ones((1, 1, tiny.n_embd), np.float32)
     calls: dict[str, Callable[[], Any]] = {
         "edits": lambda: session.add_edit_layers([1, il]),
-        "a mix": lambda: session.submit(tokens=[3, 4], mixes=[_core.Mix(1, [il], ones[0])]),
-        "reading_layers": lambda: session.set_taps(reading_layers=[il], readouts=ones),
+        "a read-out": lambda: session.submit(tokens=[3, 4], reads=_core.Readout([il], ones)),
     }
     with pytest.raises(VectorError, match=rf"{il}\b.*0\.\.3"):
         calls.get(where, lambda: session.set_taps(**{where: [il]}))()
     assert not session.busy
+    assert session.n_attachments == 1
+    assert_usable(session, tiny)
+
+
+def test_a_mix_for_a_block_that_the_model_lacks_is_refused(tiny: Loaded) -> None:
+    session = session_of(tiny)
+    session.add_edit_layers([1])
+    ones = np.ones((1, tiny.n_embd), np.float32)
+    mix, outside = _core.Mix(1, [1], ones), _core.Mix(2, [4], ones)
+    submits: list[dict[str, Any]] = [
+        {"mixes": [outside]},  # also where no token takes it
+        {"mixes": [mix, outside], "mix_of_token": [0, 0]},
+        {"mixes": [outside], "mix_of_token": [0, 0]},
+    ]
+    for request in submits:
+        with pytest.raises(VectorError, match=r"block 4\b.*0\.\.3"):
+            session.submit(tokens=[3, 4], **request)
+    running = session.submit(tokens=[3, 4], max_tokens=4)
+    with pytest.raises(VectorError, match=r"block 4\b.*0\.\.3"):
+        session.steer(running, [outside], [], [(0, 0, 0)])
+    with pytest.raises(VectorError, match="ascending blocks"):
+        _core.Mix(1, [-1], ones)
+    finish(session)
     assert session.n_attachments == 1
     assert_usable(session, tiny)
 
@@ -161,9 +183,11 @@ def test_read_outs_of_another_width_out_of_order_or_of_a_block_twice_are_refused
         ([1], (2, 1, 64)),
         ([1], (1, 64)),
         ([1, 1], (2, 1, 64)),
+        ([1], (1, 0, 64)),
     ):
         with pytest.raises(VectorError):
-            session.set_taps(reading_layers=layers, readouts=np.ones(shape, np.float32))
+            session.submit(tokens=[3, 4], reads=_core.Readout(layers, np.ones(shape, np.float32)))
+        assert not session.busy
     assert_usable(session, tiny)
 
 
@@ -173,7 +197,13 @@ def test_read_outs_of_another_width_out_of_order_or_of_a_block_twice_are_refused
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "a mix index without a mix": ({"mix_of_token": [0, 7, 0, 0]}, VectorError),
     "a mix index below -1": ({"mix_of_token": [-2, 0, 0, 0]}, VectorError),
-    "a generated mix out of range": ({"mix_of_generated": 1, "max_tokens": 2}, VectorError),
+    "a generated mix out of range": ({"generated": [(0, 1, 0)], "max_tokens": 2}, VectorError),
+    "a mix of thinking out of range": ({"generated": [(0, 0, 1)], "max_tokens": 2}, VectorError),
+    "a generated mix below -1": ({"generated": [(0, -2, 0)], "max_tokens": 2}, VectorError),
+    "a later generated mix out of range": ({"generated": [(0, 0, 0), (3, 1, 0)], "max_tokens": 2}, VectorError),
+    "phases that do not ascend": ({"generated": [(2, 0, 0), (2, -1, 0)], "max_tokens": 2}, VectorError),
+    "a response behind the given tokens": ({"response_begin": 4}, ContextError),
+    "a negative number of tokens to generate": ({"max_tokens": -1}, ContextError),
     "fewer mix indices than tokens": ({"mix_of_token": [0, 0]}, VectorError),
     "an open raw span": ({"raws": [(0, -1)]}, ContextError),
     "a reversed raw span": ({"raws": [(3, 1)]}, ContextError),
@@ -208,46 +238,107 @@ def test_a_request_that_can_never_run_is_refused_at_once(tiny: Loaded, bad: str)
 
 def test_a_mix_of_another_width_is_refused(tiny: Loaded) -> None:
     session = session_of(tiny)
-    for shape in ((1, tiny.n_embd - 1), (2, tiny.n_embd)):
-        with pytest.raises(VectorError, match="width"):
-            session.submit(tokens=[3, 4], mixes=[_core.Mix(1, [1], np.ones(shape, np.float32))], mix_of_token=[0, 0])
+    narrow = _core.Mix(1, [1], np.ones((1, tiny.n_embd - 1), np.float32))
+    with pytest.raises(VectorError, match="width"):
+        session.submit(tokens=[3, 4], mixes=[narrow], mix_of_token=[0, 0])
+    for shape in ((2, tiny.n_embd), (0, tiny.n_embd), (tiny.n_embd,)):
+        with pytest.raises(VectorError, match="one row for each"):
+            _core.Mix(1, [1], np.ones(shape, np.float32))
     assert_usable(session, tiny)
 
 
-def test_a_mix_names_its_blocks_in_any_order(tiny: Loaded) -> None:
-    data, tokens = tiny.directions(), tiny.tokens(10)
-    backwards = run(session_of(tiny), **whole_text(tokens, _core.Mix(1, [3, 1], data[[3, 1]])))["logits"]
-    forwards = run(session_of(tiny), **whole_text(tokens, _core.Mix(1, [1, 3], data[[1, 3]])))["logits"]
-    assert np.array_equal(backwards, forwards)
+BAD_MIXES: dict[str, dict[str, Any]] = {
+    "no key": {"key": 0},
+    "no term": {"terms": np.zeros((0, 5)), "numbers": np.zeros((0, 6))},
+    "a block below zero": {"terms": [(-1, 1, -1, -1, 0)]},
+    "an unknown stage": {"terms": [(1, 3, -1, 0, 0)]},
+    "a stage below zero": {"terms": [(1, -1, -1, 0, 0)]},
+    "nothing to write": {"terms": [(1, 1, -1, -1, -1)]},
+    "a write behind the vectors": {"terms": [(1, 1, -1, -1, 2)]},
+    "a window without a reading": {"terms": [(1, 2, -1, -1, 0)]},
+    "a reading behind the vectors": {"terms": [(1, 2, -1, 2, 0)]},
+    "a gate behind the vectors": {"terms": [(1, 1, 2, -1, 0)]},
+    "a gate below -1": {"terms": [(1, 1, -2, -1, 0)]},
+    "terms of four columns": {"terms": [(1, 1, -1, -1)]},
+    "numbers of five columns": {"numbers": [(0.0, 1.0, 0.0, 0.0, 1.0)]},
+    "more numbers than terms": {"numbers": [(0.0, 1.0, 0.0, 0.0, 1.0, 0.0)] * 2},
+    "vectors without rows": {"vectors": np.ones(64, np.float32)},
+    "more terms at a block than fit": {
+        "terms": [(1, 1, -1, -1, 0)] * 257,
+        "numbers": [(0.0, 1.0, 0.0, 0.0, 1.0, 0.0)] * 257,
+    },
+}
 
 
-def test_a_request_may_have_more_mixes_than_the_bank_had_rows(tiny: Loaded) -> None:
-    # six mixes on six tokens where a slot has four rows: cb_eval adds the same numbers in plain llama.cpp
-    tokens = tiny.tokens(7)
+@pytest.mark.parametrize("bad", BAD_MIXES)
+def test_a_mix_whose_terms_point_nowhere_is_refused(bad: str) -> None:
+    good = {
+        "key": 1,
+        "terms": [(1, 1, -1, -1, 0)],
+        "numbers": [(0.0, 1.0, 0.0, 0.0, 1.0, 0.0)],
+        "vectors": np.ones((2, 64), np.float32),
+    }
+    assert _core.Mix(**good).layers == [1]
+    with pytest.raises(VectorError):
+        _core.Mix(**(good | BAD_MIXES[bad]))
+
+
+def test_a_mix_of_rows_names_its_blocks_in_ascending_order_and_once(tiny: Loaded) -> None:
+    data = tiny.directions()
+    for layers in ([3, 1], [1, 1], []):
+        with pytest.raises(VectorError, match="ascending blocks"):
+            mix_of(1, data, layers)
+
+
+def test_the_terms_of_a_mix_stand_in_any_order_of_blocks(tiny: Loaded) -> None:
+    data, tokens = tiny.directions()[[1, 3]], tiny.tokens(10)
+    numbers = [(0.0, 1.0, 0.0, 0.0, 1.0, 0.0)] * 2
+    expected = run(session_of(tiny), **whole_text(tokens, _core.Mix(1, [1, 3], data)))["logits"]
+    for terms in ([(1, 1, -1, -1, 0), (3, 1, -1, -1, 1)], [(3, 1, -1, -1, 1), (1, 1, -1, -1, 0)]):
+        mix = _core.Mix(key=1, terms=terms, numbers=numbers, vectors=data)
+        assert mix.layers == [1, 3]
+        assert np.array_equal(run(session_of(tiny), **whole_text(tokens, mix))["logits"], expected)
+
+
+@pytest.mark.parametrize(("native", "n_batch"), [(False, 64), (True, 2)])
+def test_a_request_may_have_more_mixes_than_its_slot_has_rows(tiny: Loaded, native: bool, n_batch: int) -> None:
+    # six mixes on six tokens; tables hold two of a request at a time, so that a decode ends where a third would come.
+    # cb_eval adds the same numbers in plain llama.cpp, in decodes of the same shapes
+    tokens = tiny.tokens(6)
     rows = [tiny.directions(seed) for seed in range(6)]
-    session = session_of(tiny)
+    session = session_of(tiny, native_on_cpu=native)
     run(session, **whole_text(tokens, mix_of(50, rows[0], [1])))
-    edits = np.zeros((tiny.n_layer, 7, tiny.n_embd), np.float32)
+    session.reset()
+    edits = np.zeros((tiny.n_layer, 6, tiny.n_embd), np.float32)
     for t in range(6):
         edits[1, t] = rows[t][1]
     got = run(
         session,
         tokens=tokens,
-        outputs=(0, 7),
+        outputs=(0, 6),
         keep_logits=True,
         mixes=[mix_of(1 + k, rows[k], [1]) for k in range(6)],
-        mix_of_token=[*range(6), -1],
+        mix_of_token=[*range(6)],
     )
-    (expected,), _ = plain_context_of(tiny, watch=True).compute([tokens], [(0, 7)], [edits])
+    (expected,), _ = plain_context_of(tiny, n_batch=n_batch, watch=True).compute([tokens], [(0, 6)], [edits])
     assert np.array_equal(got["logits"], expected)
     assert_usable(session, tiny)
 
 
-def test_hundreds_of_mixes_in_a_request_are_refused(tiny: Loaded) -> None:
+def test_hundreds_of_mixes_in_a_request_each_reach_their_token(tiny: Loaded) -> None:
+    n = 255
+    tokens = tiny.tokens(n)
+    rows = np.random.default_rng(0).standard_normal((n, tiny.n_embd)).astype(np.float32)
     session = session_of(tiny)
-    mixes = [mix_of(k + 1, tiny.directions(), [1]) for k in range(257)]
-    with pytest.raises(VectorError, match="257"):
-        session.submit(tokens=[3, 4], mixes=mixes, mix_of_token=[0, 1])
+    session.set_taps(raw_layers=[1])
+
+    def raw(**steering: Any) -> np.ndarray:
+        session.reset()
+        return np.asarray(run(session, tokens=tokens, raws=[(0, n)], **steering)["raw"][0])
+
+    mixes = [_core.Mix(k + 1, [1], rows[k : k + 1]) for k in range(n)]
+    unsteered, steered = raw(), raw(mixes=mixes, mix_of_token=list(range(n)))
+    assert np.array_equal(steered, unsteered + rows)  # one float32 add
     assert_usable(session, tiny)
 
 
@@ -264,10 +355,13 @@ def test_a_session_without_the_hook_refuses_steering_and_capture_and_computes(ti
         lambda: session.submit(tokens=[3, 4], mixes=[mix], mix_of_token=[0, 0]),
         lambda: session.submit(tokens=[3, 4], pools=[(0, 2)]),
         lambda: session.submit(tokens=[3, 4], raws=[(0, 2)]),
+        lambda: session.submit(tokens=[3, 4], reads=_core.Readout([1], np.ones((1, 1, tiny.n_embd)))),
+        lambda: session.submit(tokens=[3, 4], decides=True, max_tokens=1),
     ]
     for call in refused:
         with pytest.raises(ModelError, match="without the hook"):
             call()
+    assert not session.busy
     assert session.n_attachments == 0
     assert session.hook_bytes == 0
     tokens = tiny.tokens(12)
@@ -295,7 +389,9 @@ def test_cancelled_requests_end_and_the_others_get_what_they_get_alone(tiny: Loa
     results = finish(session)
     assert results[running]["finish"] == "cancelled"
     assert len(results[running]["tokens"]) == 1
-    assert queued not in results or results[queued]["finish"] == "cancelled"
+    assert (results[queued]["finish"], results[queued]["tokens"], results[queued]["text"]) == ("cancelled", [], b"")
+    assert results[queued]["n_prompt"] == 11
+    assert results[queued]["error"] == ""
     assert results[last]["tokens"] == run(session_of(tiny, n_parallel=1), **requests[2])["tokens"]
     assert results[last]["finish"] in ("length", "stop")
     assert_usable(session, tiny)

@@ -12,9 +12,10 @@ import pytest
 import samples
 from numpy.typing import NDArray
 
-from personasteer import Add, ArgumentError, IncompatibleVector, PersonaVector, Steering, VectorError
+from personasteer import Add, ArgumentError, Cap, IncompatibleVector, PersonaVector, Steering, VectorError
 from personasteer.evaluate import bootstrap_interval, random_vectors
-from personasteer.steering import as_steering, compile_mixes, per_request
+from personasteer.mixes import ADD, Mix, MixCache, Plan, compile_plan
+from personasteer.steering import Edit, Term, as_steering, per_request
 
 NORMS = np.array([5.0, 8.0, 11.0, 13.0], np.float32)
 
@@ -29,9 +30,20 @@ class Shape:
     identity: Mapping[str, str] = field(default_factory=lambda: {"metadata": "1", "tensors": "2", "weights": "3"})
     name: str = "shape"
     norms: NDArray[np.float32] = field(default_factory=lambda: NORMS)
+    mixes: MixCache | None = None
 
 
 MODEL = Shape()
+
+
+def added(edit: Add) -> dict[int, np.ndarray]:
+    """What an addition adds at each block, and that it does nothing else."""
+    out = {}
+    for il, term in edit.terms(MODEL).items():
+        assert term.row is not None
+        out[il] = term.row
+        assert repr(term) == repr(Term(row=term.row))
+    return out
 
 
 def rows_of(v: PersonaVector, rho: float, layers: Sequence[int], weights: Sequence[float]) -> dict[int, np.ndarray]:
@@ -71,6 +83,9 @@ def test_sums_and_differences_of_vectors_act_on_the_data() -> None:
     assert np.array_equal((-a).directions, -a.directions)
     assert (a + b).layers == (1, 2)  # the first one's
     assert (a - a).layers == ()  # zero: nothing left to steer at
+    told = samples.vector(seed=1, thresholds=NORMS, means=NORMS, window=(-0.2, 0.4))
+    for c in (told + b, told - b):  # what was measured on one direction does not hold for the sum
+        assert (c.thresholds, c.means, c.window) == (None, None, (-0.5, 0.5))
     assert np.array_equal(a.directions, samples.vector(seed=1).directions)  # the operands stay what they were
 
 
@@ -119,7 +134,7 @@ def test_a_zero_direction_is_refused_where_it_is_used() -> None:
         PersonaVector(data, (1, 2))
     v = PersonaVector(data, (1,))
     with pytest.raises(VectorError, match="zero at layer 2"):
-        Add(v, 0.1, layers=(2,)).rows(MODEL)
+        added(Add(v, 0.1, layers=(2,)))
 
 
 @pytest.mark.parametrize("il", [-1, 4])
@@ -127,7 +142,7 @@ def test_a_layer_that_the_vector_lacks_is_refused(il: int) -> None:
     with pytest.raises(VectorError, match="out of range"):
         samples.vector(layers=(1, il))
     with pytest.raises(VectorError, match="out of range"):
-        Add(samples.vector(), 0.1, layers=(1, il)).rows(MODEL)
+        added(Add(samples.vector(), 0.1, layers=(1, il)))
 
 
 @pytest.mark.parametrize("weight", [-0.1, np.nan, np.inf])
@@ -137,11 +152,40 @@ def test_weights_are_finite_and_not_negative(weight: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "shape"), [("norms", (3,)), ("last_prompt", (4, 63)), ("separations", (5,)), ("reliability", (4, 1))]
+    ("attribute", "shape"),
+    [
+        ("norms", (3,)),
+        ("last_prompt", (4, 63)),
+        ("separations", (5,)),
+        ("reliability", (4, 1)),
+        ("thresholds", (3,)),
+        ("means", (4, 64)),
+    ],
 )
 def test_what_comes_with_the_directions_has_their_shape(attribute: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(VectorError, match=attribute):
         samples.vector(**{attribute: np.ones(shape, np.float32)})
+
+
+@pytest.mark.parametrize("window", [(0.1, 0.5), (-0.5, -0.1), (0.5, -0.5), (-np.inf, 0.5), (-0.5, np.nan)])
+def test_a_window_of_strengths_is_finite_and_has_0_inside(window: tuple[float, float]) -> None:
+    with pytest.raises(VectorError, match="window"):
+        samples.vector(window=window)
+    assert samples.vector(window=(0, 0.5)).window == (0.0, 0.5)
+    assert samples.vector().window == (-0.5, 0.5)
+
+
+def test_the_numbers_of_a_vector_are_its_own_and_stay_what_they_are() -> None:
+    data, numbers = samples.vector().directions.copy(), np.ones(4, np.float32)
+    v = PersonaVector(data, (1,), norms=numbers, thresholds=numbers, means=numbers)
+    data[:], numbers[:] = 7, 7
+    assert np.array_equal(v.directions, samples.vector().directions)
+    for array in (v.norms, v.thresholds, v.means):
+        assert array is not None
+        assert array.tolist() == [1, 1, 1, 1]
+    for array in (v.directions, v.norms, v.thresholds, v.means):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7
 
 
 def test_layers_are_sorted_and_named_once() -> None:
@@ -164,7 +208,7 @@ def test_a_list_of_lists_makes_a_vector_and_text_does_not() -> None:
 
 def test_a_strength_is_the_total_dose_in_units_of_the_streams_norm() -> None:
     v = samples.vector(layers=(1, 2, 3))
-    rows = (v * 0.3).rows(MODEL)
+    rows = added(v * 0.3)
     assert_rows(rows, rows_of(v, 0.3, (1, 2, 3), (1 / 3, 1 / 3, 1 / 3)))
     dose = sum(np.linalg.norm(row) / NORMS[il] for il, row in rows.items())
     assert dose == pytest.approx(0.3, rel=1e-12)
@@ -174,21 +218,21 @@ def test_one_layer_or_three_and_any_scale_of_the_data_are_the_same_dose() -> Non
     v = samples.vector(layers=(1, 2, 3))
     big = PersonaVector(v.directions * 1000, (2,))
     for edit in (v * 0.3, Add(v, 0.3, layers=(2,)), big * 0.3):
-        rows = edit.rows(MODEL)
+        rows = added(edit)
         assert sum(np.linalg.norm(r) / NORMS[il] for il, r in rows.items()) == pytest.approx(0.3, rel=1e-12)
-    np.testing.assert_allclose((big * 0.3).rows(MODEL)[2], Add(v, 0.3, layers=(2,)).rows(MODEL)[2], rtol=1e-6)
+    np.testing.assert_allclose(added(big * 0.3)[2], added(Add(v, 0.3, layers=(2,)))[2], rtol=1e-6)
 
 
 def test_weights_share_the_dose_and_sum_to_one_over_the_layers_in_use() -> None:
     v = samples.vector(layers=(1, 2, 3), weights={1: 3.0, 2: 1.0, 3: 4.0})
-    assert_rows((v * -0.2).rows(MODEL), rows_of(v, -0.2, (1, 2, 3), (3 / 8, 1 / 8, 4 / 8)))
-    assert_rows(Add(v, 0.2, layers=(1, 2)).rows(MODEL), rows_of(v, 0.2, (1, 2), (0.75, 0.25)))
-    assert_rows(Add(v, 0.2, layers=(0,)).rows(MODEL), rows_of(v, 0.2, (0,), (1.0,)))
+    assert_rows(added(v * -0.2), rows_of(v, -0.2, (1, 2, 3), (3 / 8, 1 / 8, 4 / 8)))
+    assert_rows(added(Add(v, 0.2, layers=(1, 2))), rows_of(v, 0.2, (1, 2), (0.75, 0.25)))
+    assert_rows(added(Add(v, 0.2, layers=(0,))), rows_of(v, 0.2, (0,), (1.0,)))
 
 
 def test_a_raw_strength_is_the_factor_of_the_data_as_stored() -> None:
     v = samples.vector(layers=(1, 3), weights={1: 3.0, 3: 1.0})
-    rows = Add(v, -1.5, raw=True).rows(MODEL)
+    rows = added(Add(v, -1.5, raw=True))
     assert_rows(rows, {il: -1.5 * v.directions[il].astype(np.float64) for il in (1, 3)})
 
 
@@ -198,9 +242,27 @@ def test_a_strength_is_finite(strength: float) -> None:
         samples.vector() * strength
 
 
+def test_strength_0_adds_zeros_and_says_that_it_does_nothing() -> None:
+    v = samples.vector()
+    for edit in (v * 0.0, v * -0.0, v * 0.3 * 0, Add(v, 0.0, raw=True)):
+        assert edit.inert
+        assert sorted(added(edit)) == [1, 2]
+        assert not any(row.any() for row in added(edit).values())
+    for edit in (v * 1e-30, Add(v, 0.1, scope=(99,))):
+        assert not edit.inert
+
+
+def test_an_addition_takes_all_but_its_vector_and_strength_by_name() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Add(samples.vector(), 0.3, "response")  # type: ignore[misc]
+    edit = Add(samples.vector(), 0.3, scope="response", layers=(2, 1, 2), keep_norm=True, start=1, stop=4, half_life=8)
+    assert (edit * -2) == Add(edit.vector, -0.6, scope="response", layers=(1, 2), keep_norm=True, start=1, stop=4,
+                              half_life=8)  # fmt: skip
+
+
 @pytest.mark.parametrize("scope", ["everything", "", "Response"])
-def test_a_scope_is_one_of_three_words_or_positions(scope: str) -> None:
-    with pytest.raises(ArgumentError, match="all, prompt, response"):
+def test_a_scope_is_one_of_the_known_words_or_positions(scope: str) -> None:
+    with pytest.raises(ArgumentError, match="all, prompt, response, system, user, assistant, thinking"):
         Add(samples.vector(), 0.1, scope=scope)
 
 
@@ -221,23 +283,24 @@ def test_a_scope_is_one_of_three_words_or_positions(scope: str) -> None:
 def test_a_scope_covers_the_tokens_that_the_conventions_say(
     scope: str | tuple[int, ...], n_prompt: int | None, given: list[int], generated: bool
 ) -> None:
-    mask, after = Add(samples.vector(), 0.1, scope=scope).covers(8, n_prompt)
-    assert mask.astype(int).tolist() == given
-    assert after is generated
+    edit = Add(samples.vector(), 0.1, scope=scope)
+    assert edit.covers(8, n_prompt).astype(int).tolist() == given
+    for thinking in (False, True):
+        assert [edit.covers_generated(j, thinking) for j in (0, 4, 1000)] == [generated] * 3
 
 
 @pytest.mark.parametrize("shape", [{"n_embd": 32}, {"n_layer": 3}, {"n_layer": 5}])
 def test_a_vector_of_a_model_of_another_shape_is_refused(shape: dict[str, int]) -> None:
     with pytest.raises(IncompatibleVector, match="blocks of width"):
-        (samples.vector(layers=(1,), **shape) * 0.1).rows(MODEL)
+        added(samples.vector(layers=(1,), **shape) * 0.1)
 
 
 def test_an_imported_file_may_have_fewer_blocks_than_the_model_but_not_more() -> None:
     imported = {"method": "imported"}
     short = samples.vector(n_layer=3, layers=(2,), provenance=imported)
-    assert_rows((short * 0.1).rows(MODEL), rows_of(short, 0.1, (2,), (1.0,)))
+    assert_rows(added(short * 0.1), rows_of(short, 0.1, (2,), (1.0,)))
     with pytest.raises(IncompatibleVector):
-        (samples.vector(n_layer=5, layers=(2,), provenance=imported) * 0.1).rows(MODEL)
+        added(samples.vector(n_layer=5, layers=(2,), provenance=imported) * 0.1)
 
 
 def test_another_fingerprint_warns_once_and_names_both_models_and_what_differs(
@@ -247,11 +310,11 @@ def test_another_fingerprint_warns_once_and_names_both_models_and_what_differs(
     v = samples.vector(provenance={"fingerprint": "feed" * 16, "model": "old-model", "identity": origin})
     same = samples.vector(provenance={"fingerprint": "this-model"})
     with caplog.at_level(logging.WARNING, "personasteer"):
-        (same * 0.1).rows(MODEL)
-        (samples.vector() * 0.1).rows(MODEL)
+        added(same * 0.1)
+        added(samples.vector() * 0.1)
         assert caplog.messages == []
         for strength in (0.1, 0.2):
-            (v * strength).rows(MODEL)
+            added(v * strength)
     (message,) = caplog.messages
     assert "old-model" in message
     assert "shape" in message
@@ -306,15 +369,38 @@ def test_what_is_not_an_edit_is_refused_by_name() -> None:
             as_steering(bad)  # type: ignore[arg-type]
 
 
-# ---- compile_mixes
+# ---- compile_plan
+
+
+def rows_of_mix(mix: Mix) -> dict[int, np.ndarray]:
+    """What a mix adds at each block, and that it does nothing else."""
+    out: dict[int, np.ndarray] = {}
+    for (il, stage, gate, read, write), (_, _, _, _, share, half_life) in zip(mix.terms, mix.numbers, strict=True):
+        assert (stage, gate, read, share, half_life) == (ADD, -1, -1, 1.0, 0.0)
+        assert il not in out
+        out[int(il)] = mix.vectors[write]
+    assert sorted(out) == list(mix.layers)
+    return out
+
+
+def plan_of(*edits: Edit, n_tokens: int = 8, n_prompt: int | None = 5, model: Shape = MODEL) -> Plan:
+    plan = compile_plan(Steering(edits), model, n_tokens, n_prompt)
+    assert len({m.key for m in plan.mixes}) == len(plan.mixes)
+    assert len(plan.of_token) == n_tokens
+    return plan
 
 
 def compiled(
-    *edits: Add, n_tokens: int = 8, n_prompt: int | None = 5
+    *edits: Edit, n_tokens: int = 8, n_prompt: int | None = 5
 ) -> tuple[list[dict[int, np.ndarray]], list[int], int]:
-    mixes, of_token, of_generated = compile_mixes(Steering(edits), MODEL, n_tokens, n_prompt)
-    assert len({m.key for m in mixes}) == len(mixes)
-    return [dict(zip(m.layers, m.data, strict=True)) for m in mixes], of_token, of_generated
+    """Rows of the mixes, mix of each given token, mix of all generated ones: for scopes that do not change with j."""
+    plan = plan_of(*edits, n_tokens=n_tokens, n_prompt=n_prompt)
+    of_generated = -1
+    if plan.generated:
+        ((begin, of_generated, of_thinking),) = plan.generated
+        assert begin == n_tokens - (n_prompt or n_tokens + 1) + 1  # j of the first token behind the given ones
+        assert of_thinking == of_generated
+    return [rows_of_mix(m) for m in plan.mixes], plan.of_token, of_generated
 
 
 @pytest.mark.parametrize(
@@ -326,14 +412,18 @@ def compiled(
         (samples.vector(layers=()) * 0.0,),
         (samples.vector() * 0.3, samples.vector() * -0.3),
         (Add(samples.vector(), 0.3, scope=(99,)),),
-        (Add(samples.vector(), 0.3, "response"), Add(samples.vector(), -0.3, "response")),
+        (Add(samples.vector(), 0.3, scope="response"), Add(samples.vector(), -0.3, scope="response")),
+        (Add(samples.vector(), 0.3, keep_norm=True), Add(samples.vector(), -0.3, keep_norm=True)),
+        (Add(samples.vector(), 0.3, half_life=4), Add(samples.vector(), -0.3, half_life=4)),
+        (Add(samples.vector(), 0.3, start=2, stop=4), Add(samples.vector(), -0.3, start=2, stop=4)),
     ],
 )
 def test_edits_that_do_nothing_or_cancel_leave_no_trace(edits: tuple[Add, ...]) -> None:
-    mixes, of_token, of_generated = compiled(*edits)
-    assert mixes == []
-    assert set(of_token) <= {-1}
-    assert of_generated == -1
+    plan = plan_of(*edits)
+    assert plan.mixes == ()
+    assert plan.of_token == [-1] * 8
+    assert all((plain, thinking) == (-1, -1) for _, plain, thinking in plan.generated)
+    assert plan.rho == 0.0
 
 
 def test_an_edit_that_names_no_layer_is_an_error_and_does_not_silently_do_nothing() -> None:
@@ -350,25 +440,57 @@ def test_positions_that_are_none_are_refused(scope: Any) -> None:
 
 
 def test_the_negative_of_a_vector_is_the_vector_at_negative_strength() -> None:
-    v = samples.vector(weights={1: 0.9, 2: 0.1}, last_prompt=samples.vector(seed=9).directions)
-    assert_rows(((-v) * 0.3).rows(MODEL), (v * -0.3).rows(MODEL))
+    v = samples.vector(
+        weights={1: 0.9, 2: 0.1},
+        last_prompt=samples.vector(seed=9).directions,
+        thresholds=np.array([0.5, -1.0, np.nan, 2.0], np.float32),
+        means=np.array([0.1, 0.2, 0.3, -0.4], np.float32),
+        window=(-0.2, 0.4),
+    )
+    assert_rows(added((-v) * 0.3), added(v * -0.3))
     assert v.last_prompt is not None
     assert np.array_equal((-v).last_prompt, -v.last_prompt)
+    assert v.thresholds is not None
+    assert v.means is not None
+    # <h, -v-hat> = -<h, v-hat>
+    assert np.array_equal((-v).thresholds, -v.thresholds, equal_nan=True)
+    assert np.array_equal((-v).means, -v.means)
+    assert (-v).window == (-0.4, 0.2)
     foreign = samples.vector(n_layer=3, provenance={"method": "imported"})  # may name fewer blocks than the model has
-    assert_rows(((-foreign) * 0.3).rows(MODEL), (foreign * -0.3).rows(MODEL))
-    assert (random_vectors(foreign, 1)[0] * 0.3).rows(MODEL).keys() == {1, 2}
+    assert_rows(added((-foreign) * 0.3), added(foreign * -0.3))
+    assert added(random_vectors(foreign, 1)[0] * 0.3).keys() == {1, 2}
 
 
 def test_an_edit_without_directions_where_it_is_active_is_an_error_whatever_its_scope() -> None:
     data = samples.vector().directions.copy()
     data[2] = np.nan
-    with pytest.raises(VectorError):
-        compiled(Add(PersonaVector(data, (1,)), 0.2, layers=(2,)))
+    model = Shape(mixes=MixCache())  # as a Model has: what is compiled already must not hide the error
+    plan_of(Add(samples.vector(), 0.2, scope="response"), model=model)
+    for scope in ("all", "prompt", "response", (0,), (99,), (99,)):
+        with pytest.raises(VectorError, match="no finite direction at layer 2"):
+            plan_of(Add(PersonaVector(data, (1,)), 0.2, layers=(2,), scope=scope), model=model)
+
+
+def test_a_plan_of_what_was_compiled_before_is_the_plan_of_a_fresh_model() -> None:
+    a, b = samples.vector(seed=1), samples.vector(seed=2, layers=(2, 3))
+    model = Shape(mixes=MixCache())
+    for edits in (
+        (Add(a, 0.2), Add(b, -0.1, scope="response")),
+        (Add(a, 0.2, scope="response"), Add(b, -0.1)),
+        (Add(a, 0.2),),
+        (Add(a, -0.2),),
+        (Cap(a, np.arange(4)),),
+        (Cap(a, np.arange(4) + 1),),
+    ):
+        for _ in range(2):
+            got, fresh = plan_of(*edits, model=model), plan_of(*edits)
+            assert [m.key for m in got.mixes] == [m.key for m in fresh.mixes]
+            assert (got.of_token, got.generated, got.rho) == (fresh.of_token, fresh.generated, fresh.rho)
 
 
 def test_every_combination_of_scopes_on_a_token_is_a_mix_of_the_summed_rows() -> None:
     a, b = samples.vector(seed=1, layers=(1, 2)), samples.vector(seed=2, layers=(2, 3))
-    mixes, of_token, of_generated = compiled(Add(a, 0.2), Add(b, -0.1, "response"), Add(b, 0.4, (0,)))
+    mixes, of_token, of_generated = compiled(Add(a, 0.2), Add(b, -0.1, scope="response"), Add(b, 0.4, scope=(0,)))
     assert len(mixes) == 3
     assert of_token[1:4] == [of_token[1]] * 3
     assert of_token[4:] == [of_generated] * 4
@@ -385,18 +507,18 @@ def test_every_combination_of_scopes_on_a_token_is_a_mix_of_the_summed_rows() ->
 
 
 def test_tokens_without_an_edit_have_no_mix() -> None:
-    mixes, of_token, of_generated = compiled(Add(samples.vector(), 0.2, "response"))
+    mixes, of_token, of_generated = compiled(Add(samples.vector(), 0.2, scope="response"))
     assert len(mixes) == 1
     assert of_token == [-1, -1, -1, -1, 0, 0, 0, 0]
     assert of_generated == 0
-    mixes, of_token, of_generated = compiled(Add(samples.vector(), 0.2, "prompt"))
+    mixes, of_token, of_generated = compiled(Add(samples.vector(), 0.2, scope="prompt"))
     assert of_token == [0, 0, 0, 0, -1, -1, -1, -1]
     assert of_generated == -1
 
 
 def test_the_key_of_a_mix_depends_on_its_numbers_and_layers_alone() -> None:
     def key(*edits: Add) -> int:
-        (mix,), _, _ = compile_mixes(Steering(edits), MODEL, 8, 5)
+        (mix,) = plan_of(*edits).mixes
         return mix.key
 
     v = samples.vector(layers=(1,))
@@ -404,21 +526,22 @@ def test_the_key_of_a_mix_depends_on_its_numbers_and_layers_alone() -> None:
     assert key(v * 0.2) == key(v * 0.2)
     assert key(v * 0.2) == key(samples.vector(layers=(1,), name="other", provenance={"seed": 3}) * 0.2)
     keys = [key(v * 0.2), key(v * -0.2), key(v * 0.3), key(v.at([2]) * 0.2), key(Add(moved, 0.2, raw=True)),
-            key(Add(v, 0.2, raw=True)), key(v * 0.2, samples.vector(seed=9) * 0.1)]  # fmt: skip
+            key(Add(v, 0.2, raw=True)), key(v * 0.2, samples.vector(seed=9) * 0.1),
+            key(Add(v, 0.2, keep_norm=True)), key(Add(v, 0.2, half_life=8))]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert all(0 < k < 2**64 for k in keys)
 
 
 def test_a_strength_too_large_for_float32_is_an_error() -> None:
     with pytest.raises(VectorError, match="too large"):
-        compiled(samples.vector() * 1e39)
+        compiled(samples.vector() * 1e39)  # and no warning of NumPy's beside it
 
 
 # ---- controls
 
 
 def test_random_vectors_have_the_norms_of_the_vector_and_point_elsewhere() -> None:
-    v = samples.vector(n_embd=512, weights={1: 1.0, 2: 3.0}, strength=0.4)
+    v = samples.vector(n_embd=512, weights={1: 1.0, 2: 3.0}, strength=0.4, thresholds=NORMS, means=NORMS)
     controls = random_vectors(v, 20, seed=3)
     assert len(controls) == 20
     for c in controls:
@@ -426,6 +549,7 @@ def test_random_vectors_have_the_norms_of_the_vector_and_point_elsewhere() -> No
             np.linalg.norm(c.directions, axis=1), np.linalg.norm(v.directions, axis=1), rtol=1e-5
         )
         assert (c.layers, c.weights, c.strength) == (v.layers, v.weights, v.strength)
+        assert (c.last_prompt, c.thresholds, c.means) == (None, None, None)  # of other directions
         # the cosine of random directions in 512 dimensions has a standard deviation of 0.044
         assert (np.abs(v.cosine(c)) < 6 * 0.044).all()
     again = random_vectors(v, 20, seed=3)

@@ -117,9 +117,13 @@ def vector_from_samples(
     provenance: dict[str, Any],
     last_prompt: NDArray[np.float32] | None = None,
 ) -> PersonaVector:
-    """Directions, quality, recommended layers and provenance, put together."""
+    """Directions, quality, thresholds, recommended layers and provenance, put together.
+
+    The threshold of a block lies halfway between the mean readings of the positive and the negative samples.
+    """
     directions = difference_of_means(samples)
     separation, reliability = held_out_quality(samples)
+    thresholds = _mean_reading(np.stack([samples.positive.mean(0), samples.negative.mean(0)]), directions)
     chosen = choose_layers(separation, reliability, directions) if layers is None else model.check_layers(layers)
     return PersonaVector(
         directions,
@@ -129,6 +133,8 @@ def vector_from_samples(
         norms=model.norms,
         separations=separation,
         reliability=reliability,
+        thresholds=thresholds,
+        means=_mean_reading(model.means[None], directions),
         provenance={
             "method": "difference-of-means",
             **model.origin,
@@ -139,6 +145,14 @@ def vector_from_samples(
             **provenance,
         },
     )
+
+
+def _mean_reading(samples: NDArray[np.float32], directions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n_layer,) mean <h, v-hat> of samples (n, n_layer, n_embd); NaN where there is no direction."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        units = directions / np.linalg.norm(directions.astype(np.float64), axis=1, keepdims=True)
+        mean = np.einsum("le,le->l", samples.mean(0, dtype=np.float64), units)
+    return np.asarray(mean, np.float32)
 
 
 def prompts_hash(*parts: Any) -> str:

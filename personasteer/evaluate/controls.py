@@ -17,5 +17,6 @@ def random_vectors(like: PersonaVector, n: int, *, seed: int = 0) -> list[Person
         noise = rng.standard_normal(like.directions.shape)
         norms = np.linalg.norm(like.directions, axis=1, keepdims=True)
         data = noise / np.linalg.norm(noise, axis=1, keepdims=True) * norms
-        out.append(replace(like, directions=data.astype(np.float32), name=f"random-{i}", last_prompt=None))
+        own = {"directions": data.astype(np.float32), "name": f"random-{i}"}
+        out.append(replace(like, **own, last_prompt=None, thresholds=None, means=None))
     return out

@@ -16,7 +16,7 @@ from personasteer._native import load_core
 from personasteer.engine import Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError
 from personasteer.model import Model
-from personasteer.steering import Steering
+from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When
 from personasteer.vectors import PersonaVector
 
 
@@ -42,19 +42,28 @@ class OverheadRow:
     pairs: int
 
 
+OPERATORS = ("add", "turn", "cap", "floor", "ablate", "redirect", "when")
+DOSE = 0.05  # the text stays text, and the work does not depend on the values
+N_PERSONAS = 16
+
+
 @dataclass(frozen=True)
 class _Mode:
+    """What a row measures. k: vectors, or read-outs, at each block; n_sequences: computed in one batch."""
+
     name: str
     k: int = 0
     hook: bool = True
     taps: Taps | None = None
     last_layer: bool = False
+    n_sequences: int = 1
 
 
 def measure_overhead(
     model: Model,
     *,
-    ks: Sequence[int] = (1, 8, 32),
+    operators: Sequence[str] = ("add", "cap"),
+    ks: Sequence[int] = (1, 8, 64),
     pairs: int = 30,
     prompt_tokens: int = 128,
     decode_tokens: int = 12,
@@ -63,101 +72,153 @@ def measure_overhead(
 ) -> list[OverheadRow]:
     """Prefill and decode time of each mode, as ratios to plain llama.cpp with the same settings.
 
-    Modes: "off" (a second plain context: the noise), "add" of K random vectors at all layers, "capture" (mean over
-    the text of all blocks but the last, pooled in the graph), "capture_last" (of all blocks: an output row per
-    token), "capture_raw" (every row of all blocks but the last). Each mode has a context of its own and is run right
-    next to a run of the plain one, before it in one round and after it in the next.
+    Modes: "off" (a second plain context: the noise); every operator with K random vectors at all layers, the windows
+    binding for about half of the tokens ("turn" is a norm-preserving addition, "when" an addition with a condition on
+    each token); "readings" on K directions at all layers; "capture" (mean over the text of all blocks but the last,
+    pooled in the graph), "capture_last" (of all blocks: an output row per token), "capture_raw" (every row of all
+    blocks but the last); "off x16" and "personas x16": sixteen sequences of prompt_tokens / 4 tokens in one batch,
+    unsteered, and each with an addition and a cap of its own at all layers. Each is run right next to a run of the
+    plain one of its batch size, before it in one round and after it in the next.
 
     Args:
-        ks: numbers of vectors in the steering.
+        operators: of OPERATORS.
+        ks: numbers of vectors in the steering, of which those up to a quarter of the model's width are measured (more
+            random directions are too much alike); readings take those up to 8.
         pairs: rounds, at least 2.
         prompt_tokens: length of the prefill; decode_tokens: generated one by one after it.
     """
+    if unknown := set(operators) - set(OPERATORS):
+        raise ArgumentError(f"unknown operators {', '.join(sorted(unknown))}; known: {', '.join(OPERATORS)}")
     if pairs < 2:
         raise ArgumentError(f"pairs must be at least 2, not {pairs}")
-    if prompt_tokens < 2 or decode_tokens < 2 or prompt_tokens + decode_tokens + 1 > model.n_ctx:
+    if prompt_tokens < 4 or decode_tokens < 2 or prompt_tokens + decode_tokens + 1 > model.n_ctx:
         raise ArgumentError(f"{prompt_tokens} + {decode_tokens} tokens do not fit n_ctx {model.n_ctx}")
+    ks = [k for k in ks if 4 * k <= model.n_embd]
     rng = np.random.default_rng(seed)
-    tokens = [int(t) for t in rng.integers(0, model.n_vocab, prompt_tokens)]
     all_layers = tuple(range(model.n_layer))
     modes = [_Mode("off", hook=False)]
-    modes += [_Mode("add", k) for k in ks]
+    modes += [_Mode(name, k) for name in operators for k in ks]
+    modes += [_Mode("readings", k) for k in ks if k <= 8]
     modes += [
         _Mode("capture", taps=Taps(pool_layers=all_layers[:-1])),
         _Mode("capture_last", taps=Taps(pool_layers=all_layers), last_layer=True),
         _Mode("capture_raw", taps=Taps(raw_layers=all_layers[:-1])),
+        _Mode("off x16", hook=False, n_sequences=N_PERSONAS),
+        _Mode("personas x16", 2, n_sequences=N_PERSONAS),
     ]
-    plain = _Runner(model, _Mode("plain", hook=False), tokens, decode_tokens, rng)
-    runners = [_Runner(model, m, tokens, decode_tokens, rng) for m in modes]
-    for runner in [plain, *runners]:
+    vectors = [
+        PersonaVector(
+            rng.standard_normal((model.n_layer, model.n_embd)).astype(np.float32),
+            all_layers,
+            thresholds=np.zeros(model.n_layer, np.float32),
+        )
+        for _ in range(2 * max([*ks, N_PERSONAS]))
+    ]
+    shape = (prompt_tokens, decode_tokens)
+    contexts: dict[Any, Any] = {}
+    plain = {n: _Runner(model, _Mode("plain", hook=False, n_sequences=n), vectors, shape, {}) for n in (1, N_PERSONAS)}
+    runners = [_Runner(model, m, vectors, shape, {} if m.name.startswith("off") else contexts) for m in modes]
+    for runner in [*plain.values(), *runners]:
         runner.run()
         runner.run()
     times: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for i in range(pairs):
-        # plain, two modes, plain, two modes, ...: each mode next to a plain run; every other round backwards
-        order: list[tuple[int, _Runner]] = [(-1, plain)]
-        for j, runner in enumerate(runners):
-            order.append((j, runner))
-            if j % 2 or j == len(runners) - 1:
-                order.append((-1, plain))
+        order: list[tuple[int, _Runner]] = []
+        for n, beside in plain.items():
+            # plain, two modes, plain, two modes, ...: each mode next to a plain run; every other round backwards
+            order.append((-1, beside))
+            chosen = [j for j, m in enumerate(modes) if m.n_sequences == n]
+            for at, j in enumerate(chosen):
+                order.append((j, runners[j]))
+                if at % 2 or at == len(chosen) - 1:
+                    order.append((-1, beside))
         order = order[:: 1 if i % 2 else -1]
         seconds = [runner.run() for _, runner in order]
         for at, (j, _) in enumerate(order):
             if j < 0:
                 continue
-            beside = at - 1 if order[at - 1][0] < 0 else at + 1
+            next_to = at - 1 if order[at - 1][0] < 0 else at + 1
             for phase in ("prefill", "decode"):
-                times.setdefault((j, phase), []).append((seconds[at][phase], seconds[beside][phase]))
+                times.setdefault((j, phase), []).append((seconds[at][phase], seconds[next_to][phase]))
         if progress:
             progress(i + 1, pairs)
     return [
-        _row(mode, phase, times[j, phase], prompt_tokens if phase == "prefill" else decode_tokens, runners[j].hook_mib)
+        _row(mode, phase, times[j, phase], runners[j].n_tokens[phase], runners[j].hook_mib)
         for phase in ("prefill", "decode")
         for j, mode in enumerate(modes)
     ]
 
 
+def _steering(name: str, vectors: Sequence[PersonaVector], k: int) -> Steering:
+    """K edits of one operator."""
+    make: dict[str, Any] = {
+        "add": lambda i: vectors[i] * (DOSE / k),
+        "turn": lambda i: Add(vectors[i], DOSE / k, keep_norm=True),
+        "cap": lambda i: Cap(vectors[i]),
+        "floor": lambda i: Floor(vectors[i]),
+        "ablate": lambda i: Ablate(vectors[i], share=0.5),
+        "redirect": lambda i: Redirect(vectors[i], vectors[k + i], share=0.1),
+        "when": lambda i: When(vectors[k + i], vectors[i] * (DOSE / k), on="token"),
+    }
+    return Steering([make[name](i) for i in range(k)]) if name in make else Steering()
+
+
 class _Runner:
-    def __init__(self, model: Model, mode: _Mode, tokens: list[int], n_decode: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        model: Model,
+        mode: _Mode,
+        vectors: Sequence[PersonaVector],
+        shape: tuple[int, int],
+        contexts: dict[Any, Any],
+    ) -> None:
         self.model, self.mode = model, mode
-        n_ctx = len(tokens) + n_decode + 1
-        self.session: Any = load_core().Session(
-            model=model._native,
-            n_ctx=n_ctx,
-            n_parallel=1,
-            n_batch=max(512, len(tokens)),
-            n_threads=model.n_threads,
-            n_outputs=64,
-            hook=mode.hook,
-        )
-        steering = Steering()
-        shape = (model.n_layer, model.n_embd)
-        for _ in range(mode.k):  # small doses: the text stays text, and the work does not depend on the values
-            data = rng.standard_normal(shape).astype(np.float32)
-            steering.append(PersonaVector(data, tuple(range(model.n_layer))) * (0.05 / mode.k))
-        span = (0, len(tokens) - 1) if mode.taps else (0, 0)
-        self.request = Request(
-            tokens,
-            len(tokens),
-            steering,
-            max_tokens=n_decode,
-            sampling=Sampling(temperature=0),
-            ignore_end=True,  # always so many tokens
-            outputs=span if mode.last_layer else (0, 0),
-            pools=(span,) if mode.taps and mode.taps.pool_layers else (),
-            raw=span if mode.taps and mode.taps.raw_layers else None,
-        )
+        n_each = shape[0] if mode.n_sequences == 1 else max(2, shape[0] // 4)
+        self.n_tokens = {"prefill": n_each * mode.n_sequences, "decode": mode.n_sequences}
+        key = (mode.n_sequences, mode.taps and (mode.taps.pool_layers, mode.taps.raw_layers))
+        if key not in contexts:  # edits and readings of one batch size share a context, as they do in use
+            contexts[key] = load_core().Session(
+                model=model._native,
+                n_ctx=n_each + shape[1] + 1,
+                n_parallel=mode.n_sequences,
+                n_batch=max(512, self.n_tokens["prefill"]),
+                n_threads=model.n_threads,
+                n_outputs=64,
+                hook=mode.hook,
+            )
+        self.session: Any = contexts[key]
+        rng = np.random.default_rng(1)
+        span = (0, n_each - 1) if mode.taps else (0, 0)
+        self.requests = [
+            Request(
+                [int(t) for t in rng.integers(0, model.n_vocab, n_each)],
+                n_each,
+                Steering([vectors[i] * DOSE, Cap(vectors[N_PERSONAS + i])])
+                if mode.name == "personas x16"
+                else _steering(mode.name, vectors, mode.k),
+                max_tokens=shape[1],
+                sampling=Sampling(temperature=0),
+                ignore_end=True,  # always so many tokens
+                outputs=span if mode.last_layer else (0, 0),
+                pools=(span,) if mode.taps and mode.taps.pool_layers else (),
+                raw=span if mode.taps and mode.taps.raw_layers else None,
+                reads=tuple(dict(enumerate(v.directions)) for v in vectors[: mode.k])
+                if mode.name == "readings"
+                else (),
+            )
+            for i in range(mode.n_sequences)
+        ]
 
     @property
     def hook_mib(self) -> float:
         return float(self.session.hook_bytes) / 2**20
 
     def run(self) -> dict[str, float]:
-        """Seconds of the prefill, up to the first token, and of one decoded token, steering set-up included."""
+        """Seconds of the prefill, up to the first token, and of one decode after it, steering's set-up included."""
         watched = _Stopwatch(self.session)
         start = time.perf_counter()
         if self.mode.hook:
-            engine.run(watched, self.model, [self.request], taps=self.mode.taps)
+            engine.run(watched, self.model, self.requests, taps=self.mode.taps)
         else:
             self._run_plain(watched)
         first, *later = watched.marks
@@ -165,12 +226,8 @@ class _Runner:
 
     def _run_plain(self, session: Any) -> None:
         session.reset()
-        session.submit(
-            tokens=self.request.tokens,
-            max_tokens=self.request.max_tokens,
-            ignore_end=True,
-            **self.request.sampling.arguments(0),
-        )
+        for r in self.requests:
+            session.submit(tokens=r.tokens, max_tokens=r.max_tokens, ignore_end=True, **r.sampling.arguments(0))
         while session.busy:
             session.step()
         session.take_results()
@@ -183,8 +240,8 @@ class _Stopwatch:
         self._session = session
         self.marks: list[float] = []
 
-    def step(self) -> Any:
-        tokens = self._session.step()
+    def step(self, *decide: Any) -> Any:
+        tokens = self._session.step(*decide)
         if tokens:
             self.marks.append(time.perf_counter())
         return tokens
@@ -208,7 +265,7 @@ def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: in
         ratio_high=float(high),
         ratio_min=float(ratios.min()),
         ratio_max=float(ratios.max()),
-        tokens_per_second=(n_tokens if phase == "prefill" else 1) / per_run,
+        tokens_per_second=n_tokens / per_run,
         hook_mib=hook_mib,
         peak_rss_mib=_peak_rss_mib(),
         pairs=len(ratios),

@@ -17,11 +17,11 @@ from personasteer._native import load_core
 from personasteer.errors import ArgumentError, ModelError, PersonasteerError, VectorError
 from personasteer.files import replacing
 from personasteer.identity import check_model_file
-from personasteer.vectors import PersonaVector
+from personasteer.vectors import WINDOW, PersonaVector
 
 log = logging.getLogger("personasteer")
 
-ARRAYS = ("last_prompt", "norms", "separations", "reliability")
+ARRAYS = ("last_prompt", "norms", "separations", "reliability", "thresholds", "means")
 
 
 def scaled_directions(vector: PersonaVector, strength: float) -> dict[int, NDArray[np.float32]]:
@@ -100,6 +100,7 @@ def _write(
     w.add_float64("personasteer.exported_strength", rho)
     w.add_uint32("personasteer.n_layer", vector.n_layer)
     w.add_uint32("personasteer.n_embd", vector.n_embd)
+    w.add_key_value("personasteer.window", list(vector.window), array, sub_type=double)
     if vector.layers:
         w.add_array("personasteer.layers", [int(il) for il in vector.layers])
     if vector.weights:
@@ -204,6 +205,9 @@ def _ours(file: Path, fields: dict[str, Any], rows: dict[int, NDArray[np.float32
             json.loads(fields["personasteer.provenance"], parse_constant=_no_constant),
             array("separations", n_layer),
             array("reliability", n_layer),
+            array("thresholds", n_layer),
+            array("means", n_layer),
+            tuple(map(float, fields.get("personasteer.window", WINDOW))),  # type: ignore[arg-type]
         )
         expected = _rows_to_write(vector, float(fields["personasteer.exported_strength"]))
     except VectorError as e:
