@@ -1,0 +1,247 @@
+"""Steering a llama_cpp.Llama in place.
+
+What it generates is compared with the same Llama unsteered, with llama.cpp's own control vector, and with what a prompt
+gives when it is computed anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from samples import vector
+
+import personasteer as ps
+from personasteer._native import extra_buffers_work
+from personasteer.errors import ArgumentError, ModelError, VectorError
+
+pytestmark = pytest.mark.skipif(not extra_buffers_work(), reason="a stock Llama crashes on this build of llama.cpp")
+
+PROMPT = "the cat sat on the mat and the dog lay beside the old stove "
+MESSAGES = [{"role": "user", "content": "tell me of the cat and the dog"}]
+
+
+def open_llama(path: Path, **options: Any) -> llama_cpp.Llama:
+    return llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, verbose=False, **options)
+
+
+@pytest.fixture
+def llama(tiny_path: Path) -> Iterator[llama_cpp.Llama]:
+    opened = open_llama(tiny_path)
+    yield opened
+    opened.close()
+
+
+def tokens_of(llama: llama_cpp.Llama, text: str = PROMPT, n: int = 24) -> list[int]:
+    """Greedy tokens."""
+    given = llama.tokenize(text.encode())
+    out = []
+    for token in llama.generate(given, temp=0.0, repeat_penalty=1.0):
+        out.append(token)
+        if len(out) == n:
+            return out
+    return out
+
+
+def strong() -> ps.PersonaVector:
+    zero = np.zeros(4, np.float32)
+    return vector(layers=(1, 2), thresholds=zero, means=zero)
+
+
+def test_attached_it_steers_at_zero_and_detached_it_computes_as_before(llama: llama_cpp.Llama) -> None:
+    before = tokens_of(llama)
+    ps.attach(llama, strong() * 0.5)
+    steered = tokens_of(llama)
+    ps.attach(llama, strong() * 0.0)
+    zero = tokens_of(llama)
+    ps.attach(llama, ps.Cap(strong(), tau=[1e6] * 4))
+    unbinding = tokens_of(llama)
+    ps.detach(llama)
+    after = tokens_of(llama)
+
+    assert steered != before
+    assert before == zero == unbinding == after
+
+
+def test_an_attached_addition_is_the_control_vector_of_llama_cpp(llama: llama_cpp.Llama) -> None:
+    v = vector(layers=(1, 2, 3))
+    rows = np.zeros((4, 64), np.float32)
+    rows[1:] = 0.4 * v.directions[1:]
+    pointer = np.ascontiguousarray(rows[1:]).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    assert llama_cpp.llama_set_adapter_cvec(llama._ctx.ctx, pointer, 3 * 64, 64, 1, 3) == 0
+    expected = tokens_of(llama)
+    assert llama_cpp.llama_set_adapter_cvec(llama._ctx.ctx, None, 0, 64, 1, 3) == 0
+    llama.reset()
+    llama._ctx.kv_cache_clear()
+
+    ps.attach(llama, ps.Add(v, 0.4, raw=True))
+    assert tokens_of(llama) == expected
+
+
+def test_completions_chats_and_streams_are_steered_alike(llama: llama_cpp.Llama) -> None:
+    def chat() -> str:
+        answer: Any = llama.create_chat_completion(MESSAGES, max_tokens=16, temperature=0.0)  # type: ignore[arg-type]
+        return str(answer["choices"][0]["message"]["content"])
+
+    def stream() -> str:
+        chunks: Any = llama.create_chat_completion(MESSAGES, max_tokens=16, temperature=0.0, stream=True)  # type: ignore[arg-type]
+        return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+
+    def complete() -> str:
+        answer: Any = llama.create_completion(PROMPT, max_tokens=16, temperature=0.0)
+        return str(answer["choices"][0]["text"])
+
+    # half characters of a random model come out of a stream otherwise: each with its own kind
+    plain = chat(), stream(), complete()
+    ps.attach(llama, strong() * 0.5)
+    steered = chat(), stream(), complete()
+    assert all(a != b for a, b in zip(steered, plain, strict=True))
+    assert steered == (chat(), stream(), complete())
+    ps.detach(llama)
+    assert (chat(), stream(), complete()) == plain
+
+
+def test_a_prefix_computed_under_another_steering_or_another_prompt_is_not_reused(llama: llama_cpp.Llama) -> None:
+    longer = PROMPT + "who saw the cat leave the "
+
+    def fresh(steering: Any) -> list[int]:
+        ps.attach(llama, steering)
+        return tokens_of(llama, longer)
+
+    response = ps.Add(strong(), 0.6, scope="response")
+    expected = fresh(response)
+    ps.attach(llama, response)
+    answer = tokens_of(llama, PROMPT)
+    cached = llama.tokenize(PROMPT.encode()) + answer
+    given = llama.tokenize(longer.encode())
+    # the answer's tokens were computed as response; in a prompt that repeats them they are prompt
+    grown = cached[:-4]
+    steps = 0
+    decode = llama._ctx.decode
+
+    def counting(batch: Any) -> None:
+        nonlocal steps
+        steps += int(batch.batch.n_tokens)
+        decode(batch)
+
+    llama._ctx.decode = counting
+    n_computed = []
+    for tokens in (grown, given):
+        steps = 0
+        next(iter(llama.generate(tokens, temp=0.0, repeat_penalty=1.0)))
+        n_computed.append(steps)
+    n_prompt = len(llama.tokenize(PROMPT.encode()))
+    # all but the last prompt token of the first text stay, nothing of its answer
+    assert n_computed[0] == len(grown) - (n_prompt - 1)
+    llama._ctx.decode = decode
+    assert tokens_of(llama, longer) == expected
+
+    everywhere = fresh(strong() * 0.6)
+    assert everywhere == fresh(strong() * 0.6) != expected
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_a_condition_on_the_prompt_opens_or_leaves_the_text_as_it_was(llama: llama_cpp.Llama, above: bool) -> None:
+    v = strong()
+    before = tokens_of(llama)
+    ps.attach(llama, ps.When(v, v * 0.6, threshold=[-1e6] * 4, above=above))
+    first, again = tokens_of(llama), tokens_of(llama)
+    ps.attach(llama, ps.Add(v, 0.6, scope="response"))
+    response = tokens_of(llama)
+    assert first == again
+    assert (first == before) == (not above)
+    if above:  # the prompt's last token is computed alone, in another shape: the same but for rounding
+        assert first[:4] == response[:4]
+
+
+def test_long_prompts_are_cut_to_one_ubatch_and_larger_decodes_are_refused(tiny_path: Path) -> None:
+    wide = open_llama(tiny_path, n_batch=128, n_ubatch=16)
+    ps.attach(wide, strong() * 0.5)
+    assert wide.n_batch == 16
+    steered = tokens_of(wide, PROMPT * 2)
+    narrow = open_llama(tiny_path, n_batch=16, n_ubatch=16)
+    ps.attach(narrow, strong() * 0.5)
+    assert steered == tokens_of(narrow, PROMPT * 2)
+    wide._batch.set_batch(batch=[5] * 20, n_past=0, logits_all=False)
+    with pytest.raises(ModelError, match="20 tokens is more than n_ubatch = 16"):
+        wide._ctx.decode(wide._batch)
+    ps.detach(wide)
+    assert wide.n_batch == 128
+
+
+def test_logits_of_all_tokens_stay_available(tiny_path: Path) -> None:
+    llama = open_llama(tiny_path, logits_all=True)
+    ps.attach(llama, strong() * 0.5)
+    answer: Any = llama.create_completion(PROMPT, max_tokens=4, temperature=0.0, logprobs=2)
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 4
+
+
+def test_a_cache_of_states_is_set_aside_while_attached(llama: llama_cpp.Llama) -> None:
+    cache = llama_cpp.LlamaRAMCache()
+    llama.set_cache(cache)
+    before = tokens_of(llama)
+    state = llama.save_state()
+    ps.attach(llama, strong() * 0.5)
+    assert llama.cache is None
+    steered = tokens_of(llama)
+    llama.load_state(state)  # computed without steering
+    assert tokens_of(llama) == steered != before
+    ps.detach(llama)
+    assert llama.cache is cache
+
+
+def test_closing_or_dropping_an_attached_llama_frees_it(tiny_path: Path) -> None:
+    closed = open_llama(tiny_path)
+    ps.attach(closed, strong() * 0.5)
+    tokens_of(closed, n=2)
+    closed.close()
+    dropped = open_llama(tiny_path)
+    ps.attach(dropped, strong() * 0.5)
+    tokens_of(dropped, n=2)
+    gone = weakref.ref(dropped)
+    del dropped
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_cannot_be_attached_is_refused_and_leaves_the_llama_alone(llama: llama_cpp.Llama, tiny_path: Path) -> None:
+    before = tokens_of(llama)
+    for steering, error, message in (
+        (ps.Add(strong(), 0.3, scope="user"), ArgumentError, "knows no messages"),
+        (ps.Cap(vector()), VectorError, "stores no thresholds"),
+        (vector(n_embd=32) * 0.3, VectorError, "width"),
+        ("evil", ArgumentError, "must be an edit"),
+    ):
+        with pytest.raises(error, match=message):
+            ps.attach(llama, steering)  # type: ignore[arg-type]
+        assert not hasattr(llama, "_personasteer")
+    ps.detach(llama)  # nothing there: no error
+    assert tokens_of(llama) == before
+    embedding = open_llama(tiny_path, embedding=True)
+    with pytest.raises(ModelError, match="embeddings"):
+        ps.attach(embedding, strong() * 0.3)
+
+
+def test_the_bundled_model_chats_under_an_attached_steering(smollm2_path: Path) -> None:
+    llama = open_llama(smollm2_path)
+
+    def chat() -> str:
+        answer: Any = llama.create_chat_completion(
+            [{"role": "user", "content": "How are you today?"}], max_tokens=12, temperature=0.0
+        )
+        return str(answer["choices"][0]["message"]["content"])
+
+    before = chat()
+    v = vector(n_layer=30, n_embd=576, layers=(14, 15, 16))
+    ps.attach(llama, v * 0.4)
+    steered = chat()
+    ps.detach(llama)
+    assert chat() == before != steered
+    llama.close()
