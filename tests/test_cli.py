@@ -101,8 +101,20 @@ def test_no_verb_at_all_is_bad_usage_and_shows_the_help(cli: Command) -> None:
 
 
 def test_the_public_names_are_sorted_and_there() -> None:
-    assert personasteer.__all__ == sorted(personasteer.__all__)
+    assert personasteer.__all__ == sorted(set(personasteer.__all__))
     assert all(hasattr(personasteer, name) for name in personasteer.__all__)
+    assert {"Ablate", "Add", "Cap", "Floor", "Redirect", "Steering", "When", "PersonaVector", "Trait"} <= set(
+        personasteer.__all__
+    )
+    assert {"Model", "demo_model", "Session", "Stream", "Answer", "attach", "detach", "contrast", "derive"} <= set(
+        personasteer.__all__
+    )
+    errors = {
+        name
+        for name, value in vars(personasteer.errors).items()
+        if isinstance(value, type) and issubclass(value, personasteer.PersonasteerError)
+    }
+    assert errors <= set(personasteer.__all__)
     for module in ("traits", "ship", "evaluate", "derive", "errors", "plots"):
         importlib.import_module(f"personasteer.{module}")
 
@@ -203,8 +215,13 @@ def test_derive_inspect_export_chat_generate_and_capture_work_together(
         for vectors in ([], ["dry.gguf:0.5"], ["dry.gguf:0"], ["dry.gguf:0.5", "wet.gguf:0.1"]):
             options = [x for v in vectors for x in ("-v", v)]
             found = result(cli(verb, *common, *options, "-p", "hello", "--json"))
-            assert set(found) == {"prompt", "text"}
+            assert set(found) == {"prompt", "text", "finish", "n_prompt", "n_tokens", "rho"}
             assert found["prompt"] == "hello"
+            assert found["finish"] in ("length", "stop")
+            assert found["n_tokens"] == 8 or found["finish"] == "stop"
+            assert found["n_prompt"] >= len("hello")  # the tokenizer has letters and bytes
+            if len(vectors) < 2:
+                assert found["rho"] == pytest.approx(0.5 if vectors == ["dry.gguf:0.5"] else 0.0, rel=1e-6)
             texts[verb, tuple(vectors)] = found["text"]
         assert texts[verb, ()] == texts[verb, ("dry.gguf:0",)]
         assert texts[verb, ()] != texts[verb, ("dry.gguf:0.5",)]
@@ -272,8 +289,10 @@ def test_the_sum_of_two_vectors_exported_steers_as_both_do(cli: Command, tiny_pa
         assert result(cli("export", "control-vector", "a.gguf:0.3", "b.gguf:-0.2", "-m", tiny_path, "-o", "ab.gguf",
                           "-t", 1, "--json"))["layers"] == [1, 2, 3]  # fmt: skip
         both = PersonaVector.load("ab.gguf")
-        one, two = (x.rows(m) for x in (a * 0.3, b * -0.2))
-        got = (both * both.strength).rows(m)
+        one, two, got = (
+            {il: term.row for il, term in edit.terms(m).items()} for edit in (a * 0.3, b * -0.2, both * both.strength)
+        )
+    assert sorted(got) == [1, 2, 3]
     for il in (1, 2, 3):
         expected = one.get(il, np.zeros(64)) + two.get(il, np.zeros(64))
         np.testing.assert_allclose(got[il], expected, rtol=1e-5, atol=1e-6)  # float32 file
@@ -487,3 +506,90 @@ def test_ctrl_c_during_derive_is_one_line_and_leaves_nothing(smollm2_path: Path,
     assert out == ""
     assert [line for line in err.splitlines() if line] == ["personasteer: interrupted"]
     assert samples.no_leftovers(tmp_path)
+
+
+# ---- edits, grammars and adapters of chat and generate
+
+
+def saved_vector(path: Path, threshold: float = 0.0) -> Path:
+    v = samples.vector(
+        layers=(1, 2), norms=NORMS, thresholds=np.full(4, threshold, np.float32), means=np.zeros(4, np.float32)
+    )
+    v.save(path)
+    return path
+
+
+@pytest.mark.parametrize("option", ["--cap", "--floor", "--ablate"])
+def test_caps_floors_and_ablations_act_and_say_when_they_cannot(
+    cli: Command, tiny_path: Path, tmp_path: Path, option: str
+) -> None:
+    file = saved_vector(tmp_path / "v.gguf", threshold={"--cap": -9.0, "--floor": 9.0}.get(option, 0.0))
+    verb = ["generate", "-m", tiny_path, "-p", "the cat sat", "-n", 12, "--temp", 0, "--json"]
+    plain = result(cli(*verb))
+    edited = result(cli(*verb, option, file))
+    assert edited["text"] != plain["text"]
+    assert edited["rho"] == plain["rho"] == 0.0  # nothing is added
+    assert {"prompt", "text", "finish", "n_prompt", "n_tokens", "rho"} == set(edited)
+    bare = tmp_path / "bare.gguf"
+    samples.vector(layers=(1, 2), norms=NORMS).save(bare)
+    code, _, err = cli(*verb, option, bare)
+    if option == "--ablate":
+        assert code == 0
+    else:
+        assert (code, "stores no thresholds" in err) == (1, True)
+
+
+def test_a_share_of_an_ablation_is_split_off_and_checked(cli: Command, tiny_path: Path, tmp_path: Path) -> None:
+    file = saved_vector(tmp_path / "v.gguf")
+    verb = ["generate", "-m", tiny_path, "-p", "the cat sat", "-n", 12, "--temp", 0, "--json"]
+    assert result(cli(*verb, "--ablate", f"{file}:0"))["text"] == result(cli(*verb))["text"]
+    code, _, err = cli(*verb, "--ablate", f"{file}:1.5")
+    assert (code, err.strip()) == (2, "personasteer: share must be between 0 and 1, not 1.5")
+
+
+def test_a_role_scope_acts_in_chat_and_is_refused_for_plain_text(cli: Command, tiny_path: Path, tmp_path: Path) -> None:
+    file = saved_vector(tmp_path / "v.gguf")
+    tail = ["-m", tiny_path, "-p", "the cat sat", "-n", 12, "--temp", 0, "--json", "-v", f"{file}:0.9"]
+    user, everything = (result(cli("chat", *tail, "--scope", scope))["text"] for scope in ("user", "all"))
+    plain = result(cli("chat", *tail[:-2]))["text"]
+    assert len({user, everything, plain}) == 3
+    code, _, err = cli("generate", *tail, "--scope", "user")
+    assert (code, "a plain text has no roles" in err) == (2, True)
+    code, _, err = cli("chat", *tail, "--scope", "thinking")
+    assert (code, "no thinking block" in err) == (1, True)
+
+
+def test_an_answer_follows_a_grammar_or_a_schema_and_ends_before_a_stop_text(
+    cli: Command, tiny_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "g.gbnf").write_text('root ::= "yes" | "no"')
+    (tmp_path / "s.json").write_text('{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}')
+    verb = ["generate", "-m", tiny_path, "-p", "the cat", "-n", 60, "--json"]
+    answer = result(cli(*verb, "--grammar-file", "g.gbnf"))
+    assert answer["text"] in ("yes", "no")
+    assert answer["finish"] == "stop"
+    assert json.loads(result(cli(*verb, "--json-schema-file", "s.json"))["text"])["a"] in (1, 2)
+    (tmp_path / "g.gbnf").write_text('root ::= "one two three"')
+    stopped = result(cli(*verb, "--grammar-file", "g.gbnf", "--stop", "three", "--stop", "two"))
+    assert (stopped["text"], stopped["finish"]) == ("one ", "stop")
+
+
+@pytest.mark.parametrize(
+    ("content", "option", "message"),
+    [
+        ("root ::= [", "--grammar-file", "the grammar does not parse"),
+        ("[1, 2]", "--json-schema-file", "json_schema cannot be used"),
+        ("{", "--json-schema-file", "json_schema cannot be used"),
+        (None, "--grammar-file", "cannot be read"),
+        ("no adapter", "--lora", "not a GGUF file"),
+    ],
+)
+def test_a_broken_grammar_schema_or_adapter_is_one_line(
+    cli: Command, tiny_path: Path, tmp_path: Path, content: str | None, option: str, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "file").write_text(content)
+    code, out, err = cli("generate", "-m", tiny_path, "-p", "the cat", option, tmp_path / "file")
+    assert code in (1, 2)
+    assert (out, len(err.strip().splitlines())) == ("", 1)
+    assert message in err

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -14,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from personasteer.errors import ArgumentError
+from personasteer.live import Answer
 from personasteer.model import Model, demo_model_path
-from personasteer.steering import Add, Steering
+from personasteer.steering import Ablate, Add, Cap, Floor, Steering
 from personasteer.vectors import PersonaVector
 
 stdout = Console(highlight=False)
@@ -40,7 +42,31 @@ VectorsOption: TypeAlias = Annotated[
 OffsetOption: TypeAlias = Annotated[
     int, typer.Option("--offset", help="Of other tools' vector files: block = N - offset.", min=0, max=1)
 ]
-ScopeOption: TypeAlias = Annotated[str, typer.Option("--scope", help="Steered tokens: all, prompt or response.")]
+ScopeOption: TypeAlias = Annotated[
+    str, typer.Option("--scope", help="Steered tokens: all, prompt, response, system, user, assistant or thinking.")
+]
+CapOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--cap", metavar="FILE", help="Cap readings at the vector's thresholds; may be repeated."),
+]
+FloorOption: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--floor", metavar="FILE", help="Keep readings above the vector's thresholds.")
+]
+AblateOption: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--ablate", metavar="FILE[:SHARE]", help="Take a direction out, or a share of it.")
+]
+LoraOption: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="LoRA adapter; may be repeated.")
+]
+StopOption: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+]
+GrammarOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--grammar-file", metavar="FILE", help="GBNF grammar that the answer follows.")
+]
+SchemaOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--json-schema-file", metavar="FILE", help="JSON schema that the answer follows.")
+]
 
 
 def open_model(name: str, **options: Any) -> Model:
@@ -66,10 +92,55 @@ def need_strength(text: str) -> tuple[str, float]:
     return file, strength
 
 
-def load_steering(vectors: Sequence[str] | None, scope: str, offset: int) -> Steering:
-    """The Steering of -v options."""
-    specs = [need_strength(v) for v in vectors or []]
-    return Steering([Add(PersonaVector.load(file, offset=offset), strength, scope) for file, strength in specs])
+def load_steering(
+    vectors: Sequence[str] | None,
+    scope: str,
+    offset: int,
+    *,
+    cap: Sequence[str] | None = None,
+    floor: Sequence[str] | None = None,
+    ablate: Sequence[str] | None = None,
+) -> Steering:
+    """The Steering of -v, --cap, --floor and --ablate options."""
+
+    def load(file: str) -> PersonaVector:
+        return PersonaVector.load(file, offset=offset)
+
+    steering = Steering()
+    for file, strength in [need_strength(v) for v in vectors or []]:
+        steering.append(Add(load(file), strength, scope=scope))
+    steering += [Cap(load(file), scope=scope) for file in cap or []]
+    steering += [Floor(load(file), scope=scope) for file in floor or []]
+    for file, share in [split_strength(a) for a in ablate or []]:
+        steering.append(Ablate(load(file), share=1.0 if share is None else share, scope=scope))
+    return steering
+
+
+def load_adapters(lora: Sequence[str] | None) -> list[tuple[str, float]]:
+    """The (file, scale) pairs of --lora options."""
+    return [(file, 1.0 if scale is None else scale) for file, scale in (split_strength(a) for a in lora or [])]
+
+
+def read_text(path: Path | None) -> str | None:
+    """The text of an optional file. Raises ArgumentError where it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as e:
+        raise ArgumentError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
+
+
+def as_dict(prompt: str, answer: Answer) -> dict[str, Any]:
+    """An answer for --json."""
+    return {
+        "prompt": prompt,
+        "text": answer.text,
+        "finish": answer.finish,
+        "n_prompt": answer.n_prompt,
+        "n_tokens": len(answer.tokens),
+        "rho": answer.rho,
+    }
 
 
 def print_json(content: Any) -> None:

@@ -30,7 +30,7 @@ def bench(
     topic: Annotated[str, typer.Argument(help="overhead")],
     model: ModelOption = "demo",
     pairs: Annotated[int, typer.Option("--pairs", help="Interleaved pairs of runs per row.", min=2)] = 30,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prefill.", min=2)] = 128,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prefill.", min=4)] = 128,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Tokens decoded one by one.", min=2)] = 12,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
