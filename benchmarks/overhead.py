@@ -15,7 +15,7 @@ import sys
 from importlib.metadata import version
 
 import personasteer as ps
-from personasteer.evaluate.overhead import OverheadRow, measure_overhead
+from personasteer.evaluate.overhead import OPERATORS, OverheadRow, measure_overhead
 from personasteer.model import demo_model_path
 
 
@@ -45,8 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="GGUF files; the demo model without")
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--decode-tokens", type=int, default=24)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--decode-tokens", type=int, default=12)
+    parser.add_argument("--operators", default=",".join(OPERATORS))
     args = parser.parse_args()
     print(f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}; ", end="")
     print(f"Python {platform.python_version()}, llama-cpp-python {version('llama-cpp-python')}, ", end="")
@@ -56,6 +57,7 @@ def main() -> None:
         with ps.Model(path, n_ctx=n_ctx, n_parallel=1) as model:
             rows = measure_overhead(
                 model,
+                operators=args.operators.split(","),
                 pairs=args.pairs,
                 prompt_tokens=args.prompt_tokens,
                 decode_tokens=args.decode_tokens,
