@@ -29,11 +29,12 @@ def cpu_name() -> str:
 
 def table(rows: list[OverheadRow]) -> str:
     lines = [
-        "| phase | mode | K | ratio | 95 % interval | min ... max | tokens/s | MiB added | peak RSS MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| phase | mode | K | ratio | 95 % interval | expected | min ... max | tokens/s | MiB added | peak RSS MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
         f"| {r.phase} | {r.mode} | {r.k or ''} | {r.ratio_median:.3f} | {r.ratio_low:.3f} ... {r.ratio_high:.3f} | "
+        f"{f'{r.expected:.3f}' if r.expected > 1 else ''} | "
         f"{r.ratio_min:.3f} ... {r.ratio_max:.3f} | {r.tokens_per_second:.0f} | {r.hook_mib:.1f} | "
         f"{r.peak_rss_mib:.0f} |"
         for r in rows
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--decode-tokens", type=int, default=12)
+    parser.add_argument("--ks", default="1,8,64", help="vectors in the steering")
     parser.add_argument("--operators", default=",".join(OPERATORS))
     args = parser.parse_args()
     print(f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}; ", end="")
@@ -58,6 +60,7 @@ def main() -> None:
             rows = measure_overhead(
                 model,
                 operators=args.operators.split(","),
+                ks=[int(k) for k in args.ks.split(",")],
                 pairs=args.pairs,
                 prompt_tokens=args.prompt_tokens,
                 decode_tokens=args.decode_tokens,

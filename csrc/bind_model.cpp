@@ -24,6 +24,8 @@ void bind_model(py::module_ & m) {
         .def_property_readonly("n_layer", &model::n_layer)
         .def_property_readonly("n_embd", &model::n_embd)
         .def_property_readonly("n_vocab", &model::n_vocab)
+        .def_property_readonly("n_params", [](const model & s) { return llama_model_n_params(s.get()); })
+        .def_property_readonly("n_bytes", [](const model & s) { return llama_model_size(s.get()); })
         .def_property_readonly("n_ctx_train", &model::n_ctx_train)
         .def_property_readonly("description", [](const model & s) { return py::bytes(s.description()); })
         .def_property_readonly("chat_template", [](const model & s) { return py::bytes(s.chat_template()); })

@@ -42,11 +42,39 @@ model::~model() {
     }
 }
 
+// llama.cpp takes these types for granted, and ends the process where they are others.
+static std::string wrong_type_in_adapter(const std::string & path) {
+    gguf_init_params params{};
+    params.no_alloc = true;
+    const std::unique_ptr<gguf_context, decltype(&gguf_free)> g(gguf_init_from_file(path.c_str(), params), gguf_free);
+    if (!g) {
+        return "";
+    }
+    static const std::pair<const char *, gguf_type> expected[] = {{"general.type", GGUF_TYPE_STRING},
+                                                                  {"general.architecture", GGUF_TYPE_STRING},
+                                                                  {"adapter.type", GGUF_TYPE_STRING},
+                                                                  {"adapter.lora.alpha", GGUF_TYPE_FLOAT32}};
+    for (const auto & [key, type] : expected) {
+        const int64_t id = gguf_find_key(g.get(), key);
+        if (id >= 0 && gguf_get_kv_type(g.get(), id) != type) {
+            return std::string(key) + " is no " + gguf_type_name(type);
+        }
+    }
+    for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
+        const ggml_type type = gguf_get_tensor_type(g.get(), i);
+        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && !ggml_is_quantized(type)) {
+            return std::string(gguf_get_tensor_name(g.get(), i)) + " is of type " + ggml_type_name(type);
+        }
+    }
+    return "";
+}
+
 void model::add_adapter(const std::string & path, float scale) {
     const log_capture log;
-    llama_adapter_lora * adapter = llama_adapter_lora_init(handle, path.c_str());
+    std::string why = wrong_type_in_adapter(path);
+    llama_adapter_lora * adapter = why.empty() ? llama_adapter_lora_init(handle, path.c_str()) : nullptr;
     if (!adapter) {
-        const std::string why = log.errors();
+        why = why.empty() ? log.errors() : why;
         throw model_error(path + ": llama.cpp cannot load this LoRA adapter for the model" +
                           (why.empty() ? "" : " (" + why + ")"));
     }

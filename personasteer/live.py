@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import weakref
 from collections import deque
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 from personasteer.chat import Conversation
 from personasteer.engine import Compiled, Request, Sampling, TextStream
 from personasteer.errors import ArgumentError, ModelError, PersonasteerError, TemplateError
+from personasteer.grammar import grammar_of
 from personasteer.prompts import Prompt
-from personasteer.steering import Steer, Steering, as_steering
+from personasteer.steering import Steer, SteeredModel, Steering, as_steering, check_fits
 
 if TYPE_CHECKING:
     from personasteer.model import Model
@@ -27,27 +27,8 @@ if TYPE_CHECKING:
 Reading: TypeAlias = "PersonaVector | tuple[PersonaVector, Sequence[int]]"
 
 
-def grammar_of(grammar: str | None, json_schema: Mapping[str, Any] | str | None) -> str:
-    """GBNF for one of the two: a grammar as it is, or that of a JSON schema. "" for none.
-
-    Raises ArgumentError for both at once, and for a schema that llama-cpp-python cannot turn into a grammar.
-    """
-    if json_schema is None:
-        return grammar or ""
-    if grammar is not None:
-        raise ArgumentError("grammar and json_schema exclude each other")
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-    text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-    try:
-        if not isinstance(json.loads(text), dict):
-            raise ValueError("it is no object")
-        return str(json_schema_to_gbnf(text))
-    except Exception as e:  # the converter raises whatever a malformed schema makes it run into
-        raise ArgumentError(f"json_schema cannot be used ({type(e).__name__}: {e})") from e
-
-
 def make_request(
+    model: SteeredModel,
     prompt: Prompt,
     steering: Steering,
     *,
@@ -80,7 +61,7 @@ def make_request(
         max_tokens,
         Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
         tuple(filter(None, stops)),
-        reads=tuple(_reading(r) for r in readings),
+        reads=tuple(_reading(r, model) for r in readings),
         share_prefix=reuse_cache,
         roles=prompt.roles,
         think_marks=prompt.think_marks,
@@ -90,14 +71,15 @@ def make_request(
     )
 
 
-def _reading(reading: Reading) -> dict[int, NDArray[np.float64]]:
+def _reading(reading: Any, model: SteeredModel) -> dict[int, NDArray[np.float64]]:
     """{il: v-hat} of a vector at its recommended layers, or at given ones."""
-    vector, layers = reading if isinstance(reading, tuple) else (reading, reading.layers)
+    vector, layers = reading if isinstance(reading, tuple) and len(reading) == 2 else (reading, None)
     if not hasattr(vector, "directions_at"):
         raise ArgumentError(f"readings takes PersonaVectors, or (vector, layers), not {type(vector).__name__}")
-    at = tuple(sorted({int(il) for il in layers}))
+    at = tuple(sorted({int(il) for il in (vector.layers if layers is None else layers)}))
     if not at:
         raise ArgumentError(f"vector {vector.name!r} names no layer to read: pass (vector, layers)")
+    check_fits(vector, model)
     data, lengths = vector.directions_at(at)
     return dict(zip(at, data / lengths[:, None], strict=True))
 
@@ -246,7 +228,8 @@ class Session:
         )
         options.setdefault("reuse_cache", self._reuse)
         seed = options.pop("seed", None)
-        request = make_request(given, steering, seed=self._model.seed if seed is None else seed, **options)
+        seed = self._model.seed if seed is None else seed
+        request = make_request(self._model, given, steering, seed=seed, **options)
         return self._submit(request)
 
     def _chat_prompt(self, conversation: Conversation, system: str | None, *, needs_roles: bool) -> Prompt:

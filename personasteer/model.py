@@ -400,7 +400,7 @@ class Model:
     ) -> list[str]:
         seed = self.seed if seed is None else seed
         requests = [
-            make_request(p, s, seed=seed, reuse_cache=reuse_cache, **options)
+            make_request(self, p, s, seed=seed, reuse_cache=reuse_cache, **options)
             for p, s in zip(prompts, steerings, strict=True)
         ]
         results = self._run(requests, keep_cache=reuse_cache, on_token=on_token, progress=progress)

@@ -133,6 +133,15 @@ class PlainContext:
         code = llama_cpp.llama_set_adapter_cvec(self.handle, pointer, rows.size, self.model.n_embd, il_start, il_end)
         assert code == 0
 
+    def set_lora(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """LoRA adapters, (file, scale) each."""
+        handles = [llama_cpp.llama_adapter_lora_init(self.model.handle, str(file).encode()) for file, _ in adapters]
+        assert all(handles)
+        n = len(adapters)
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * n)(*handles)
+        scales = (ctypes.c_float * n)(*[scale for _, scale in adapters])
+        assert llama_cpp.llama_set_adapters_lora(self.handle, pointers, n, scales) == 0
+
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], seq_ids: Sequence[int], outputs: Sequence[bool]
     ) -> np.ndarray:

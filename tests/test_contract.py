@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import personasteer  # noqa: F401
+import personasteer
 from personasteer import _core
 from personasteer.errors import ContextError
 
@@ -705,3 +705,32 @@ print(len(results))
         pytest.fail("two threads with one session: deadlock")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "2"
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_edits_add_nothing_to_how_far_decode_sizes_differ_in_llama_cpp_itself(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    path: Path = request.getfixturevalue(f"{name}_path")
+    text = ["The old mill by the river had stood empty for years before the baker and his three sons bought it. " * 4]
+    by_size: list[dict[str, np.ndarray]] = []
+    for n_batch in (16, 64):
+        with personasteer.Model(path, n_ctx=512, n_parallel=1, n_batch=n_batch) as model:
+            rng = np.random.default_rng(0)
+            data = rng.standard_normal((model.n_layer, model.n_embd)).astype(np.float32)
+            middle = range(model.n_layer // 2, model.n_layer // 2 + 2)
+            v = personasteer.PersonaVector(data, tuple(middle), thresholds=np.zeros(model.n_layer, np.float32))
+            edits = {
+                "none": None,
+                "add": v * 0.2,
+                "cap": personasteer.Cap(v),
+                "ablate": personasteer.Ablate(v, layers=tuple(middle)),
+                "some tokens": personasteer.Add(v, 0.2, scope=tuple(range(5, 90, 3))),
+            }
+            by_size.append({k: model.logits(text, steer=e)[0] for k, e in edits.items()})
+    small, large = by_size
+    own = np.abs(small["none"] - large["none"]).max()
+    for k in small:
+        # a persona on a wrong token changes the logits by more than 1; rounding is amplified a little by other states
+        assert np.abs(small[k] - large[k]).max() <= 3 * own + 1e-5, k
+        assert k == "none" or np.abs(small[k] - small["none"]).max() > 1, k

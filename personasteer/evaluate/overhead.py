@@ -24,6 +24,8 @@ from personasteer.vectors import PersonaVector
 class OverheadRow:
     """Time of a mode over the time of the unhooked context, from interleaved pairs.
 
+    expected: 1 + what the edit adds over what the model does, at the model's own speed: bytes of vectors over bytes of
+    weights for a decoded token, multiply-adds over multiply-adds for a prompt; 1 where nothing is counted.
     ratio_low and ratio_high bound the 95 % bootstrap interval of the median; hook_mib is the memory of the mode's edit
     bank and taps, peak_rss_mib the peak of the process, in which all modes' contexts live side by side.
     """
@@ -36,6 +38,7 @@ class OverheadRow:
     ratio_high: float
     ratio_min: float
     ratio_max: float
+    expected: float
     tokens_per_second: float
     hook_mib: float
     peak_rss_mib: float
@@ -143,7 +146,9 @@ def measure_overhead(
         if progress:
             progress(i + 1, pairs)
     return [
-        _row(mode, phase, times[j, phase], runners[j].n_tokens[phase], runners[j].hook_mib)
+        _row(
+            mode, phase, times[j, phase], runners[j].n_tokens[phase], runners[j].hook_mib, _expected(model, mode, phase)
+        )
         for phase in ("prefill", "decode")
         for j, mode in enumerate(modes)
     ]
@@ -250,7 +255,17 @@ class _Stopwatch:
         return getattr(self._session, name)
 
 
-def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: int, hook_mib: float) -> OverheadRow:
+def _expected(model: Model, mode: _Mode, phase: str) -> float:
+    rows = {"add": 1, "turn": 1, "readings": mode.k, "personas x16": 3}.get(mode.name, 2 * mode.k)  # vectors a block
+    floats = rows * model.n_layer * model.n_embd
+    if phase == "prefill":
+        return 1 + floats / float(model._native.n_params)
+    return 1 + 4 * floats * mode.n_sequences / float(model._native.n_bytes)
+
+
+def _row(
+    mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: int, hook_mib: float, expected: float = 1.0
+) -> OverheadRow:
     seconds = np.array(pairs)
     ratios = seconds[:, 0] / seconds[:, 1]
     draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
@@ -265,6 +280,7 @@ def _row(mode: _Mode, phase: str, pairs: list[tuple[float, float]], n_tokens: in
         ratio_high=float(high),
         ratio_min=float(ratios.min()),
         ratio_max=float(ratios.max()),
+        expected=expected,
         tokens_per_second=n_tokens / per_run,
         hook_mib=hook_mib,
         peak_rss_mib=_peak_rss_mib(),
