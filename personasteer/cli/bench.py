@@ -48,7 +48,12 @@ def bench(
         stages() as stage,
     ):
         rows = measure_overhead(
-            m, ks=(1, 8), pairs=pairs, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, progress=stage("measuring")
+            m,
+            ks=(1, 8),
+            pairs=pairs,
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            progress=stage("measuring"),
         )
     if json:
         print_json(as_json(rows))
