@@ -489,8 +489,10 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc to see the model loaded")
 def test_ctrl_c_during_derive_is_one_line_and_leaves_nothing(smollm2_path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()", "derive", "pessimistic", "-m",
-               str(smollm2_path), "-o", str(tmp_path / "o.gguf"), "-t", "1"]  # fmt: skip
+    # a shell that starts the tests in the background lets its children ignore Ctrl-C
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-P", "-c", code + "from personasteer.cli import main; main()", "derive", "pessimistic",
+               "-m", str(smollm2_path), "-o", str(tmp_path / "o.gguf"), "-t", "1"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while smollm2_path.name not in Path(f"/proc/{process.pid}/maps").read_text():
