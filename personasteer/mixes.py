@@ -57,7 +57,7 @@ MISSING: Any = object()
 class MixCache:
     """The mixes that a model has compiled lately, by their edits, so that a persona in use is compiled once."""
 
-    def __init__(self, max_mixes: int = 256, max_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, max_mixes: int = 256, max_bytes: int = 64 * 2**20) -> None:
         self._max_mixes, self._max_bytes, self._n_bytes = max_mixes, max_bytes, 0
         self._mixes: OrderedDict[tuple[AnyEdit, ...], Mix | None] = OrderedDict()
         self._lock = threading.Lock()

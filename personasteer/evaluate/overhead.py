@@ -15,6 +15,7 @@ from personasteer import engine
 from personasteer._native import load_core
 from personasteer.engine import Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError
+from personasteer.mixes import MixCache
 from personasteer.model import Model
 from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When
 from personasteer.vectors import PersonaVector
@@ -97,6 +98,7 @@ def measure_overhead(
     if prompt_tokens < 4 or decode_tokens < 2 or prompt_tokens + decode_tokens + 1 > model.n_ctx:
         raise ArgumentError(f"{prompt_tokens} + {decode_tokens} tokens do not fit n_ctx {model.n_ctx}")
     ks = [k for k in ks if 4 * k <= model.n_embd]
+    model.mixes = MixCache(max_bytes=2**30)  # all modes' mixes stay compiled, as those in use do
     rng = np.random.default_rng(seed)
     all_layers = tuple(range(model.n_layer))
     modes = [_Mode("off", hook=False)]
