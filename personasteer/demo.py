@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from personasteer import plots, traits
-from personasteer.derive import elicit, from_elicited
-from personasteer.derive.contrast import difference_of_means
+from personasteer.derive import elicit, from_elicited, select
 from personasteer.errors import ArgumentError
 from personasteer.evaluate import bootstrap_interval, log_odds, random_vectors
 from personasteer.files import atomic_write, check_output
@@ -67,7 +65,6 @@ def run_demo(
     n_eval_questions: int = 5,
     n_eval_pairs: int = 3,
     n_random: int = 20,
-    n_shuffled: int = 3,
     seed: int = 0,
     n_threads: int | None = None,
     stage: Stage = lambda _: lambda done, total: None,
@@ -91,7 +88,7 @@ def run_demo(
         model.norms  # noqa: B018 (measured here, once, so that the derive time below is derive's own)
         derive_start = time.perf_counter()
         found = elicit(model, trait, n_questions=n_questions, seed=seed, progress=stage("deriving"))
-        vector = from_elicited(model, trait, found)
+        vector = from_elicited(model, trait, found, select(found, trait))
         derive_seconds = time.perf_counter() - derive_start
 
         questions = trait.evaluate_questions[-3:]
@@ -112,10 +109,9 @@ def run_demo(
         controls = random_vectors(vector, n_random, seed=seed)
         steers = [replace(vector * s, scope="response") for s in STRENGTHS]
         steers += [replace(c * s, scope="response") for c in controls for s in (-largest, largest)]
-        for i in range(n_shuffled):
-            directions = difference_of_means(found.responses.shuffled(seed + i))
-            shuffled = replace(vector, directions=directions, name=f"shuffled-{i}")
-            steers.append(replace(shuffled * largest, scope="response"))
+        assert vector.shuffled is not None
+        for directions in vector.shuffled:
+            steers.append(replace(replace(vector, directions=directions) * largest, scope="response"))
         odds = log_odds(
             model,
             trait,
@@ -155,7 +151,7 @@ def run_demo(
             "mean": float(random_deltas.mean()),
             "p95_abs": float(np.quantile(np.abs(random_deltas), 0.95)),
         },
-        shuffled={"n": n_shuffled, "mean_abs": float(np.abs(shuffled_deltas).mean())},
+        shuffled={"n": len(shuffled_deltas), "mean_abs": float(np.abs(shuffled_deltas).mean())},
         system_prompt_delta=float((prompted - base).mean()),
         answers=answers,
         vector_path=vector_path,
@@ -193,6 +189,4 @@ def _save_plot(report: DemoReport, path: Path) -> None:
         baselines=[("system prompt alone", zero + report.system_prompt_delta)],
         title=f"“{report.trait}” on {report.model}, held-out questions",
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, plots.png(figure))

@@ -43,6 +43,9 @@ class PersonaVector:
         thresholds: (n_layer,) tau for Cap, Floor and When, in units of <h, v-hat>; or None.
         means: (n_layer,) the model's mean reading over everyday texts, for Ablate(to="mean"); or None.
         window: (low, high) total strengths between which the model stays coherent; a rule of thumb until calibrated.
+        aurocs: (n_layer,) probability that a held-out positive sample reads higher than a negative one; or None.
+        effects: (n_layer,) log-odds moved by steering at that block alone, NaN where it was not tried; or None.
+        shuffled: (k, n_layer, n_embd) directions of shuffled labels, a control for `eval`; or None.
 
     Arithmetic: `vector * s` is Add(vector, s); `a + b`, `a - b`, `-a` act on the data.
 
@@ -63,6 +66,9 @@ class PersonaVector:
     thresholds: NDArray[np.float32] | None = None
     means: NDArray[np.float32] | None = None
     window: tuple[float, float] = WINDOW
+    aurocs: NDArray[np.float32] | None = None
+    effects: NDArray[np.float32] | None = None
+    shuffled: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         data = _frozen(self.directions)
@@ -81,6 +87,9 @@ class PersonaVector:
             ("reliability", data.shape[:1]),
             ("thresholds", data.shape[:1]),
             ("means", data.shape[:1]),
+            ("aurocs", data.shape[:1]),
+            ("effects", data.shape[:1]),
+            ("shuffled", (1 if self.shuffled is None else len(self.shuffled), *data.shape)),
         ):
             value = getattr(self, attribute)
             if value is not None:
@@ -148,6 +157,33 @@ class PersonaVector:
         """The same vector, recommended at other layers."""
         return replace(self, layers=tuple(layers), weights={})
 
+    def incremental(self, layers: Iterable[int] | None = None) -> PersonaVector:
+        """The multi-layer form whose edits do not count twice: at each block only what the direction gains there.
+
+        d_il = v_il - v_(il - 1) over `layers` (all usable ones after the first when None), weighted by
+        ||d_il|| / m_il, so that the shares of the strength follow the data.
+
+        Raises VectorError where a block below one of `layers` has no direction, or the vector has no norms.
+
+        Source: arXiv 2507.21509, appendix on multi-layer steering.
+        """
+        usable = self.usable_layers
+        chosen = [il for il in usable if il - 1 in usable] if layers is None else sorted({int(il) for il in layers})
+        if self.norms is None:
+            raise VectorError(f"vector {self.name!r} carries no norms of its model, which weigh the increments")
+        if not chosen:
+            raise VectorError(f"vector {self.name!r} has no two neighbouring blocks with a direction")
+        data = np.full_like(self.directions, np.nan)
+        for il in chosen:
+            if il == 0:
+                raise VectorError("block 0 has no block before it to take the increment from")
+            data[il] = self.direction(il) - self.direction(il - 1)
+        weights = {il: float(np.linalg.norm(data[il]) / self.norms[il]) for il in chosen}
+        name = f"{self.name} (incremental)"
+        return PersonaVector(
+            data, tuple(chosen), name, self.strength, weights, norms=self.norms, provenance=self._origin(name)
+        )
+
     def __mul__(self, strength: float) -> Add:
         return Add(self, float(strength))
 
@@ -176,7 +212,8 @@ class PersonaVector:
 
     def __neg__(self) -> PersonaVector:
         name = f"-{self.name}"
-        flipped = {a: -value for a in ("last_prompt", "thresholds", "means") if (value := getattr(self, a)) is not None}
+        turned = ("last_prompt", "thresholds", "means", "shuffled")
+        flipped = {a: -value for a in turned if (value := getattr(self, a)) is not None}
         low, high = self.window
         return replace(
             self,

@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = ("demo", "traits", "derive", "inspect", "chat", "generate", "capture", "export", "bench")
+VERBS = ("demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture", "export", "bench")
 _debug = False
 
 

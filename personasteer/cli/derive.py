@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -17,11 +18,20 @@ from personasteer.cli._common import (
     open_model,
     print_json,
     stages,
+    stderr,
     stdout,
 )
+from personasteer.derive import contrast
 from personasteer.derive import derive as derive_vector
-from personasteer.files import check_output
-from personasteer.traits import find
+from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, agreement, labelled_examples
+from personasteer.endpoint import Endpoint
+from personasteer.errors import ArgumentError
+from personasteer.files import atomic_write, check_output
+from personasteer.model import Model
+from personasteer.traits import Trait, find
+from personasteer.traits.formats import load_lines, load_pairs
+from personasteer.traits.write import as_toml, write_trait
+from personasteer.vectors import PersonaVector
 
 
 def register(app: typer.Typer) -> None:
@@ -29,13 +39,61 @@ def register(app: typer.Typer) -> None:
 
 
 def derive(
-    trait: Annotated[str, typer.Argument(help="A trait of the library, or a .toml file.")],
+    trait: Annotated[
+        str,
+        typer.Argument(
+            help="A trait of the library, a .toml or .json file of one, a .jsonl file of contrasting chats; or, with "
+            "--describe or --positive, a name."
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Control-vector GGUF to write.")],
     model: ModelOption = "demo",
     questions: Annotated[int | None, typer.Option("--questions", help="Questions per system prompt.", min=1)] = None,
     predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 40,
     temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.2,
+    rollouts: Annotated[int, typer.Option("--rollouts", help="Answers per question and prompt.", min=1)] = 1,
+    skip: Annotated[int, typer.Option("--skip-tokens", help="First tokens left out of an answer's mean.", min=0)] = 0,
+    responses: Annotated[
+        Path | None, typer.Option("--responses", metavar="FILE", help="Read these answers (JSONL) instead of sampling.")
+    ] = None,
+    save_responses: Annotated[
+        Path | None, typer.Option("--save-responses", metavar="FILE", help="Write the answers, for --responses.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="mean, pca or probe.")] = "mean",
+    position: Annotated[
+        str, typer.Option("--position", help="response: mean over the answer; last-prompt: the token before it.")
+    ] = "response",
+    exclude_massive: Annotated[
+        bool, typer.Option("--exclude-massive", help="Leave out dimensions that are large whatever the text says.")
+    ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="MODEL|URL", help="A GGUF, or an OpenAI-compatible URL."),
+    ] = None,
+    served: Annotated[
+        str, typer.Option("--judge-model", help="The model's name at a --judge or --writer URL.")
+    ] = "default",
+    no_filter: Annotated[bool, typer.Option("--no-filter", help="Keep refusals and other failures.")] = False,
+    no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="No sweep over blocks and strengths.")] = False,
     layers: Annotated[str | None, typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9.")] = None,
+    work: Annotated[Path | None, typer.Option("--work", metavar="DIR", help="Keep finished parts here.")] = None,
+    positive: Annotated[
+        Path | None,
+        typer.Option("--positive", metavar="FILE", help="Texts for the trait, one a line."),
+    ] = None,
+    negative: Annotated[Path | None, typer.Option("--negative", metavar="FILE", help="Texts against it.")] = None,
+    describe: Annotated[
+        str | None,
+        typer.Option("--describe", metavar="TEXT", help="Let a model write the trait."),
+    ] = None,
+    writer: Annotated[
+        str | None,
+        typer.Option("--writer", metavar="MODEL|URL", help="Who writes; the model itself if none."),
+    ] = None,
+    save_trait: Annotated[
+        Path | None, typer.Option("--save-trait", metavar="FILE.toml", help="Where the written trait is kept.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Use a written trait without asking.")] = False,
     seed: SeedOption = 0,
     ctx: CtxOption = 512,
     threads: ThreadsOption = None,
@@ -46,43 +104,156 @@ def derive(
 
     Example: `personasteer derive pessimistic -m demo -o pessimistic.gguf`
     """
-    check_output(out)
-    found = find(trait)
+    for file in (out, save_responses, save_trait):
+        if file is not None:
+            check_output(file)
     chosen = parse_layers(layers) if layers else None
     options = {"n_ctx": ctx, "n_parallel": 1, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
+    texts = _given_texts(trait, positive, negative)
+    found = None if texts or describe else find(trait)
     with open_model(model, **options) as m, stages() as stage:
-        vector = derive_vector(
-            m,
-            found,
-            n_questions=questions,
-            max_tokens=predict,
-            temperature=temp,
-            layers=chosen,
-            progress=stage(f"deriving {found.name}"),
-        )
+        if texts:
+            vector = contrast(
+                m,
+                *texts,
+                name=re.sub(r"[^\w-]+", "-", Path(trait).stem).strip("-") or "contrast",
+                method=method,
+                exclude_massive=exclude_massive,
+                layers=chosen,
+                progress=stage("reading"),
+            )
+        else:
+            if describe:
+                found = _written(
+                    trait, describe, _writer(writer, served, m, options), seed, stage, save_trait, yes, json
+                )
+            assert found is not None
+            answers: list[str] = []
+            vector = derive_vector(
+                m,
+                found,
+                n_questions=questions,
+                max_tokens=predict,
+                temperature=temp,
+                n_rollouts=rollouts,
+                skip_tokens=skip,
+                responses=responses,
+                method=method,
+                position=position,
+                exclude_massive=exclude_massive,
+                judge=_judge(judge, served, m, options, stage) if judge else None,
+                filtered=not no_filter,
+                calibrated=not no_calibrate,
+                layers=chosen,
+                work=work,
+                keep_responses=answers.append if save_responses else None,
+                progress=stage(f"deriving {found.name}"),
+            )
+            if save_responses:
+                atomic_write(save_responses, "".join(answers).encode())
     vector.save(out)
-    at = list(vector.layers)
-    assert vector.separations is not None
-    assert vector.reliability is not None
-    result = {
-        "vector": str(out),
-        "trait": vector.name,
-        "layers": at,
-        "separation": _mean(vector.separations[at]),
-        "split_half_cosine": _mean(vector.reliability[at]),
-        "n_positive": vector.provenance["n_positive"],
-        "n_negative": vector.provenance["n_negative"],
-    }
+    result = summary(vector) | {"vector": str(out)}
     if json:
         print_json(result)
     else:
-        stdout.print(
-            f"{out}: {vector.name}, blocks {at[0]}-{at[-1]}, from {result['n_positive']} + {result['n_negative']} "
-            f"answers; separation d {_text(result['separation'])}, "
-            f"split-half cosine {_text(result['split_half_cosine'])}",
-            markup=False,
-            soft_wrap=True,
-        )
+        _print(result)
+
+
+def summary(vector: PersonaVector) -> dict[str, Any]:
+    """What `derive --json` prints."""
+    at = list(vector.layers)
+    assert vector.separations is not None
+    assert vector.aurocs is not None
+    assert vector.reliability is not None
+    elicitation = vector.provenance.get("elicitation")
+    return {
+        "trait": vector.name,
+        "layers": at,
+        "strength": vector.strength,
+        "window": list(vector.window),
+        "separation": _mean(vector.separations[at]),
+        "auroc": _mean(vector.aurocs[at]),
+        "split_half_cosine": _mean(vector.reliability[at]),
+        "elicitation": elicitation,
+        "massive_dimensions": vector.provenance.get("massive_dimensions"),
+        "n_positive": vector.provenance["n_positive"],
+        "n_negative": vector.provenance["n_negative"],
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    at = result["layers"]
+    lines = [
+        f"{result['vector']}: {result['trait']}, blocks {at[0]}-{at[-1]}, strength {result['strength']:g}, usable from "
+        f"{result['window'][0]:g} to {result['window'][1]:g}",
+        f"from {result['n_positive']} + {result['n_negative']} texts; separation d' {_text(result['separation'])}, "
+        f"AUROC {_text(result['auroc'])}, split-half cosine {_text(result['split_half_cosine'])} (held out)",
+    ]
+    if result["elicitation"]:
+        e = result["elicitation"]
+        dropped = ", ".join(f"{n} {label}" for label, n in e["dropped"].items()) or "none"
+        lines.append(f"elicitation rate {e['rate']:.2f}: {e['kept']} of {e['n']} contrasts kept; dropped: {dropped}")
+    for line in lines:
+        stdout.print(line, markup=False, soft_wrap=True)
+
+
+def _given_texts(trait: str, positive: Path | None, negative: Path | None) -> tuple[list[Any], list[Any]] | None:
+    if positive is None and negative is None:
+        return load_pairs(trait) if trait.endswith(".jsonl") else None
+    if positive is None or negative is None:
+        raise ArgumentError("--positive and --negative belong together")
+    return list(load_lines(positive)), list(load_lines(negative))
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def _judge(name: str, served: str, model: Model, options: dict[str, Any], stage: Any) -> Judge:
+    """The judge of a --judge option, with its agreement with labelled answers on stderr."""
+    judge: Judge = EndpointJudge(Endpoint(name, served)) if _is_url(name) else LocalJudge(_other(name, model, options))
+    agreed = agreement(judge, labelled_examples(), progress=stage("testing the judge"))
+    stderr.print(
+        f"the judge on {agreed.n} labelled answers: Spearman {agreed.spearman:.2f}, AUROC {agreed.auroc:.2f}, mean "
+        f"error {agreed.mean_abs_error:.0f} of 100, {agreed.unscored} not scored",
+        markup=False,
+        soft_wrap=True,
+    )
+    return judge
+
+
+def _writer(name: str | None, served: str, model: Model, options: dict[str, Any]) -> Model | Endpoint:
+    if name is None:
+        return model
+    return Endpoint(name, served) if _is_url(name) else _other(name, model, options)
+
+
+def _other(name: str, model: Model, options: dict[str, Any]) -> Model:
+    same = name == "demo" or os.path.exists(name)
+    if same and name != "demo" and os.path.samefile(name, model.path):
+        return model
+    return open_model(name, **{**options, "n_ctx": max(2048, int(options["n_ctx"])), "n_parallel": 8})
+
+
+def _written(
+    name: str,
+    description: str,
+    writer: Model | Endpoint,
+    seed: int,
+    stage: Any,
+    file: Path | None,
+    yes: bool,
+    json: bool,
+) -> Trait:
+    """The trait that a model wrote, shown before it is used."""
+    trait = write_trait(name, description, writer, seed=seed, progress=stage("writing the trait"))
+    text = as_toml(trait)
+    if file is not None:
+        atomic_write(file, text.encode())
+    stderr.print(text, markup=False, soft_wrap=True)
+    if not yes and not json and not typer.confirm("Derive from these?", err=True):
+        raise typer.Abort
+    return trait
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -90,7 +261,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _text(value: float | None) -> str:
-    return "not measured (one question only)" if value is None else f"{value:.2f}"
+    return "not measured (too few texts)" if value is None else f"{value:.2f}"
 
 
 def parse_layers(text: str) -> list[int]:

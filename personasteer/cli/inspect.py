@@ -7,7 +7,10 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from personasteer import plots
 from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, stdout
+from personasteer.evaluate.report import layer_series
+from personasteer.files import atomic_write, check_output
 from personasteer.ship.control_vector import exported_strength
 from personasteer.steering import check_fits
 from personasteer.vectors import PersonaVector
@@ -21,12 +24,17 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="Control-vector GGUF, of any tool.")],
     model: Annotated[str | None, typer.Option("-m", "--model", help="Check that it belongs to this GGUF.")] = None,
     offset: OffsetOption = 0,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a figure of the layers.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show what a control-vector file holds, and whether it fits a model.
 
     Example: `personasteer inspect pessimistic.gguf -m demo`
     """
+    if plot is not None:
+        check_output(plot)
     vector = PersonaVector.load(file, offset=offset)
     lengths = np.linalg.norm(vector.directions, axis=1)
     rows = [
@@ -36,7 +44,9 @@ def inspect(
             "norm": _number(lengths[il]),
             "norm_ratio": _number(lengths[il] / vector.norms[il]) if vector.norms is not None else None,
             "separation": _number(vector.separations[il]) if vector.separations is not None else None,
+            "auroc": _number(vector.aurocs[il]) if vector.aurocs is not None else None,
             "split_half_cosine": _number(vector.reliability[il]) if vector.reliability is not None else None,
+            "effect": _number(vector.effects[il]) if vector.effects is not None else None,
         }
         for il in range(vector.n_layer)
     ]
@@ -55,6 +65,9 @@ def inspect(
             check_fits(vector, m)
             origin = vector.provenance.get("fingerprint")
             result["same_model"] = origin == m.fingerprint if origin else None
+    if plot is not None:
+        series = layer_series(vector)
+        atomic_write(plot, plots.png(plots.layers(series, vector.layers, title=f"“{vector.name}” by block")))
     if json:
         print_json(result)
         return
@@ -65,13 +78,15 @@ def inspect(
         markup=False,
         soft_wrap=True,
     )
-    table = Table("block", "‖v‖", "‖v‖ / m", "separation d", "split-half cosine")
+    table = Table("block", "‖v‖", "‖v‖ / m", "separation d", "AUROC", "split-half cosine", "effect alone")
     for row in rows:
-        cells = (row["norm"], row["norm_ratio"], row["separation"], row["split_half_cosine"])
+        cells = [row[key] for key in ("norm", "norm_ratio", "separation", "auroc", "split_half_cosine", "effect")]
         label = f"▸ {row['layer']}" if row["steered"] else str(row["layer"])
         table.add_row(label, *("" if c is None else f"{c:.3f}" for c in cells))
     stdout.print(table)
     for key, value in vector.provenance.items():
+        if key in ("texts", "calibration"):  # whole in --json
+            continue
         stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
     if "same_model" in result:
         verdicts = {

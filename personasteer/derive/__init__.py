@@ -1,23 +1,62 @@
-"""Deriving persona vectors: elicit, contrast, choose layers."""
+"""Deriving persona vectors: elicit or replay, select, contrast, choose layers and strengths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-from personasteer.derive.contrast import (
-    Samples,
-    contrast,
-    difference_of_means,
-    prompts_hash,
-    vector_from_samples,
+from personasteer._native import build_id
+from personasteer.derive.calibration import (
+    N_BLOCKS,
+    find_window,
+    first_systems,
+    selection_cells,
+    sweep,
+    with_calibration,
 )
-from personasteer.derive.elicit import Elicited, elicit
+from personasteer.derive.contrast import check_method, contrast, halfway, mean_reading, vector_from_samples
+from personasteer.derive.directions import Samples, difference_of_means
+from personasteer.derive.elicit import (
+    Elicited,
+    Response,
+    check_elicitation,
+    chosen_questions,
+    elicit,
+    load_responses,
+    replay,
+    responses_text,
+)
+from personasteer.derive.judge import Judge, judge_name
+from personasteer.derive.selection import Selection, require_enough, select, select_all
+from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
+from personasteer.errors import ArgumentError
+from personasteer.evaluate import trait_of
 from personasteer.model import Model
+from personasteer.progress import Meter
+from personasteer.steering import check_fits
 from personasteer.traits import Trait, find
 from personasteer.vectors import PersonaVector
 
-__all__ = ["Elicited", "Samples", "contrast", "derive", "difference_of_means", "elicit", "from_elicited"]
+__all__ = [
+    "Elicited",
+    "Response",
+    "Samples",
+    "Selection",
+    "calibrate",
+    "contrast",
+    "derive",
+    "difference_of_means",
+    "elicit",
+    "from_elicited",
+    "load_responses",
+    "replay",
+    "responses_text",
+    "select",
+]
 
 
 def derive(
@@ -27,64 +66,229 @@ def derive(
     n_questions: int | None = None,
     max_tokens: int = 40,
     temperature: float = 0.2,
-    seed: int | None = None,
+    n_rollouts: int = 1,
+    skip_tokens: int = 0,
+    responses: Sequence[Response] | str | os.PathLike[str] | None = None,
+    method: str = "mean",
+    position: str = "response",
+    exclude_massive: bool = False,
+    judge: Judge | None = None,
+    filtered: bool = True,
+    calibrated: bool = True,
     layers: Sequence[int] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    keep_responses: Callable[[str], object] | None = None,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> PersonaVector:
     """A trait's persona vector: v_il = mean response activation under prompts for the trait - under prompts against.
 
     The model answers the trait's questions under each of its contrastive system prompts; block outputs are averaged
-    over the answer's tokens (t >= P), then over answers. The direction at the last prompt token comes along, for
+    over the answer's tokens (t >= P). Answers that refuse, do not show their side of the trait or fall apart are
+    dropped with their opposites. Then each of several blocks is steered by the direction, on the questions that it was
+    derived from, and the blocks that move the trait most become the vector's; doses on either side give the window in
+    which the text stays coherent, and the recommended strength. The direction at the last prompt token comes along, for
     monitoring. The same seed, file, build and number of threads give the same vector, byte for byte.
 
     Args:
-        trait: a name of the library (`personasteer traits`), the path of a .toml file, or a Trait.
+        trait: a name of the library (`personasteer traits`), the path of a .toml or .json file, or a Trait.
         n_questions: questions per system prompt, drawn by the seed; all of the trait's when None.
         max_tokens: length of an answer, at most.
         temperature: of sampling the answers; low, so that few of them give a direction that another seed repeats.
+        n_rollouts: answers to each question under each prompt.
+        skip_tokens: first tokens of an answer that its mean leaves out.
+        responses: given answers (or a JSONL file of them, see load_responses) to read instead of sampling any.
+        method: "mean" (difference of means), "pca" (of paired differences) or "probe" (logistic regression).
+        position: "response", or "last-prompt": the direction at token P - 1 becomes the vector's own.
+        exclude_massive: leave out dimensions whose activation is large whatever the text says.
+        judge: scores answers instead of their log-odds under the contrasting prompts, see personasteer.derive.judge.
+        filtered: drop refusals, off-trait and incoherent answers; False keeps all that are not empty.
+        calibrated: sweep over blocks and doses; False takes layers by held-out separation, and a window of +-0.5.
+        layers: recommended blocks to steer at, instead of the sweep's.
+        work: folder in which finished parts are kept; started again with it, an interrupted run goes on.
+        keep_responses: called with the answers that count, as JSONL that `responses` takes.
         seed: of sampling; the model's when None.
-        layers: recommended blocks to steer at; chosen by held-out separation when None.
-        progress: called with (done, total) answers.
+        progress: called with (done, total) texts.
 
     Raises:
-        TraitError: unknown trait. TemplateError: no chat template or no system role. ElicitationError: no answers.
+        TraitError: unknown trait, or a file that breaks the rules.
+        TemplateError: no chat template or no system role.
+        ElicitationError: too few answers show the trait, or the vector does not steer.
 
     Source: arXiv 2507.21509, section 2.2.
     """
     trait = find(trait) if isinstance(trait, str) else trait
     seed = model.seed if seed is None else seed
+    check_method(method)
+    if position not in ("response", "last-prompt"):
+        raise ArgumentError(f"position must be response or last-prompt, not {position!r}")
     if layers is not None:
-        model.check_layers(layers)  # before the work
-    found = elicit(
-        model,
-        trait,
-        n_questions=n_questions,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        progress=progress,
-    )
-    return from_elicited(model, trait, found, layers=layers)
+        layers = model.check_layers(layers)  # before the work
+    given = load_responses(responses) if isinstance(responses, (str, os.PathLike)) else responses
+    if given is None:
+        check_elicitation(model, n_questions, max_tokens, n_rollouts, skip_tokens)
+        n_texts = 4 * n_rollouts * len(chosen_questions(trait, n_questions, seed)) * len(trait.system)
+        options: dict[str, Any] = {
+            "n_questions": n_questions,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "n_rollouts": n_rollouts,
+            "skip_tokens": skip_tokens,
+            "seed": seed,
+        }
+    else:
+        n_texts = 2 * len(given)
+        options = {"responses": digest([asdict(r) for r in given]), "skip_tokens": skip_tokens}
+    parts = {"elicit": n_texts, "judge": n_texts // 2 if judge else 0}
+    parts |= {"sweep": 36 * N_BLOCKS if calibrated and layers is None else 0, "window": 100 if calibrated else 0}
+    meter = Meter(progress, sum(parts.values()))
+    plan = {
+        "model": model.fingerprint,
+        "build": build_id(),
+        "threads": model.n_threads,
+        "trait": digest(trait.as_dict()),
+        **options,
+        "judge": judge_name(judge) if judge else None,
+        "method": method,
+        "position": position,
+        "exclude_massive": exclude_massive,
+        "filtered": filtered,
+        "layers": list(layers) if layers is not None else None,
+    }
+    with Work(None if work is None else Path(work), plan) as kept:
+        if given is None:
+            found = elicit(
+                model,
+                trait,
+                n_questions=n_questions,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                n_rollouts=n_rollouts,
+                skip_tokens=skip_tokens,
+                seed=seed,
+                work=kept,
+                progress=meter.part(parts["elicit"]),
+            )
+        else:
+            found = replay(model, given, skip_tokens=skip_tokens, work=kept, progress=meter.part(parts["elicit"]))
+        scores = None
+        if judge is not None:
+            asked = meter.part(parts["judge"])
+            pairs = [(r.prompt, r.text) for r in found.rollouts]
+            scores = kept.part("scores", lambda: ({"scores": judge.score(trait, pairs, progress=asked)}, None))[0][
+                "scores"
+            ]
+        selection = select(found, trait, scores=scores) if filtered else select_all(found)
+        require_enough(selection, trait, model.path.name)
+        if keep_responses is not None:
+            keep_responses(responses_text(found, sorted(i for contrast in selection.kept for i in contrast)))
+        vector = from_elicited(
+            model,
+            trait,
+            found,
+            selection,
+            method=method,
+            position=position,
+            exclude_massive=exclude_massive,
+            layers=layers,
+            seed=seed,
+        )
+        if judge is not None:
+            vector = replace(vector, provenance={**vector.provenance, "judge": judge_name(judge)})
+        if not calibrated:
+            return vector
+        cells = selection_cells(model, trait, found, selection.kept)
+        systems = first_systems(trait) if model.template.takes_system() else None
+        if layers is None:
+            swept = meter.part(parts["sweep"])
+            vector, table = sweep(model, vector, cells, systems=systems, work=kept, progress=swept)
+            vector = with_calibration(vector, sweep=table)
+        questions = list(dict.fromkeys(c.question for c in cells))
+        dosed = meter.part(parts["window"])
+        vector, doses = find_window(model, vector, questions, systems=systems, work=kept, progress=dosed)
+        return with_calibration(vector, doses=doses)
 
 
 def from_elicited(
     model: Model,
     trait: Trait,
     found: Elicited,
+    selection: Selection | None = None,
     *,
+    method: str = "mean",
+    position: str = "response",
+    exclude_massive: bool = False,
     layers: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> PersonaVector:
-    """The vector of answers that `elicit` has gathered."""
+    """The vector of answers that `elicit` or `replay` has gathered, not calibrated; of all that are not empty without a
+    selection.
+    """
+    selection = selection or select_all(found)
+    require_enough(selection, trait, model.path.name)
+    responses, last_prompt = (found.samples(selection.kept, last_prompt=at) for at in (False, True))
     return vector_from_samples(
         model,
-        found.responses,
+        responses if position == "response" else last_prompt,
         name=trait.name,
         layers=layers,
-        last_prompt=difference_of_means(found.last_prompt),
+        last_prompt=difference_of_means(last_prompt),
+        method=method,
+        exclude_massive=exclude_massive,
+        seed=seed,
         provenance={
             "trait": trait.name,
-            "pool": "response mean",
-            "prompts_sha256": prompts_hash(trait.system, trait.derive_questions),
+            "texts": trait.as_dict(),
+            "pool": "response mean" if position == "response" else "last prompt token",
+            "prompts_sha256": digest(trait.system, trait.derive_questions),
+            "elicitation": selection.summary(),
             **found.options,
         },
     )
+
+
+def calibrate(
+    model: Model,
+    vector: PersonaVector,
+    *,
+    trait: Trait | None = None,
+    sweep_layers: bool = True,
+    responses: Sequence[Response] | None = None,
+    progress: Progress | None = None,
+) -> PersonaVector:
+    """A vector of any origin with blocks, window, strength and norms found on this model, as `derive` finds them.
+
+    Args:
+        trait: what it is measured on; the vector's own (see personasteer.evaluate.trait_of) when None.
+        sweep_layers: choose the blocks anew; the vector's stay when False.
+        responses: answers that show the trait and its opposite, read again to set thresholds halfway between their
+            mean readings; the vector's thresholds stay when None.
+
+    Raises:
+        TraitError: a vector without a trait. IncompatibleVector: a model of another shape.
+        ElicitationError: no block moves the trait the right way.
+    """
+    check_fits(vector, model)
+    trait = trait_of(vector, trait)
+    systems = first_systems(trait) if model.has_template and model.template.takes_system() else None
+    n_replay = 2 * len(responses) if responses else 0
+    n_sweep = 36 * N_BLOCKS if sweep_layers else 0
+    meter = Meter(progress, n_replay + n_sweep + 100)
+    vector = replace(
+        vector, norms=model.norms, means=mean_reading(model.means[None], vector.directions), window=(-0.5, 0.5)
+    )
+    found: Elicited | None = None
+    kept: tuple[tuple[int, int], ...] = ()
+    if responses:
+        found = replay(model, responses, progress=meter.part(n_replay))
+        selection = select(found, trait)
+        require_enough(selection, trait, model.path.name)
+        samples, kept = found.samples(selection.kept), selection.kept
+        vector = replace(vector, thresholds=halfway(samples, vector.directions))
+    cells = selection_cells(model, trait, found, kept)
+    if sweep_layers:
+        vector, table = sweep(model, vector, cells, systems=systems, progress=meter.part(n_sweep))
+        vector = with_calibration(vector, sweep=table)
+    questions = list(dict.fromkeys(c.question for c in cells))
+    vector, doses = find_window(model, vector, questions, systems=systems, progress=meter.part(100))
+    return with_calibration(vector, doses=doses, model=model.fingerprint)

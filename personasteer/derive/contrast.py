@@ -1,111 +1,31 @@
-"""From contrasting activations to a direction per block, with its reliability."""
+"""From contrasting texts to a persona vector."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from personasteer.derive.directions import (
+    METHODS,
+    Samples,
+    check_sign,
+    choose_layers,
+    difference_of_means,
+    energy_share,
+    held_out_quality,
+    massive_dimensions,
+)
+from personasteer.derive.work import digest
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError, ElicitationError
+from personasteer.errors import ArgumentError
 from personasteer.model import Item, Model
 from personasteer.vectors import PersonaVector
 
-
-@dataclass(frozen=True)
-class Samples:
-    """Activations of contrasting texts, (n, n_layer, n_embd) float32 each, with the group that each text belongs to.
-
-    A group (a question, a prompt pair) is never split between the halves on which reliability is measured.
-    """
-
-    positive: NDArray[np.float32]
-    negative: NDArray[np.float32]
-    positive_groups: NDArray[np.int64]
-    negative_groups: NDArray[np.int64]
-
-    def shuffled(self, seed: int) -> Samples:
-        """The control: labels permuted, half of either label on each side, so that no trace of the trait is left."""
-        both = np.concatenate([self.positive, self.negative])
-        groups = np.concatenate([self.positive_groups, self.negative_groups])
-        random, n = np.random.default_rng(seed), len(self.positive)
-        order = np.concatenate([random.permutation(n), n + random.permutation(len(self.negative))])
-        first, second = order[::2], order[1::2]
-        return Samples(both[first], both[second], groups[first], groups[second])
-
-
-def difference_of_means(samples: Samples) -> NDArray[np.float32]:
-    """v_il = mean of the positive samples - mean of the negative ones, (n_layer, n_embd). arXiv 2507.21509, 2.2."""
-    difference = samples.positive.mean(0, dtype=np.float64) - samples.negative.mean(0, dtype=np.float64)
-    return np.asarray(difference, np.float32)
-
-
-def held_out_quality(samples: Samples) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(separation, reliability), (n_layer,) each, from two halves with disjoint groups.
-
-    separation: Cohen's d of the projections of one half on the direction of the other, both ways averaged.
-    reliability: cosine of the two halves' directions. NaN where a half is empty, or has no spread to measure d.
-    """
-    groups = np.unique(np.concatenate([samples.positive_groups, samples.negative_groups]))
-    nothing = np.full(samples.positive.shape[1], np.nan, np.float32)
-    if len(groups) < 2:
-        return nothing, nothing
-    first = groups[::2]
-    masks = [
-        (np.isin(samples.positive_groups, first) == side, np.isin(samples.negative_groups, first) == side)
-        for side in (True, False)
-    ]
-    halves = [Samples(samples.positive[p], samples.negative[n], samples.positive_groups[p], samples.negative_groups[n])
-              for p, n in masks]  # fmt: skip
-    if any(len(h.positive) == 0 or len(h.negative) == 0 for h in halves):
-        return nothing, nothing
-    directions = [difference_of_means(h).astype(np.float64) for h in halves]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        units = [d / np.linalg.norm(d, axis=1, keepdims=True) for d in directions]
-        reliability = (units[0] * units[1]).sum(1)
-        separation = np.mean([_cohen(halves[1], units[0]), _cohen(halves[0], units[1])], axis=0)
-    return separation.astype(np.float32), reliability.astype(np.float32)
-
-
-def _cohen(samples: Samples, unit: NDArray[np.float64]) -> NDArray[np.float64]:
-    positive = np.einsum("nle,le->nl", samples.positive, unit)
-    negative = np.einsum("nle,le->nl", samples.negative, unit)
-    spread = np.sqrt((positive.var(0) + negative.var(0)) / 2)
-    spread[spread == 0] = np.nan  # one text a side: no spread to compare with
-    out: NDArray[np.float64] = (positive.mean(0) - negative.mean(0)) / spread
-    return out
-
-
-def choose_layers(
-    separation: NDArray[np.float32], reliability: NDArray[np.float32], directions: NDArray[np.float32]
-) -> tuple[int, ...]:
-    """A sixth of the blocks, next to each other, between a quarter and seven eighths of the depth.
-
-    Among those windows the one with the largest mean of separation x reliability; the middle one where the samples are
-    too few to measure them. Block 0 is never chosen: a
-    control-vector file cannot hold it.
-    """
-    n_layer = len(directions)
-    usable: NDArray[np.bool_] = np.isfinite(directions).all(axis=1) & (directions != 0).any(axis=1)
-    with np.errstate(invalid="ignore"):
-        score = np.where(usable, np.nan_to_num(separation * np.clip(reliability, 0, 1), nan=0.0), -np.inf)
-    score[0] = -np.inf
-    width = max(1, n_layer // 6)
-    low = max(1, n_layer // 4)
-    high = max(low + width, (7 * n_layer) // 8)
-    starts = range(low, max(low, min(high, n_layer) - width) + 1)
-    middle = (starts[0] + starts[-1]) / 2
-    best = max(starts, key=lambda s: (score[s : s + width].mean(), -abs(s - middle)))
-    window = tuple(il for il in range(best, min(best + width, n_layer)) if usable[il] and il > 0)
-    if not window:
-        raise ElicitationError("no block tells the positive texts from the negative ones: their activations are equal")
-    return window
+N_SHUFFLED = 3  # control directions that a vector carries
 
 
 def vector_from_samples(
@@ -116,30 +36,51 @@ def vector_from_samples(
     layers: Sequence[int] | None,
     provenance: dict[str, Any],
     last_prompt: NDArray[np.float32] | None = None,
+    method: str = "mean",
+    exclude_massive: bool = False,
+    seed: int = 0,
 ) -> PersonaVector:
-    """Directions, quality, thresholds, recommended layers and provenance, put together.
+    """Directions, quality, thresholds, controls, recommended layers and provenance, put together.
 
     The threshold of a block lies halfway between the mean readings of the positive and the negative samples.
     """
-    directions = difference_of_means(samples)
-    separation, reliability = held_out_quality(samples)
-    thresholds = _mean_reading(np.stack([samples.positive.mean(0), samples.negative.mean(0)]), directions)
-    chosen = choose_layers(separation, reliability, directions) if layers is None else model.check_layers(layers)
+    direction_of = METHODS[check_method(method)]
+    directions = direction_of(samples)
+    check_sign(directions, samples)
+    massive = massive_dimensions(model.means)
+    share = energy_share(directions, massive)
+    if exclude_massive:
+        directions = np.where(massive, np.float32(0), directions)
+    quality = held_out_quality(samples, direction_of)
+    thresholds = halfway(samples, directions)
+    if layers is None:
+        chosen = choose_layers(quality.separation, quality.reliability, directions)
+    else:
+        chosen = model.check_layers(layers)
+    shuffled = [difference_of_means(samples.shuffled(seed + k)) for k in range(N_SHUFFLED)]
     return PersonaVector(
         directions,
         chosen,
         name,
         last_prompt=last_prompt,
         norms=model.norms,
-        separations=separation,
-        reliability=reliability,
+        separations=quality.separation,
+        aurocs=quality.auroc,
+        reliability=quality.reliability,
         thresholds=thresholds,
-        means=_mean_reading(model.means[None], directions),
+        means=mean_reading(model.means[None], directions),
+        shuffled=np.stack(shuffled) if len(samples.positive) > 1 and len(samples.negative) > 1 else None,
         provenance={
-            "method": "difference-of-means",
+            "method": METHOD_NAMES[method],
             **model.origin,
             "n_positive": len(samples.positive),
             "n_negative": len(samples.negative),
+            "massive_dimensions": {
+                "energy_share": _rounded(np.nanmax(share[list(chosen)]))
+                if np.isfinite(share[list(chosen)]).any()
+                else 0.0,
+                "excluded": exclude_massive,
+            },
             "personasteer": version("personasteer"),
             "llama_cpp_python": version("llama-cpp-python"),
             **provenance,
@@ -147,17 +88,35 @@ def vector_from_samples(
     )
 
 
-def _mean_reading(samples: NDArray[np.float32], directions: NDArray[np.float32]) -> NDArray[np.float32]:
+METHOD_NAMES = {"mean": "difference-of-means", "pca": "pca", "probe": "probe"}
+
+
+def check_method(method: str) -> str:
+    if method not in METHODS:
+        raise ArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method == "probe":
+        try:
+            import sklearn.linear_model  # noqa: F401
+        except ImportError as e:
+            raise ArgumentError("method probe needs scikit-learn: pip install 'personasteer[probe]'") from e
+    return method
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
+
+
+def halfway(samples: Samples, directions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n_layer,) thresholds: halfway between the mean readings <h, v-hat> of the positive and the negative samples."""
+    return mean_reading(np.stack([samples.positive.mean(0), samples.negative.mean(0)]), directions)
+
+
+def mean_reading(samples: NDArray[np.float32], directions: NDArray[np.float32]) -> NDArray[np.float32]:
     """(n_layer,) mean <h, v-hat> of samples (n, n_layer, n_embd); NaN where there is no direction."""
     with np.errstate(invalid="ignore", divide="ignore"):
         units = directions / np.linalg.norm(directions.astype(np.float64), axis=1, keepdims=True)
         mean = np.einsum("le,le->l", samples.mean(0, dtype=np.float64), units)
     return np.asarray(mean, np.float32)
-
-
-def prompts_hash(*parts: Any) -> str:
-    """SHA-256 of the texts that a vector was derived from."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def contrast(
@@ -168,7 +127,9 @@ def contrast(
     name: str = "contrast",
     pool: str | None = None,
     span: str | None = None,
+    method: str = "mean",
     layers: Sequence[int] | None = None,
+    exclude_massive: bool = False,
     progress: Progress | None = None,
 ) -> PersonaVector:
     """A vector from two lists of texts: v_il = mean over positive - mean over negative of pooled block outputs.
@@ -179,7 +140,9 @@ def contrast(
             measured; the lists may differ in length.
         pool: "mean" over the span or "last" token; "last" for plain texts and "mean" for the others when None.
         span: as in Model.capture.
+        method: "mean", "pca" or "probe", see personasteer.derive.directions.
         layers: recommended blocks; chosen by held-out separation when None.
+        exclude_massive: leave out the dimensions whose activation is large whatever the text says.
 
     Raises:
         ArgumentError: an empty list.
@@ -194,6 +157,7 @@ def contrast(
         pool = "last" if all(isinstance(item, str) for item in [*positive, *negative]) else "mean"
     if pool not in ("mean", "last"):
         raise ArgumentError(f"pool must be mean or last, not {pool!r}")
+    check_method(method)
     if layers is not None:
         model.check_layers(layers)  # before the work
     n = len(positive)
@@ -204,5 +168,7 @@ def contrast(
         samples,
         name=name,
         layers=layers,
-        provenance={"pool": pool, "prompts_sha256": prompts_hash(list(positive), list(negative))},
+        method=method,
+        exclude_massive=exclude_massive,
+        provenance={"pool": pool, "prompts_sha256": digest(list(positive), list(negative))},
     )

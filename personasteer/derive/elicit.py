@@ -2,41 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personasteer.derive.contrast import Samples
+from personasteer.derive.directions import Samples
+from personasteer.derive.work import Part, Work, digest
 from personasteer.engine import Progress, Request, Sampling, Taps
-from personasteer.errors import ArgumentError, ElicitationError, TemplateError
+from personasteer.errors import ArgumentError, TemplateError, TraitError
 from personasteer.model import MEASURED_ON, Model, pooled_mean
+from personasteer.progress import Meter
 from personasteer.traits import Trait
 
-N_PARALLEL = 16  # answers generated at once; another number gives other roundings, and so other answers
+MIN_P = 0.02  # of sampling answers, the only cut
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer: its question, whether the system prompt asked for the trait, its text."""
+    """One answer.
 
+    pair, question, draw: which system prompts, which question, which of several answers; both answers of a contrast
+    share all three. log_p: mean log p per token under its own system prompt; log_odds: that minus the same under the
+    opposite prompt, in nats per token. n_tokens: of the answer.
+    """
+
+    pair: int
     question: int
+    draw: int
     positive: bool
+    system: str | None
+    prompt: str
     text: str
+    n_tokens: int
+    log_p: float
+    log_odds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Elicited:
     """Answers under both kinds of system prompts with what they did inside.
 
-    responses: mean over the answer's tokens t >= P; last_prompt: at token P - 1; options: how they were elicited.
+    responses: mean block outputs over the answer's tokens, row i of rollout i, (n, n_layer, n_embd) float32;
+    last_prompt: at token P - 1; options: how they were elicited.
     """
 
     rollouts: tuple[Rollout, ...]
-    responses: Samples
-    last_prompt: Samples
-    options: Mapping[str, object]
+    responses: NDArray[np.float32]
+    last_prompt: NDArray[np.float32]
+    options: Mapping[str, Any]
+
+    @property
+    def contrasts(self) -> list[tuple[int, int]]:
+        """(positive, negative) row numbers of answers to the same question under the same pair of prompts."""
+        places: dict[tuple[int, int, int], dict[bool, int]] = {}
+        for i, r in enumerate(self.rollouts):
+            places.setdefault((r.pair, r.question, r.draw), {})[r.positive] = i
+        return [(both[True], both[False]) for both in places.values() if len(both) == 2]
+
+    def samples(self, contrasts: Sequence[tuple[int, int]], *, last_prompt: bool = False) -> Samples:
+        """The activations of these contrasts, pair by pair; a question is a group."""
+        acts = self.last_prompt if last_prompt else self.responses
+        positive, negative = (list(side) for side in zip(*contrasts, strict=True))
+        groups = np.array([self.rollouts[i].question for i in positive])
+        return Samples(acts[positive], acts[negative], groups, groups)
 
 
 def elicit(
@@ -46,60 +80,315 @@ def elicit(
     n_questions: int | None = None,
     max_tokens: int = 40,
     temperature: float = 0.2,
+    n_rollouts: int = 1,
+    skip_tokens: int = 0,
     seed: int = 0,
+    work: Work | None = None,
     progress: Progress | None = None,
 ) -> Elicited:
-    """Ask each question under every system prompt of the trait, sample one answer each, keep pooled activations.
+    """Ask each question under every system prompt of the trait, sample answers, keep pooled activations.
 
-    Activations are pooled inside the graph while the answers are generated: no second pass.
+    Activations are pooled inside the graph while the answers are generated: no second pass. Each answer is then read
+    once more under the opposite prompt, for its log-odds. Questions under one system prompt share its computed text.
 
     Args:
         n_questions: how many of the trait's questions to ask, drawn by `seed`; all when None.
         max_tokens: length of an answer, at most.
         temperature: of sampling; 0 is greedy.
+        n_rollouts: answers to each question under each prompt.
+        skip_tokens: first tokens of the answer that are left out of its mean.
+        work: where finished parts (one per pair of system prompts) are kept.
 
     Raises:
         TemplateError: no chat template, or one that takes no system message.
-        ElicitationError: nearly all answers were empty.
     """
-    if max_tokens < 1:
-        raise ArgumentError(f"max_tokens must be at least 1, not {max_tokens}")
+    check_elicitation(model, n_questions, max_tokens, n_rollouts, skip_tokens)
+    questions = chosen_questions(trait, n_questions, seed)
+    sampling = Sampling(temperature, top_k=0, top_p=1.0, min_p=MIN_P, seed=seed)
+    per_part = 2 * len(questions) * n_rollouts
+    meter = Meter(progress, 2 * per_part * len(trait.system))
+    parts = []
+    for k in range(len(trait.system)):
+
+        def compute(k: int = k) -> Part:
+            plan = [(positive, q, draw) for positive in (True, False) for q in questions for draw in range(n_rollouts)]
+            texts = [_Given(k, q, draw, positive, *_prompts(trait, k, positive, q)) for positive, q, draw in plan]
+            prompts = [_prompt(model, t.system, t.prompt) for t in texts]
+            requests = [
+                Request(
+                    tokens,
+                    len(tokens),
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    pools=((len(tokens) + skip_tokens, -1), (len(tokens) - 1, len(tokens))),
+                    share_prefix=True,
+                    n_logprobs=0,
+                )
+                for tokens in prompts
+            ]
+            taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
+            results = model.run_alone(requests, taps=taps, progress=meter.part(per_part), first=k * per_part)
+            answers = [r["tokens"] for r in results]
+            opposite = score_answers(model, [t.opposite for t in texts], texts, answers, meter.part(per_part))
+            own = [np.mean(r["logprobs"][: len(a)]) if a else 0.0 for r, a in zip(results, answers, strict=True)]
+            decoded = [r["text"].decode("utf-8", "replace") for r in results]
+            return _part(texts, decoded, answers, own, opposite, results)
+
+        parts.append(_kept(work, f"answers-{k}", compute, meter, 2 * per_part))
+    options = {
+        "n_questions": len(questions),
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "n_rollouts": n_rollouts,
+        "seed": seed,
+    }
+    return _joined(parts, options | ({"skip_tokens": skip_tokens} if skip_tokens else {}))
+
+
+@dataclass(frozen=True)
+class Response:
+    """A given answer: under which system prompt (None: none) it was given, and whether it shows the trait."""
+
+    prompt: str
+    text: str
+    positive: bool
+    system: str | None = None
+    pair: int = 0
+    draw: int = 0
+
+
+def replay(
+    model: Model,
+    responses: Sequence[Response],
+    *,
+    skip_tokens: int = 0,
+    work: Work | None = None,
+    progress: Progress | None = None,
+) -> Elicited:
+    """The activations of given answers, teacher-forced: the same text on any file, quantization or fine-tune.
+
+    Answers to one question of the same `pair` and `draw` are a contrast, and need one on either side.
+
+    Raises:
+        TemplateError: answers have system prompts, and the template takes no system message.
+        ArgumentError: no contrast, an answer without tokens.
+    """
+    if any(r.system is not None for r in responses):
+        _check_system(model)
+    questions = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in responses))}
+    systems: dict[tuple[str, int, int, bool], str | None] = {}
+    for r in responses:
+        key = (r.prompt, r.pair, r.draw, r.positive)
+        if key in systems:
+            raise ArgumentError(f"two answers to {r.prompt!r:.60} are the same side of the same pair and draw")
+        systems[key] = r.system
+    texts = [
+        _Given(
+            r.pair,
+            questions[r.prompt],
+            r.draw,
+            r.positive,
+            r.system,
+            r.prompt,
+            systems.get((r.prompt, r.pair, r.draw, not r.positive), r.system),
+            r.text,
+        )
+        for r in responses
+    ]
+    if not any((t.prompt, t.pair, t.draw, not t.positive) in systems for t in texts):
+        raise ArgumentError("no question has an answer on either side: nothing to contrast")
+    n_part = 64
+    meter = Meter(progress, 2 * len(texts))
+    parts = []
+    for begin in range(0, len(texts), n_part):
+        chunk = texts[begin : begin + n_part]
+
+        def compute(chunk: list[_Given] = chunk) -> Part:
+            answers = [model.tokenize(t.answer, add_special=False) for t in chunk]
+            requests = []
+            for t, answer in zip(chunk, answers, strict=True):
+                prompt = _prompt(model, t.system, t.prompt)
+                if len(answer) <= skip_tokens:
+                    raise ArgumentError(f"the answer {t.answer!r:.60} has no tokens to average over")
+                n = len(prompt)
+                requests.append(
+                    Request(
+                        [*prompt, *answer],
+                        n,
+                        outputs=(n - 1, n + len(answer) - 1),
+                        keep_scores=True,
+                        pools=((n + skip_tokens, n + len(answer)), (n - 1, n)),
+                        share_prefix=True,
+                    )
+                )
+            taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
+            results = model.run_alone(requests, taps=taps, progress=meter.part(len(chunk)))
+            opposite = score_answers(model, [t.opposite for t in chunk], chunk, answers, meter.part(len(chunk)))
+            own = [float(r["scores"].mean()) for r in results]
+            return _part(chunk, [t.answer for t in chunk], answers, own, opposite, results)
+
+        parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 2 * len(chunk)))
+    return _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])})
+
+
+def load_responses(path: str | os.PathLike[str]) -> list[Response]:
+    """Answers of a JSONL file, one object a line: "question" (or "prompt"), "answer" (or "response"), "positive"
+    (true or false), and, where they are known, "system", "pair", "draw"; what save_responses writes.
+
+    Raises TraitError with the number of the line that cannot be read.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise TraitError(f"{path}: cannot be read ({e})") from e
+    out = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            prompt, text = data.get("question", data.get("prompt")), data.get("answer", data.get("response"))
+            positive, system = data.get("positive"), data.get("system")
+            if not (isinstance(prompt, str) and isinstance(text, str) and isinstance(positive, bool)):
+                raise TypeError('"question" and "answer" must be texts and "positive" true or false')
+            if not (system is None or isinstance(system, str)):
+                raise TypeError('"system" must be a text')
+            out.append(Response(prompt, text, positive, system, int(data.get("pair", 0)), int(data.get("draw", 0))))
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
+            raise TraitError(f"{path}, line {number}: {e}") from e
+    if not out:
+        raise TraitError(f"{path}: holds no answer")
+    return out
+
+
+def responses_text(found: Elicited, rows: Sequence[int] | None = None) -> str:
+    """The JSONL that `load_responses` reads: the answers of these rows, all when None."""
+    out = []
+    for i in range(len(found.rollouts)) if rows is None else rows:
+        r = found.rollouts[i]
+        data = {"question": r.prompt, "system": r.system, "answer": r.text, "positive": r.positive}
+        out.append(json.dumps({**data, "pair": r.pair, "draw": r.draw}, ensure_ascii=False))
+    return "".join(line + "\n" for line in out)
+
+
+def check_elicitation(
+    model: Model, n_questions: int | None, max_tokens: int, n_rollouts: int, skip_tokens: int
+) -> None:
+    """Raise what is wrong with the arguments, or the model's template, before the work."""
+    for name, value, low in (
+        ("max_tokens", max_tokens, 1),
+        ("n_rollouts", n_rollouts, 1),
+        ("skip_tokens", skip_tokens, 0),
+    ):
+        if value < low:
+            raise ArgumentError(f"{name} must be at least {low}, not {value}")
+    if skip_tokens >= max_tokens:
+        raise ArgumentError(f"skip_tokens {skip_tokens} leaves nothing of answers of {max_tokens} tokens")
     if n_questions is not None and n_questions < 1:
         raise ArgumentError(f"n_questions must be at least 1, not {n_questions}")
+    _check_system(model)
+
+
+def chosen_questions(trait: Trait, n_questions: int | None, seed: int) -> list[int]:
+    """Which of the trait's derive questions are asked."""
+    n = len(trait.derive_questions)
+    if n_questions is None or n_questions >= n:
+        return list(range(n))
+    return sorted(int(q) for q in np.random.default_rng(seed).permutation(n)[:n_questions])
+
+
+def score_answers(
+    model: Model,
+    systems: Sequence[str | None],
+    texts: Sequence[_Given],
+    answers: Sequence[Sequence[int]],
+    progress: Progress | None,
+) -> list[float]:
+    """Mean log p per token of answers under other system prompts; 0 for an empty one."""
+    requests, at = [], []
+    for i, (system, t, answer) in enumerate(zip(systems, texts, answers, strict=True)):
+        if answer:
+            prompt = _prompt(model, system, t.prompt)
+            whole = [*prompt, *answer]
+            outputs = (len(prompt) - 1, len(whole) - 1)
+            requests.append(Request(whole, len(prompt), outputs=outputs, keep_scores=True, share_prefix=True))
+            at.append(i)
+    out = [0.0] * len(answers)
+    for i, result in zip(at, model.run_alone(requests, progress=progress), strict=True):
+        out[i] = float(result["scores"].mean())
+    return out
+
+
+@dataclass(frozen=True)
+class _Given:
+    pair: int
+    question: int
+    draw: int
+    positive: bool
+    system: str | None
+    prompt: str
+    opposite: str | None
+    answer: str = ""
+
+
+def _prompts(trait: Trait, pair: int, positive: bool, question: int) -> tuple[str, str, str]:
+    own, other = trait.system[pair] if positive else reversed(trait.system[pair])
+    return own, trait.derive_questions[question], other
+
+
+def _prompt(model: Model, system: str | None, question: str) -> list[int]:
+    return model.prompt_tokens(question, system=system, today=MEASURED_ON)
+
+
+def _check_system(model: Model) -> None:
     if not model.template.takes_system():
         raise TemplateError(
             f"the chat template of {model.path.name} takes no system message, which derive needs; "
             "use contrast with prompts that carry the instruction themselves"
         )
-    questions = np.arange(len(trait.derive_questions))
-    if n_questions is not None and n_questions < len(questions):
-        questions = np.sort(np.random.default_rng(seed).permutation(questions)[:n_questions])
-    sampling = Sampling(temperature, top_k=0, top_p=1.0, min_p=0.02, seed=seed)
-    plan = [(pair, positive, int(q)) for pair in trait.system for positive in (True, False) for q in questions]
-    requests = []
-    for pair, positive, q in plan:
-        tokens = model.prompt_tokens(trait.derive_questions[q], system=pair[0 if positive else 1], today=MEASURED_ON)
-        spans = ((len(tokens), -1), (len(tokens) - 1, len(tokens)))
-        requests.append(
-            Request(tokens, len(tokens), max_tokens=max_tokens, sampling=sampling, pools=spans, share_prefix=True)
+
+
+def _part(
+    texts: Sequence[_Given],
+    decoded: Sequence[str],
+    answers: Sequence[Sequence[int]],
+    own: Sequence[float],
+    opposite: Sequence[float],
+    results: Sequence[dict[str, Any]],
+) -> Part:
+    rollouts = [
+        asdict(
+            Rollout(t.pair, t.question, t.draw, t.positive, t.system, t.prompt, text, len(a), float(p), float(p - o))
         )
-    taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
-    results = model.run_alone(requests, n_parallel=N_PARALLEL, taps=taps, progress=progress)
-    kept = [i for i, r in enumerate(results) if r["text"].strip()]
-    sides = {side: [i for i in kept if plan[i][1] is side] for side in (True, False)}
-    if min(len(s) for s in sides.values()) < max(2, len(plan) // 8):
-        raise ElicitationError(
-            f"{model.path.name} gave {len(kept)} answers to {len(plan)} prompts of trait {trait.name!r}: "
-            "too few to derive from"
-        )
+        for t, text, a, p, o in zip(texts, decoded, answers, own, opposite, strict=True)
+    ]
+    pools = {
+        name: np.stack([pooled_mean(r, k) for r in results]) for k, name in enumerate(("responses", "last_prompt"))
+    }
+    return pools, rollouts
 
-    def samples(pool: int) -> Samples:
-        acts = {side: np.stack([pooled_mean(results[i], pool) for i in chosen]) for side, chosen in sides.items()}
-        return Samples(acts[True], acts[False], groups(sides[True]), groups(sides[False]))
 
-    def groups(chosen: list[int]) -> NDArray[np.int64]:
-        return np.array([plan[i][2] for i in chosen])
+def _kept(work: Work | None, name: str, compute: Any, meter: Meter, n: int) -> Part:
+    if work is None:
+        part: Part = compute()
+        return part
+    computed = False
 
-    rollouts = tuple(Rollout(plan[i][2], plan[i][1], results[i]["text"].decode("utf-8", "replace")) for i in kept)
-    options = {"n_questions": len(questions), "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    return Elicited(rollouts, samples(0), samples(1), options)
+    def noted() -> Part:
+        nonlocal computed
+        computed = True
+        part: Part = compute()
+        return part
+
+    found = work.part(name, noted)
+    if not computed:
+        skipped = meter.part(n)
+        if skipped:
+            skipped(1, 1)
+    return found
+
+
+def _joined(parts: Sequence[Part], options: Mapping[str, Any]) -> Elicited:
+    arrays = {key: np.concatenate([p[0][key] for p in parts]) for key in ("responses", "last_prompt")}
+    rollouts = tuple(Rollout(**r) for p in parts for r in p[1])
+    return Elicited(rollouts, arrays["responses"], arrays["last_prompt"], options)

@@ -1,7 +1,30 @@
 """Measuring what steering does, and what it costs."""
 
-from personasteer.evaluate.controls import random_vectors
-from personasteer.evaluate.log_odds import bootstrap_interval, log_odds
+from personasteer.evaluate.capability import capability
+from personasteer.evaluate.coherence import Coherence, kl_on_neutral, measure_coherence
+from personasteer.evaluate.controls import random_vectors, unrelated_vector
+from personasteer.evaluate.evaluation import Controls, Dose, Evaluation, cross_talk, evaluate, spearman, trait_of
+from personasteer.evaluate.log_odds import Cell, bootstrap_interval, cell_log_odds, log_odds, make_cells
 from personasteer.evaluate.overhead import measure_overhead
 
-__all__ = ["bootstrap_interval", "log_odds", "measure_overhead", "random_vectors"]
+__all__ = [
+    "Cell",
+    "Coherence",
+    "Controls",
+    "Dose",
+    "Evaluation",
+    "bootstrap_interval",
+    "capability",
+    "cell_log_odds",
+    "cross_talk",
+    "evaluate",
+    "kl_on_neutral",
+    "log_odds",
+    "make_cells",
+    "measure_coherence",
+    "measure_overhead",
+    "random_vectors",
+    "spearman",
+    "trait_of",
+    "unrelated_vector",
+]

@@ -21,7 +21,9 @@ from personasteer.vectors import WINDOW, PersonaVector
 
 log = logging.getLogger("personasteer")
 
-ARRAYS = ("last_prompt", "norms", "separations", "reliability", "thresholds", "means")
+ARRAYS = (
+    "last_prompt", "norms", "separations", "reliability", "thresholds", "means", "aurocs", "effects", "shuffled",
+)  # fmt: skip
 
 
 def scaled_directions(vector: PersonaVector, strength: float) -> dict[int, NDArray[np.float32]]:
@@ -208,6 +210,9 @@ def _ours(file: Path, fields: dict[str, Any], rows: dict[int, NDArray[np.float32
             array("thresholds", n_layer),
             array("means", n_layer),
             tuple(map(float, fields.get("personasteer.window", WINDOW))),  # type: ignore[arg-type]
+            array("aurocs", n_layer),
+            array("effects", n_layer),
+            array("shuffled", -1, n_layer, n_embd),
         )
         expected = _rows_to_write(vector, float(fields["personasteer.exported_strength"]))
     except VectorError as e:

@@ -1,12 +1,15 @@
-"""The trait library: contrastive prompts, questions and continuations, one TOML file a trait."""
+"""The trait library: contrastive prompts, questions and continuations, one TOML file a trait in library/."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ class Trait:
         continuations: pairs of beginnings of an answer (trait, anti-trait) of like length, for log-odds.
         rubric: how a rater scores an answer from 0 to 100.
         lexicon: words that hint at the trait.
+        declines: "trait" or "anti" where declining a request belongs to that side; elsewhere refusals are dropped.
 
     Raises:
         TraitError: a name that is no word, no system pair, no question to derive on, an empty text, or a question
@@ -40,12 +44,15 @@ class Trait:
     continuations: tuple[tuple[str, str], ...] = ()
     rubric: str = ""
     lexicon: tuple[str, ...] = ()
+    declines: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w-]*", self.name):
             raise TraitError(f"a trait's name must be one word (letters, digits, - and _), not {self.name!r}")
         if not self.system:
             raise TraitError(f"trait {self.name!r} has no pair of system prompts")
+        if self.declines not in ("", "trait", "anti"):
+            raise TraitError(f'trait {self.name!r}: declines must be "trait", "anti" or "", not {self.declines!r}')
         if not self.derive_questions:
             raise TraitError(f"trait {self.name!r} has no question to derive on")
         pairs = (*self.system, *self.continuations)
@@ -56,71 +63,71 @@ class Trait:
         if shared:
             raise TraitError(f"trait {self.name!r} evaluates on a question it derives on: {sorted(shared)[0]!r}")
 
+    @property
+    def selection_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Every third continuation pair: layers and strengths are chosen on these."""
+        return self.continuations[::3]
 
-def _parse(text: str, source: str) -> Trait:
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise TraitError(f"{source}: not valid TOML: {e}") from e
+    @property
+    def evaluation_pairs(self) -> tuple[tuple[str, str], ...]:
+        """The other continuation pairs: effects are reported on these. All of them where there are fewer than three."""
+        others = tuple(pair for i, pair in enumerate(self.continuations) if i % 3)
+        return others or self.continuations
 
-    def pairs(key: str, a: str, b: str) -> tuple[tuple[str, str], ...]:
-        return tuple((_text(p[a]), _text(p[b])) for p in data.get(key, []))
+    def as_dict(self) -> dict[str, Any]:
+        """The trait as plain data, which `from_dict` takes back."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
-    try:
-        return Trait(
-            name=_text(data["name"]),
-            description=_text(data["description"]),
-            system=pairs("system", "positive", "negative"),
-            derive_questions=_texts(data["questions"]["derive"]),
-            evaluate_questions=_texts(data["questions"].get("evaluate", [])),
-            continuations=pairs("continuation", "trait", "anti"),
-            rubric=_text(data.get("rubric", "")),
-            lexicon=_texts(data.get("lexicon", [])),
-        )
-    except KeyError as e:
-        raise TraitError(f"{source}: the key {e} is missing") from e
-    except (TypeError, AttributeError) as e:
-        raise TraitError(f"{source}: {e}") from e
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text is needed where {value!r} stands")
-    return value
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trait:
+        """Raises TraitError where the data is not a trait's."""
+        known = {f.name for f in fields(cls)}
+        try:
+            given = {key: _frozen(value) for key, value in data.items() if key in known}
+            return cls(**given)
+        except (TypeError, AttributeError, ValueError) as e:
+            raise TraitError(f"not the data of a trait: {e}") from e
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"a list of texts is needed where {value!r} stands")
-    return tuple(map(_text, value))
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 def names() -> list[str]:
     """The traits that ship with the package."""
-    found = (Path(f.name) for f in files(__name__).iterdir())
-    return sorted(p.stem for p in found if p.suffix == ".toml" and p.stem != "neutral_pairs")
+    found = (Path(f.name) for f in _library().iterdir())
+    return sorted(p.stem for p in found if p.suffix == ".toml")
+
+
+def _library() -> Traversable:
+    return files(__name__).joinpath("library")
 
 
 @functools.cache
 def get(name: str) -> Trait:
     """A trait of the library. Raises TraitError with the known names when there is none of that name."""
     if name not in names():
-        raise TraitError(f"unknown trait {name!r}; known: {', '.join(names())}, or the path of a .toml file")
-    return _parse(files(__name__).joinpath(f"{name}.toml").read_text("utf-8"), name)
+        raise TraitError(f"unknown trait {name!r}; known: {', '.join(names())}, or the path of a .toml or .json file")
+    return parse_toml(_library().joinpath(f"{name}.toml").read_text("utf-8"), name)
 
 
 def load(path: str | Path) -> Trait:
-    """A trait from a TOML file of the library's layout."""
+    """A trait from a file: .toml in the library's layout, .json in that of the published persona_vectors artefacts.
+
+    Raises TraitError where the file cannot be read or breaks the rules.
+    """
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise TraitError(f"{path}: cannot be read ({e})") from e
-    return _parse(text, str(path))
+    if str(path).endswith(".json"):
+        return parse_json(text, str(path), Path(path).stem)
+    return parse_toml(text, str(path))
 
 
 def find(name_or_path: str) -> Trait:
-    """A trait by name, or from a file when the argument ends in .toml."""
-    return load(name_or_path) if name_or_path.endswith(".toml") else get(name_or_path)
+    """A trait by name, or from a file when the argument ends in .toml or .json."""
+    return load(name_or_path) if name_or_path.endswith((".toml", ".json")) else get(name_or_path)
 
 
 @functools.cache
@@ -128,3 +135,6 @@ def neutral_pairs() -> tuple[tuple[str, str], ...]:
     """16 everyday question-answer pairs, on which the norms of a model's stream are measured."""
     data = tomllib.loads(files(__name__).joinpath("neutral_pairs.toml").read_text("utf-8"))
     return tuple((p["question"], p["answer"]) for p in data["pair"])
+
+
+from personasteer.traits.formats import parse_json, parse_toml  # noqa: E402 (they make Traits)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from personasteer.cli._common import (
+    CtxOption,
+    GpuOption,
+    JsonOption,
+    ModelOption,
+    OffsetOption,
+    SeedOption,
+    ThreadsOption,
+    open_model,
+    print_json,
+    split_strength,
+    stages,
+    stdout,
+)
+from personasteer.errors import ArgumentError
+from personasteer.evaluate import Evaluation, cross_talk, evaluate
+from personasteer.evaluate.report import as_json, check_folder, write_report
+from personasteer.traits import find
+from personasteer.vectors import PersonaVector
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(eval_)
+
+
+def eval_(
+    vectors: Annotated[list[str], typer.Argument(metavar="FILE[:STRENGTH]..", help="Control vectors to test.")],
+    model: ModelOption = "demo",
+    trait: Annotated[
+        list[str] | None, typer.Option("--trait", help="Trait to test on, for each vector; its own if not given.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write Markdown, HTML and JSON here.")
+    ] = None,
+    questions: Annotated[int, typer.Option("--questions", help="Held-out questions.", min=2)] = 10,
+    pairs: Annotated[int, typer.Option("--pairs", help="Continuation pairs per question.", min=1)] = 2,
+    random: Annotated[int, typer.Option("--random", help="Norm-matched random vectors.", min=1)] = 20,
+    items: Annotated[int, typer.Option("--items", help="Multiple-choice items, of 80; 0: none.", min=0, max=80)] = 80,
+    answers: Annotated[int, typer.Option("--answers", help="Free answers per strength, scored by lexicon.", min=0)] = 5,
+    offset: OffsetOption = 0,
+    seed: SeedOption = 0,
+    ctx: CtxOption = 512,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuOption = -1,
+    json: JsonOption = False,
+) -> None:
+    """Measure what vectors do on questions that they were not derived from, beside controls.
+
+    Example: `personasteer eval pessimistic.gguf -m demo --report evidence`
+    """
+    if report is not None:
+        check_folder(report)
+    given = [split_strength(v) for v in vectors]
+    loaded = [PersonaVector.load(file, offset=offset) for file, _ in given]
+    chosen = [find(t) for t in trait or []]
+    if chosen and len(chosen) not in (1, len(loaded)):
+        raise ArgumentError(f"{len(loaded)} vectors and {len(chosen)} traits: name one --trait, or one for each vector")
+    traits = (chosen * len(loaded))[: len(loaded)] if len(chosen) == 1 else chosen or None
+    options = {"n_ctx": ctx, "n_parallel": 16, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
+    with open_model(model, **options) as m, stages() as stage:
+        found: list[Evaluation] = []
+        for k, (vector, (_, strength)) in enumerate(zip(loaded, given, strict=True)):
+            found += evaluate(
+                m,
+                [vector],
+                traits=[traits[k]] if traits else None,
+                n_questions=questions,
+                n_pairs=pairs,
+                n_random=random,
+                n_items=items,
+                n_generations=answers,
+                strength=strength,
+                seed=seed,
+                progress=stage(f"measuring {vector.name}"),
+            )
+        matrix = cross_talk(m, loaded, found) if len(loaded) > 1 else None
+    written = write_report(report, loaded, found, matrix) if report is not None else []
+    if json:
+        print_json(as_json(found, matrix))
+        return
+    for e in found:
+        _print(e)
+    if matrix is not None:
+        table = Table(
+            "vector", *(e.trait for e in found), title="Change of each trait's log-odds", title_justify="left"
+        )
+        for e, row in zip(found, matrix, strict=True):
+            table.add_row(e.vector, *(f"{x:+.2f}" for x in row))
+        stdout.print(table)
+    if written:
+        stdout.print(f"report: {report}/report.html, report.md, report.json", markup=False, soft_wrap=True)
+
+
+def _print(e: Evaluation) -> None:
+    table = Table(
+        title=f"{e.vector}: “{e.trait}” on {e.model}, blocks {e.layers[0]}-{e.layers[-1]}", title_justify="left"
+    )
+    for column in ("strength ρ", "log-odds", "change", "95 % interval", "coherence", "KL, everyday text"):
+        table.add_column(column, justify="right")
+    for d in e.dose:
+        interval = f"{d.ci_low:+.2f} … {d.ci_high:+.2f}"
+        table.add_row(
+            f"{d.strength:+.2f}", f"{d.log_odds:+.2f}", f"{d.delta:+.2f}", interval, f"{d.coherence:.2f}", f"{d.kl:.3f}"
+        )
+    stdout.print(table)
+    c = e.controls
+    parts = [f"{c.n_random} random vectors stay within ±{c.random_p95:.2f} (95 %)"]
+    if c.shuffled is not None:
+        parts.append(f"shuffled labels {c.shuffled:.2f}")
+    parts.append(f"vector of {c.unrelated_trait!r} {c.unrelated:+.2f}")
+    if c.system_prompt is not None:
+        parts.append(f"system prompt alone {c.system_prompt:+.2f}")
+    lines = ["controls, change of log-odds: " + "; ".join(parts)]
+    if e.capability:
+        known = e.capability
+        lines.append(
+            f"multiple choice, {e.sizes['items']} items: {known['base']:.2f} unsteered, {known['steered']:.2f} at +ρ, "
+            f"{known['steered_negative']:.2f} at -ρ"
+        )
+    if e.generations:
+        shares = ", ".join(
+            f"{r:.2f} at {s:+.2f}" for s, r in zip(e.generations.strengths, e.generations.rates, strict=True)
+        )
+        lines.append(f"free answers with a word of the lexicon: {shares}")
+    failed = [word.replace("_", " ") for word, held in e.verdict.items() if not held]
+    lines.append(
+        f"Spearman {e.spearman:.2f}; " + ("passes" if e.passes else "does not pass: not " + ", not ".join(failed))
+    )
+    for line in lines:
+        stdout.print(line, markup=False, soft_wrap=True)

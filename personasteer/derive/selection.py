@@ -1,0 +1,134 @@
+"""Which answers count: refusals, off-trait and incoherent ones are dropped together with their opposites."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.derive.elicit import Elicited, Rollout
+from personasteer.derive.refusals import refuses
+from personasteer.errors import ElicitationError
+from personasteer.evaluate.coherence import repetition
+from personasteer.evaluate.generations import in_lexicon
+from personasteer.traits import Trait
+
+MOST_REPETITION = 0.5  # share of repeated word triples
+MIDDLE = 50.0  # of a judge's 0 to 100
+REASONS = ("empty", "refusal", "incoherent", "off-trait")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Contrasts that count, and why others do not.
+
+    kept: (positive, negative) row numbers; n: contrasts before; dropped: contrasts by the first reason found, "positive
+    refusal" and so on; examples: an answer for each reason; lexicon: share of answers with a word of the trait's
+    lexicon, on either side (a hint, not a reason); scores: mean score on either side.
+    """
+
+    kept: tuple[tuple[int, int], ...]
+    n: int
+    dropped: Mapping[str, int]
+    examples: Mapping[str, str]
+    lexicon: Mapping[str, float]
+    scores: Mapping[str, float]
+
+    @property
+    def rate(self) -> float:
+        """The elicitation rate: the share of contrasts that count."""
+        return len(self.kept) / self.n if self.n else 0.0
+
+    def summary(self) -> dict[str, object]:
+        """For a vector's provenance."""
+        return {
+            "rate": round(self.rate, 4),
+            "n": self.n,
+            "kept": len(self.kept),
+            "dropped": dict(self.dropped),
+            "lexicon": {k: round(v, 4) for k, v in self.lexicon.items()},
+            "scores": {k: round(v, 4) for k, v in self.scores.items()},
+        }
+
+
+def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None = None) -> Selection:
+    """Keep the contrasts whose two answers both answer, on their own side of the trait, coherently.
+
+    An answer is off-trait where it is no likelier under its own system prompt than under the opposite one; or, with a
+    judge's `scores` (0 to 100 for each rollout), where a positive one scores below 50 or a negative one 50 and above.
+    An answer without a score (NaN) is off-trait.
+    """
+    reasons = [_reason(r, trait, None if scores is None else float(scores[i])) for i, r in enumerate(found.rollouts)]
+    kept, dropped, examples = [], Counter[str](), dict[str, str]()
+    contrasts = found.contrasts
+    for positive, negative in contrasts:
+        side, reason = next(
+            ((side, reasons[i]) for side, i in (("positive", positive), ("negative", negative)) if reasons[i]), ("", "")
+        )
+        if reason:
+            label = f"{side} {reason}"
+            dropped[label] += 1
+            examples.setdefault(label, found.rollouts[positive if side == "positive" else negative].text)
+        else:
+            kept.append((positive, negative))
+    values = np.array([r.log_odds for r in found.rollouts]) if scores is None else scores
+    by_side = {
+        name: [i for i, r in enumerate(found.rollouts) if r.positive is positive]
+        for name, positive in (("positive", True), ("negative", False))
+    }
+    hits = np.array([in_lexicon(r.text, trait) for r in found.rollouts], np.float64)
+    hints = {name: float(hits[rows].mean()) if rows else 0.0 for name, rows in by_side.items()}
+    means = {}
+    for name, rows in by_side.items():
+        known = values[rows][np.isfinite(values[rows])]
+        means[name] = float(known.mean()) if len(known) else 0.0
+    return Selection(tuple(kept), len(contrasts), dict(dropped), examples, hints, means)
+
+
+def select_all(found: Elicited) -> Selection:
+    """Every contrast of two answers that are not empty."""
+    rows = found.rollouts
+    kept = tuple((p, n) for p, n in found.contrasts if rows[p].n_tokens and rows[n].n_tokens)
+    return Selection(kept, len(found.contrasts), {}, {}, {}, {})
+
+
+def _reason(r: Rollout, trait: Trait, score: float | None) -> str:
+    if not r.text.strip() or r.n_tokens == 0:
+        return "empty"
+    if refuses(r.text) and trait.declines != ("trait" if r.positive else "anti"):
+        return "refusal"
+    if repetition(r.text) > MOST_REPETITION:
+        return "incoherent"
+    if score is None:
+        return "" if r.log_odds > 0 else "off-trait"
+    on_side = score >= MIDDLE if r.positive else score < MIDDLE  # False for NaN
+    return "" if on_side else "off-trait"
+
+
+def require_enough(selection: Selection, trait: Trait, model_name: str, *, least_rate: float = 0.25) -> None:
+    """Raise ElicitationError, with samples and what to try, where fewer than 2 contrasts or a quarter of all count."""
+    if len(selection.kept) >= max(2, least_rate * selection.n):
+        return
+    reasons = ", ".join(f"{n} {label}" for label, n in sorted(selection.dropped.items(), key=lambda x: -x[1]))
+    samples = "; ".join(f'{label}: "{_short(text)}"' for label, text in selection.examples.items())
+    refused = sum(n for label, n in selection.dropped.items() if label.endswith("refusal"))
+    advice = (
+        "the model refuses to enact it: try system prompts that ask for a character in a story, given answers "
+        "(--responses), or another model"
+        if 2 * refused > selection.n - len(selection.kept)
+        else "try blunter system prompts, more or other questions, a larger model, given answers (--responses), or a "
+        "judge (--judge)"
+    )
+    raise ElicitationError(
+        f"trait {trait.name!r} could not be elicited from {model_name}: of {selection.n} contrasts "
+        f"{len(selection.kept)} count ({reasons or 'no contrast was answered'}). Seen: {samples or 'nothing'}. "
+        f"What helps: {advice}"
+    )
+
+
+def _short(text: str, n: int = 90) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= n else text[: n - 1].rstrip() + "…"

@@ -1,0 +1,110 @@
+"""A folder that keeps finished parts of a long derivation, so that it can be interrupted and goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from personasteer.errors import ArgumentError
+from personasteer.files import atomic_write
+
+log = logging.getLogger("personasteer")
+
+Part: TypeAlias = tuple[dict[str, NDArray[Any]], Any]  # arrays, and what JSON can hold
+
+
+class Work:
+    """Parts of a computation, kept in `folder` as they are finished; kept nowhere when it is None.
+
+    A part has a fixed content whichever parts were there before, so that an interrupted run that is started again ends
+    in the same bytes as one that was not.
+
+    Args:
+        plan: everything that the parts depend on. A folder of another plan is refused.
+
+    Raises:
+        ArgumentError: the folder cannot be written, holds another plan, or another process works in it.
+    """
+
+    def __init__(self, folder: Path | None, plan: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._lock: Any = None
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / "lock").open("w")
+        except OSError as e:
+            raise ArgumentError(f"{folder}: cannot work here ({e.strerror})") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._lock.close()
+            raise ArgumentError(f"{folder}: another process works here") from e
+        try:
+            self._claim(folder / "plan.json", plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, file: Path, plan: Mapping[str, Any]) -> None:
+        text = json.dumps(plan, sort_keys=True, indent=1, ensure_ascii=False, default=str)
+        try:
+            known = json.loads(file.read_text("utf-8"))
+        except FileNotFoundError:
+            atomic_write(file, text.encode())
+            return
+        except (OSError, ValueError) as e:
+            raise ArgumentError(f"{file}: cannot be read ({e}); name another folder") from e
+        wanted = json.loads(text)
+        if known != wanted:
+            keys = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)) if known else ["everything"]
+            raise ArgumentError(
+                f"{file.parent}: holds the work of another derivation (it differs in: {', '.join(keys)}); name another "
+                "folder, or remove this one"
+            )
+
+    def part(self, name: str, compute: Callable[[], Part]) -> Part:
+        """What `compute` gives, from the folder if it is there already."""
+        if self._folder is None:
+            return compute()
+        file = self._folder / f"{name}.safetensors"
+        with suppress(FileNotFoundError):
+            try:
+                with safe_open(file, "np") as f:
+                    return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["json"])  # noqa: SIM118
+            except FileNotFoundError:
+                raise
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+                log.warning("%s cannot be read (%s): computed again", file, e)
+        arrays, rest = compute()
+        arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        atomic_write(file, save(arrays, {"json": json.dumps(rest)}))
+        return arrays, rest
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,153 @@
+"""Whether a steered model still makes sense: likelihood of its text, repetition, divergence on everyday text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.engine import Progress, Request, Sampling
+from personasteer.model import MEASURED_ON, Model
+from personasteer.steering import Steering, as_steering
+from personasteer.traits import neutral_pairs
+
+LEAST = 0.5  # coherence below this counts as broken: its text is twice as perplexing as the unsteered model's own
+TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """Of the answers under one steering.
+
+    nll: mean -log p per token of the steered text under the unsteered model, in nats; repetition: mean share of
+    repeated word triples; coherence: exp(-(nll - nll of the unsteered model's own answers)) x (1 - excess repetition),
+    both held to at most 1: 1 is as sound as unsteered, 0.5 twice as perplexing.
+    """
+
+    nll: float
+    repetition: float
+    coherence: float
+    texts: tuple[str, ...]
+
+
+def repetition(text: str) -> float:
+    """Share of word triples that stood in the text before; 0 for texts of fewer than four words."""
+    words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.lower())
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    if len(triples) < 2:
+        return 0.0
+    return 1.0 - len(Counter(triples)) / len(triples)
+
+
+def measure_coherence(
+    model: Model,
+    questions: Sequence[str],
+    steers: Sequence[Any],
+    *,
+    systems: Sequence[Sequence[str]] = (),
+    max_tokens: int = 24,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Coherence]:
+    """Sampled answers (temperature 0.7) under each steering, scored by the unsteered model.
+
+    Args:
+        questions: what to answer; the unsteered model answers them as well, for comparison.
+        systems: for each steering, system prompts under which the unsteered model may find its text likely: a persona's
+            words are improbable without the persona, and not incoherent for that. The lowest mean NLL counts.
+    """
+    steerings = [Steering(), *(as_steering(s) for s in steers)]
+    systems = [(), *(systems or [() for _ in steers])]
+    prompts = [model.prompt_tokens(q, today=MEASURED_ON) for q in questions]
+    sampling = Sampling(TEMPERATURE, top_k=0, top_p=0.95, min_p=0.02, seed=seed)
+    requests = [
+        Request(prompt, len(prompt), s, max_tokens=max_tokens, sampling=sampling, share_prefix=True)
+        for prompt in prompts
+        for s in steerings
+    ]
+    n_score = len(questions) * sum(1 + len(s) for s in systems)
+
+    def part(offset: int) -> Progress | None:
+        return (lambda done, _: progress(offset + done, len(requests) + n_score)) if progress else None
+
+    answers = model.run_alone(requests, progress=part(0))
+    scored: list[tuple[int, int, int]] = []
+    checks = []
+    for i, question in enumerate(questions):
+        for k, given in enumerate(systems):
+            tokens = answers[i * len(steerings) + k]["tokens"]
+            for j, system in enumerate((None, *given)):
+                if not tokens:
+                    continue
+                prompt = prompts[i] if system is None else model.prompt_tokens(question, system, today=MEASURED_ON)
+                whole = [*prompt, *tokens]
+                outputs = (len(prompt) - 1, len(whole) - 1)
+                checks.append(Request(whole, len(prompt), outputs=outputs, keep_scores=True, share_prefix=True))
+                scored.append((k, i, j))
+    scores = model.run_alone(checks, progress=part(len(requests)))
+    nll = np.full((len(steerings), len(questions), 1 + max(map(len, systems))), np.nan)
+    for place, result in zip(scored, scores, strict=True):
+        nll[place] = -result["scores"].mean()
+    texts = [[_text(answers[i * len(steerings) + k]) for i in range(len(questions))] for k in range(len(steerings))]
+    repeats = [float(np.mean([repetition(t) for t in of_one])) for of_one in texts]
+    lowest = [_lowest(nll[k]) for k in range(len(steerings))]
+    out = []
+    for k in range(1, len(steerings)):
+        likely = np.exp(min(0.0, lowest[0] - lowest[k])) if np.isfinite(lowest[k]) else 0.0
+        sound = likely * (1.0 - max(0.0, repeats[k] - repeats[0]))
+        out.append(Coherence(lowest[k], repeats[k], float(sound), tuple(texts[k])))
+    return out
+
+
+def _lowest(nll: NDArray[np.float64]) -> float:
+    """The lowest mean over questions; infinite where nearly all answers are empty."""
+    answered = nll[np.isfinite(nll[:, 0])]
+    if 2 * len(answered) <= len(nll):
+        return float("inf")
+    return float(min(column.mean() for column in answered.T if np.isfinite(column).all()))
+
+
+def _text(result: dict[str, Any]) -> str:
+    text: str = result["text"].decode("utf-8", "replace")
+    return text
+
+
+def kl_on_neutral(
+    model: Model, steers: Sequence[Any], *, n_pairs: int = 8, n_tokens: int = 16, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    """KL(unsteered || steered) of the next token, mean over the first n_tokens of n_pairs everyday answers,
+    (len(steers),) in nats per token.
+    """
+    steerings = [Steering(), *(as_steering(s) for s in steers)]
+    pairs = neutral_pairs()[:n_pairs]
+    sums, count = np.zeros(len(steers)), 0
+    at_once = max(1, 2**28 // (len(steerings) * n_tokens * 4 * model.n_vocab))  # pairs in 256 MiB of logits
+    for begin in range(0, len(pairs), at_once):
+        requests = []
+        for question, answer in pairs[begin : begin + at_once]:
+            tokens, n_prompt = model.pair_tokens(question, answer)
+            tokens = tokens[: n_prompt + n_tokens]
+            outputs = (n_prompt - 1, len(tokens) - 1)
+            requests += [
+                Request(tokens, n_prompt, s, outputs=outputs, keep_logits=True, share_prefix=True) for s in steerings
+            ]
+        rows = [_log_softmax(r["logits"]) for r in model.run_alone(requests)]
+        for first in range(0, len(rows), len(steerings)):
+            base, p = rows[first], np.exp(rows[first])
+            of_steers = rows[first + 1 : first + len(steerings)]
+            sums += [float((p * (base - row)).sum(dtype=np.float64)) for row in of_steers]
+            count += len(base)
+        if progress:
+            progress(min(begin + at_once, len(pairs)), len(pairs))
+    return sums / max(count, 1)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    out: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return out

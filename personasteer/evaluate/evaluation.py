@@ -1,0 +1,339 @@
+"""What a vector does, on questions that it was not derived from, beside controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.engine import Progress
+from personasteer.errors import ArgumentError, TraitError
+from personasteer.evaluate.capability import capability, items
+from personasteer.evaluate.coherence import LEAST, kl_on_neutral, measure_coherence
+from personasteer.evaluate.controls import random_vectors, unrelated_vector
+from personasteer.evaluate.generations import Generations, lexicon_rates
+from personasteer.evaluate.log_odds import Cell, answer_cells, bootstrap_interval, cell_log_odds, make_cells
+from personasteer.model import Model
+from personasteer.progress import Meter
+from personasteer.steering import check_fits
+from personasteer.traits import Trait, find
+from personasteer.vectors import PersonaVector
+
+FRACTIONS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)  # of the recommended strength
+LEAST_SPEARMAN = 0.9
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One strength: the log-odds with a 95 % interval, its change from strength 0, and how the model holds.
+
+    The interval is that of the change, resampling questions, placed at log_odds. kl: on everyday answers, in nats.
+    """
+
+    strength: float
+    log_odds: float
+    delta: float
+    ci_low: float
+    ci_high: float
+    coherence: float
+    repetition: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Changes of the log-odds by what should do little, and by a system prompt.
+
+    random: at the largest strength, both signs, of n_random norm-matched random vectors; random_p95 is the 95th
+    percentile of their sizes. shuffled: mean size over vectors of shuffled labels, None where the vector carries none.
+    unrelated: of the vector of another trait, named beside it, at the largest strength. system_prompt: no vector, the
+    trait's system prompts instead.
+    """
+
+    n_random: int
+    random: tuple[float, ...]
+    random_p95: float
+    shuffled: float | None
+    unrelated: float
+    unrelated_trait: str
+    system_prompt: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evidence for one vector on one model."""
+
+    vector: str
+    trait: str
+    model: str
+    layers: tuple[int, ...]
+    strength: float
+    sizes: Mapping[str, int]  # questions, pairs, random vectors, ...
+    dose: tuple[Dose, ...]
+    controls: Controls
+    kl_neutral: float
+    capability: Mapping[str, float]
+    spearman: float
+    verdict: Mapping[str, bool]
+    generations: Generations | None = None
+    cells: tuple[Cell, ...] = field(default=(), repr=False)
+
+    @property
+    def passes(self) -> bool:
+        """Monotone, both ends outside what random vectors do, coherent at both ends."""
+        return all(self.verdict.values())
+
+    def summary(self) -> dict[str, Any]:
+        """What `eval --json` prints."""
+        out = asdict(self)
+        del out["cells"]
+        out["layers"] = list(self.layers)
+        out["passes"] = self.passes
+        return out
+
+
+def trait_of(vector: PersonaVector, given: Trait | None = None) -> Trait:
+    """The trait that a vector is evaluated on: the given one, or the one that the vector carries.
+
+    Raises TraitError where there is none.
+    """
+    if given is not None:
+        return given
+    texts = vector.provenance.get("texts")
+    if isinstance(texts, Mapping):
+        return Trait.from_dict(texts)
+    name = vector.provenance.get("trait", vector.name)
+    try:
+        return find(str(name))
+    except TraitError as e:
+        raise TraitError(
+            f"vector {vector.name!r} does not carry the trait's questions, and the library has no trait {name!r}: name "
+            "a trait (--trait)"
+        ) from e
+
+
+def evaluate(
+    model: Model,
+    vectors: Sequence[PersonaVector],
+    *,
+    traits: Sequence[Trait | None] | None = None,
+    n_questions: int | None = 10,
+    n_pairs: int = 2,
+    n_random: int = 20,
+    n_coherence: int = 4,
+    n_items: int | None = None,
+    n_generations: int = 0,
+    strength: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """Dose-response of each vector beside controls, on the trait's held-out questions and continuation pairs.
+
+    All steering is on the response. The doses are -1, -2/3, -1/3, 0, 1/3, 2/3 and 1 times the vector's strength.
+    Controls are computed at the largest strength, on the first continuation pair of each question.
+
+    Args:
+        traits: to evaluate on; a vector's own where None.
+        n_questions: held-out questions, the first so many; all when None.
+        n_pairs: continuation pairs for each question, going round the pairs held out from calibration.
+        n_random: norm-matched random vectors.
+        n_coherence: questions answered freely at each dose.
+        n_items: multiple-choice items of the capability check; 0 leaves it out, None takes all 80.
+        n_generations: held-out questions answered at both ends and at 0, scored by the trait's lexicon; 0: none.
+        strength: the largest dose instead of each vector's own.
+
+    Raises:
+        TraitError: a vector without a trait. ArgumentError: no held-out questions. IncompatibleVector: another model.
+    """
+    given = list(traits) if traits is not None else [None] * len(vectors)
+    if len(given) != len(vectors):
+        raise ArgumentError(f"{len(vectors)} vectors and {len(given)} traits")
+    if n_random < 1 or n_pairs < 1:
+        raise ArgumentError("at least one random vector and one continuation pair are needed")
+    chosen = [trait_of(v, t) for v, t in zip(vectors, given, strict=True)]
+    for vector, trait in zip(vectors, chosen, strict=True):
+        check_fits(vector, model)
+        if not trait.evaluate_questions:
+            raise ArgumentError(f"trait {trait.name!r} has no held-out questions")
+        if not vector.layers:
+            raise ArgumentError(f"vector {vector.name!r} names no layers to steer at")
+    share = 1000
+    meter = Meter(progress, share * len(vectors))
+    out = []
+    for vector, trait in zip(vectors, chosen, strict=True):
+        questions = trait.evaluate_questions[:n_questions]
+        if trait.continuations:
+            cells = make_cells(questions, trait.evaluation_pairs, n_pairs)
+        else:
+            cells = answer_cells(model, trait, questions)
+            if not cells:
+                raise ArgumentError(f"trait {trait.name!r} has no continuation pairs, and its prompts change no answer")
+        out.append(
+            _evaluate_one(
+                model,
+                vector if strength is None else replace(vector, strength=strength),
+                trait,
+                cells,
+                n_random=n_random,
+                n_coherence=n_coherence,
+                n_items=len(items()) if n_items is None else n_items,
+                n_generations=n_generations,
+                seed=seed,
+                progress=meter.part(share),
+            )
+        )
+    return out
+
+
+def _evaluate_one(
+    model: Model,
+    vector: PersonaVector,
+    trait: Trait,
+    cells: tuple[Cell, ...],
+    *,
+    n_random: int,
+    n_coherence: int,
+    n_items: int,
+    n_generations: int,
+    seed: int,
+    progress: Progress | None,
+) -> Evaluation:
+    largest = abs(vector.strength)
+    # not rounded: what is reported is what was steered by
+    doses = [f * largest for f in FRACTIONS]
+    zero = FRACTIONS.index(0.0)
+    quiet = replace(vector, window=(-max(largest, -vector.window[0]), max(largest, vector.window[1])))
+    steers = [_response(quiet, d) for d in doses]
+    questions = list(dict.fromkeys(c.question for c in cells))
+    firsts = [next(i for i, c in enumerate(cells) if c.question == q) for q in questions]
+    control_cells = [cells[i] for i in firsts]
+    randoms = random_vectors(quiet, n_random, seed=seed)
+    other = unrelated_vector(model, quiet, trait)
+    ends = (largest, -largest)
+    arms = [_response(r, s) for r in randoms for s in ends]
+    shuffled = (
+        [replace(quiet, directions=d, shuffled=None) for d in vector.shuffled] if vector.shuffled is not None else []
+    )
+    shuffled = [v for v in shuffled if set(quiet.layers) <= set(v.usable_layers)]
+    arms += [_response(v, s) for v in shuffled for s in ends]
+    arms += [_response(other, largest)]
+    parts = [2 * len(cells) * len(doses), 2 * len(control_cells) * (len(arms) + 1), 40 * len(doses), 4 * n_items * 3]
+    meter = Meter(progress, sum(parts))
+
+    odds = cell_log_odds(model, cells, steers, progress=meter.part(parts[0]))
+    control = cell_log_odds(model, control_cells, [None, *arms], progress=meter.part(parts[1]))
+    changes = (control[1:] - control[0]).mean(1)
+    random, rest = changes[: 2 * n_random], changes[2 * n_random :]
+    shuffled_changes, unrelated = rest[:-1], float(rest[-1])
+    prompted = _system_prompt_change(model, trait, cells, odds[zero])
+
+    nonzero = [k for k in range(len(doses)) if k != zero]
+    template = model.has_template and model.template.takes_system()
+    systems = [[trait.system[0][0 if doses[k] > 0 else 1]] if template else [] for k in nonzero]
+    asked = questions[-n_coherence:]
+    sound = measure_coherence(
+        model, asked, [steers[k] for k in nonzero], systems=systems, seed=seed, progress=meter.part(parts[2])
+    )
+    kl = kl_on_neutral(model, [steers[k] for k in nonzero])
+    steered = dict(zip(nonzero, zip(sound, kl, strict=True), strict=True))
+    points = []
+    for k, dose in enumerate(doses):
+        delta = odds[k] - odds[zero]
+        mean = float(odds[k].mean())
+        low, high = bootstrap_interval(_by_question(delta, cells, questions), seed=seed)
+        shift = mean - float(delta.mean())
+        coherence, kl_k = steered.get(k, (None, 0.0))
+        points.append(
+            Dose(
+                dose,
+                mean,
+                float(delta.mean()),
+                shift + low,
+                shift + high,
+                coherence.coherence if coherence else 1.0,
+                coherence.repetition if coherence else 0.0,
+                float(kl_k),
+            )
+        )
+    known: list[float] = []
+    if n_items:
+        sides = [None, steers[-1], steers[0]]
+        known = capability(model, sides, n_items=n_items, progress=meter.part(parts[3])).tolist()
+    p95 = float(np.quantile(np.abs(random), 0.95))
+    rank = spearman(doses, [p.log_odds for p in points])
+    return Evaluation(
+        vector=vector.name,
+        trait=trait.name,
+        model=model.name,
+        layers=vector.layers,
+        strength=largest,
+        sizes={"questions": len(questions), "cells": len(cells), "control_cells": len(control_cells), "items": n_items},
+        dose=tuple(points),
+        controls=Controls(
+            n_random,
+            tuple(float(x) for x in random),
+            p95,
+            float(np.abs(shuffled_changes).mean()) if len(shuffled_changes) else None,
+            unrelated,
+            other.name,
+            prompted,
+        ),
+        kl_neutral=points[-1].kl,
+        capability=dict(zip(("base", "steered", "steered_negative"), known, strict=False)),
+        spearman=rank,
+        verdict={
+            "monotone": rank >= LEAST_SPEARMAN,
+            "outside_random": points[-1].delta > p95 and points[0].delta < -p95,
+            "coherent": min(points[0].coherence, points[-1].coherence) >= LEAST,
+        },
+        generations=lexicon_rates(model, trait, quiet, (-largest, 0.0, largest), n_generations, seed)
+        if n_generations
+        else None,
+        cells=cells,
+    )
+
+
+def _system_prompt_change(
+    model: Model, trait: Trait, cells: Sequence[Cell], unsteered: NDArray[np.float64]
+) -> float | None:
+    """Mean change of the log-odds by the trait's first two system prompts; None without a system role."""
+    if not (model.has_template and model.template.takes_system()):
+        return None
+    changes = [(cell_log_odds(model, cells, [None], system=pair[0])[0] - unsteered).mean() for pair in trait.system[:2]]
+    return float(np.mean(changes))
+
+
+def _by_question(values: NDArray[np.float64], cells: Sequence[Cell], questions: Sequence[str]) -> NDArray[np.float64]:
+    return np.array([np.mean([v for v, c in zip(values, cells, strict=True) if c.question == q]) for q in questions])
+
+
+def _response(vector: PersonaVector, strength: float) -> Any:
+    return replace(vector * strength, scope="response")
+
+
+def cross_talk(
+    model: Model, vectors: Sequence[PersonaVector], evaluations: Sequence[Evaluation], *, n_cells: int = 6
+) -> NDArray[np.float64]:
+    """(vectors, traits) change of each trait's log-odds by each vector at its own strength; the diagonal is its own."""
+    steers = [None, *(_response(v, abs(e.strength)) for v, e in zip(vectors, evaluations, strict=True))]
+    columns = []
+    for e in evaluations:
+        firsts = list({c.question: c for c in reversed(e.cells)}.values())[:n_cells]
+        odds = cell_log_odds(model, firsts, steers)
+        columns.append((odds[1:] - odds[0]).mean(1))
+    return np.stack(columns, axis=1)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation, ties at their mean rank; 0 where one side is constant."""
+    a, b = (_ranks(np.asarray(v, np.float64)) for v in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else 0.0
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values], np.float64)
