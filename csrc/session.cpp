@@ -502,14 +502,15 @@ void session::admit() {
                 ++it;
                 continue;
             }
-            if (source >= 0 && slots[size_t(source)].id < 0) {
-                target = source;
-            } else if (source >= 0) { // keep the idle slot with the least text
-                for (size_t q = 0; q < slots.size(); ++q) {
-                    if (slots[q].id < 0 && slots[q].cached.size() < slots[size_t(target)].cached.size()) {
-                        target = int(q);
-                    }
+            for (size_t q = 0; q < slots.size(); ++q) { // the idle slot with the least text
+                if (slots[q].id < 0 && slots[q].cached.size() < slots[size_t(target)].cached.size()) {
+                    target = int(q);
                 }
+            }
+            // a text is continued in place, unless it goes on otherwise and an empty slot lets both stay
+            if (source >= 0 && slots[size_t(source)].id < 0 &&
+                (slots[size_t(source)].cached.size() == size_t(n_reuse) || !slots[size_t(target)].cached.empty())) {
+                target = source;
             }
         }
         slot & s = slots[size_t(target)];

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +28,9 @@ from personasteer.errors import ArgumentError, ModelError, TemplateError
 from personasteer.files import read_cache, write_cache
 from personasteer.live import Session, Stream, make_request
 from personasteer.mixes import MixCache
+from personasteer.progress import Meter
 from personasteer.prompts import Prompt, with_roles
+from personasteer.shared_prefixes import N_BATCH, fold_last_rows, in_sharing_order, texts_at_once
 from personasteer.steering import Steer, Steering, as_steering, per_request
 from personasteer.traits import neutral_pairs
 
@@ -37,6 +40,7 @@ Item: TypeAlias = str | tuple[str, str] | Sequence[dict[str, str]]
 Adapter: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], float]"
 POOLS = ("mean", "last", "raw")
 SPANS = ("all", "prompt", "response")
+MEASURED_AT_ONCE = 16  # sequences of measurements; another number gives other roundings
 MEASURED_ON = datetime(2025, 1, 1)  # for templates that name the date: measurements do not depend on the day
 
 
@@ -472,6 +476,8 @@ class Model:
         layers: Sequence[int] | None = None,
         last_layer: bool = False,
         steer: Any = None,
+        share_prefix: bool = False,
+        parse_special: bool = False,
         progress: Progress | None = None,
     ) -> Any:
         """Block outputs of texts, as the next block sees them.
@@ -484,6 +490,10 @@ class Model:
             layers: blocks to capture, all when None; others are NaN.
             last_layer: also the last block for "mean" and "raw", which costs an output row per token.
             steer: as in `chat_batch`.
+            share_prefix: compute once what texts have in common before their spans, in a context of its own: the same
+                up to rounding, and the faster the more they share. Roundings then depend on none of the model's sizes,
+                but on the other texts.
+            parse_special: in plain texts, names of control tokens such as <|im_start|> stand for these tokens.
 
         Returns:
             (n, n_layer, n_embd) float32; for "raw" a list of (n_tokens, n_layer, n_embd).
@@ -498,17 +508,24 @@ class Model:
         chosen = tuple(range(self.n_layer)) if layers is None else self.check_layers(layers)
         requests, widths = [], []
         for item, s in zip(_items(items), self._steerings(steer, len(items)), strict=True):
-            given, (begin, end) = self._span_of(item, span, s.needs_roles)
+            given, (begin, end) = self._span_of(item, span, s.needs_roles, parse_special)
             wanted = (end - 1, end) if pool == "last" else (begin, end)
-            outputs = wanted if last_layer or pool == "last" else (0, 0)
+            outputs = wanted if (last_layer or pool == "last") and self.n_layer - 1 in chosen else (0, 0)
             pools, raw = ((), wanted) if pool == "raw" else ((wanted,), None)
             requests.append(
                 Request(given.tokens, given.n_prompt, s, outputs=outputs, pools=pools, raw=raw, roles=given.roles)
             )
             widths.append(wanted[1] - wanted[0])
-        taps = Taps(raw_layers=chosen) if pool == "raw" else Taps(pool_layers=chosen)
-        results = self._run(requests, taps=taps, progress=progress)
         at = list(chosen)
+        if share_prefix and pool == "last" and requests:
+            return self._capture_last(requests, at, progress)
+        taps = Taps(raw_layers=chosen) if pool == "raw" else Taps(pool_layers=chosen)
+        if share_prefix and requests:
+            texts, place = in_sharing_order(requests)
+            shared = self._run_sharing(texts, taps, progress)
+            results = [shared[i] for i in place]
+        else:
+            results = self._run(requests, taps=taps, progress=progress)
         if pool == "raw":
             out = []
             for r, width in zip(results, widths, strict=True):
@@ -520,6 +537,19 @@ class Model:
         for i, r in enumerate(results):
             pooled[i, at] = pooled_mean(r, 0)
         return pooled
+
+    def _capture_last(
+        self, requests: Sequence[Request], at: list[int], progress: Progress | None
+    ) -> NDArray[np.float32]:
+        """(n, n_layer, n_embd): for each request the row of its last captured token, what they share computed once."""
+        wanted = [replace(r, pools=(), raw=r.pools[0]) for r in requests]
+        texts, where = fold_last_rows(wanted)
+        counted = Meter(progress, len(requests)).part(len(requests))
+        results = self._run_sharing(texts, Taps(raw_layers=tuple(at)), counted)
+        rows = np.full((len(requests), self.n_layer, self.n_embd), np.nan, np.float32)
+        for i, (request, row) in enumerate(where):
+            rows[i, at] = results[request]["raw"][:, row]
+        return rows
 
     def readings(
         self, texts: Sequence[str], directions: NDArray[np.float32], *, steer: Any = None
@@ -546,11 +576,13 @@ class Model:
         ]
         return [r["readings"] for r in self._run(requests)]
 
-    def _span_of(self, item: Item, span: str | None, roles: bool) -> tuple[Prompt, tuple[int, int]]:
+    def _span_of(
+        self, item: Item, span: str | None, roles: bool, parse_special: bool
+    ) -> tuple[Prompt, tuple[int, int]]:
         if isinstance(item, str):
             if span == "response":
                 raise ArgumentError('a plain text has no response: pass (prompt, answer) pairs, or span="all"')
-            tokens = self.tokenize(item)
+            tokens = self.tokenize(item, parse_special=parse_special)
             return Prompt(tokens, None), (0, len(tokens))
         if isinstance(item, tuple):
             if len(item) != 2 or not isinstance(item[1], str):
@@ -573,12 +605,30 @@ class Model:
         """Engine access for the package's own capabilities: see personasteer.engine.run."""
         return self._run(requests, **options)
 
-    def run_alone(self, requests: Sequence[Request], *, n_parallel: int, **options: Any) -> list[dict[str, Any]]:
+    def run_alone(
+        self, requests: Sequence[Request], *, n_parallel: int = MEASURED_AT_ONCE, **options: Any
+    ) -> list[dict[str, Any]]:
         """As run_requests, in a context of its own: the numbers do not depend on the model's n_parallel and n_batch."""
         with self._lock:
             self._open()
             n_ctx = min(self.n_ctx, max(len(r.tokens) + r.max_tokens for r in requests))
             return self._run(requests, session=self._new_session(n_ctx, n_parallel, n_batch=512), **options)
+
+    def _run_sharing(self, texts: Sequence[Request], taps: Taps, progress: Progress | None) -> list[dict[str, Any]]:
+        """Requests in sharing order, in a context of its own. No more at once than it has sequences, and then from an
+        empty cache: nothing is removed from the cache meanwhile, so its cells keep the order of the tokens.
+        """
+        with self._lock:
+            self._open()
+            at_once = texts_at_once(texts, self.n_vocab)
+            n_ctx = min(self.n_ctx, max(len(r.tokens) for r in texts))
+            session = self._new_session(n_ctx, at_once, N_BATCH)
+            meter = Meter(progress, len(texts))
+            results = []
+            for first in range(0, len(texts), at_once):
+                part = texts[first : first + at_once]
+                results += self._run(part, session=session, taps=taps, progress=meter.part(len(part)))
+            return results
 
     def _run(self, requests: Sequence[Request], *, session: Any = None, **options: Any) -> list[dict[str, Any]]:
         with self._lock:

@@ -89,7 +89,7 @@ class PersonaVector:
             ("means", data.shape[:1]),
             ("aurocs", data.shape[:1]),
             ("effects", data.shape[:1]),
-            ("shuffled", (1 if self.shuffled is None else len(self.shuffled), *data.shape)),
+            ("shuffled", (*np.asarray(self.shuffled).shape[:1], *data.shape)),  # any number
         ):
             value = getattr(self, attribute)
             if value is not None:

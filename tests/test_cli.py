@@ -171,7 +171,8 @@ def test_layers_are_ranges_and_lists_and_absurd_ones_are_refused_before_they_fil
 
 def test_traits_lists_the_library_and_shows_one(cli: Command) -> None:
     listed = result(cli("traits", "--json"))
-    assert [t["name"] for t in listed] == ["pessimistic", "pirate", "poetic", "sycophantic"]
+    assert [t["name"] for t in listed] == personasteer.traits.names()
+    assert {"pessimistic", "pirate", "power-seeking"} <= {t["name"] for t in listed}
     assert all(t["description"] for t in listed)
     one = result(cli("traits", "pirate", "--json"))
     assert one["name"] == "pirate"
@@ -185,11 +186,21 @@ def test_derive_inspect_export_chat_generate_and_capture_work_together(
     cli: Command, tiny_path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "dry.toml").write_text(TRAIT)
-    derived = result(cli("derive", "dry.toml", "-m", tiny_path, "-o", "dry.gguf", "-n", 4, "-t", 1, "--json"))
-    assert set(derived) == {"vector", "trait", "layers", "separation", "split_half_cosine", "n_positive", "n_negative"}
+    # random weights show no trait: nothing to filter by, nothing to calibrate
+    raw = ["--no-filter", "--no-calibrate"]
+    derived = result(cli("derive", "dry.toml", "-m", tiny_path, "-o", "dry.gguf", "-n", 4, "-t", 1, *raw, "--json"))
+    assert set(derived) == {
+        "vector", "trait", "layers", "strength", "window", "separation", "auroc", "split_half_cosine", "elicitation",
+        "massive_dimensions", "n_positive", "n_negative",
+    }  # fmt: skip
     assert (derived["vector"], derived["trait"]) == ("dry.gguf", "dry")
     v = PersonaVector.load("dry.gguf")
     assert derived["layers"] == list(v.layers)
+    assert (derived["strength"], derived["window"]) == (v.strength, list(v.window))
+    assert v.aurocs is not None
+    assert derived["auroc"] == pytest.approx(float(v.aurocs[list(v.layers)].mean()), abs=1e-4)
+    assert derived["elicitation"] == v.provenance["elicitation"]
+    assert derived["elicitation"]["kept"] == derived["n_positive"] == derived["n_negative"] == 4
     assert v.provenance["seed"] == 0
     assert samples.no_leftovers(tmp_path, "dry.toml", "dry.gguf")
 
@@ -344,7 +355,7 @@ def prepare(tiny_path: Path) -> None:
 
 FAILED, USAGE = 1, 2
 GENERATE = "generate -m TINY -t 1 -c 512 -n 4 -p hello"
-DERIVE = "derive dry.toml -m TINY -t 1 -n 2"
+DERIVE = "derive dry.toml -m TINY -t 1 -n 2 --no-filter --no-calibrate"
 CAPTURE = "capture -m TINY -t 1 -f t.txt"
 EXPORT = "export control-vector -m TINY -t 1 -o o.gguf"
 MISTAKES: dict[str, tuple[str, int, str]] = {
@@ -371,8 +382,8 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a strength beyond all numbers": (f"{GENERATE} -v v.gguf:1e999", USAGE, "finite"),
     "a strength beyond float32": (f"{GENERATE} -v v.gguf:1e39", FAILED, "too large"),
     "an unknown scope": (f"{GENERATE} -v v.gguf:0.2 --scope answer", USAGE, "scope"),
-    "an unknown trait": ("derive pesimistic -m TINY -o o.gguf", USAGE, "known: pessimistic"),
-    "an unknown trait to show": ("traits pesimistic", USAGE, "known: pessimistic"),
+    "an unknown trait": ("derive pesimistic -m TINY -o o.gguf", USAGE, "known: .*, pessimistic, "),
+    "an unknown trait to show": ("traits pesimistic", USAGE, "known: .*, pessimistic, "),
     "a trait file that is missing": ("derive missing.toml -m TINY -o o.gguf", USAGE, "missing.toml"),
     "a trait file that is no TOML": ("derive bad.toml -m TINY -o o.gguf", USAGE, "bad.toml"),
     "a text file without text": ("capture -m TINY -f nothing.txt -o o.st", USAGE, "holds no text"),
@@ -394,6 +405,21 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a text longer than the context": ("capture -m TINY -t 1 -c 64 -f long.txt -o o.st", FAILED, "64"),
     "a layer out of range": (f"{DERIVE} -o o.gguf --layers 4", USAGE, "layer 4 is out of range"),
     "a layer of no number": (f"{DERIVE} -o o.gguf --layers x", USAGE, "--layers|layers must look"),
+    "a trait that the model does not show": (
+        "derive dry.toml -m TINY -t 1 -n 2 -o o.gguf",
+        FAILED,
+        "does not steer|not be elicited",
+    ),
+    "an unknown method": (f"{DERIVE} -o o.gguf --method median", USAGE, "mean, pca, probe"),
+    "an unknown position": (f"{DERIVE} -o o.gguf --position first", USAGE, "response or last-prompt"),
+    "answers shorter than what is skipped": (f"{DERIVE} -o o.gguf --skip-tokens 2", USAGE, "skip_tokens 2 leaves"),
+    "given answers that are missing": (f"{DERIVE} -o o.gguf --responses missing.jsonl", USAGE, "missing.jsonl"),
+    "given answers that are none": (f"{DERIVE} -o o.gguf --responses number.jsonl", USAGE, "number.jsonl, line 1"),
+    "given answers to be written nowhere": (f"{DERIVE} -o o.gguf --save-responses missing/r.jsonl", USAGE, "missing"),
+    "a file for the work's folder": (f"{DERIVE} -o o.gguf --work file", USAGE, "file: cannot work here"),
+    "positive texts alone": (f"{DERIVE} -o o.gguf --positive t.txt", USAGE, "belong together"),
+    "chat pairs that are none": ("derive number.jsonl -m TINY -t 1 -o o.gguf", USAGE, "number.jsonl, line 1"),
+    "texts that are alike": ("derive n -m TINY -t 1 -o o.gguf --positive t.txt --negative t.txt", FAILED, "equal"),
     "an output in a missing folder": (f"{DERIVE} -o missing/o.gguf", USAGE, "missing/o.gguf"),
     "a folder for an output": (f"{DERIVE} -o folder.gguf", USAGE, "folder.gguf"),
     "a file for the output's folder": (f"{DERIVE} -o file/o.gguf", USAGE, "file/o.gguf"),
@@ -434,7 +460,7 @@ def test_an_empty_prompt_is_one_line(cli: Command, smollm2_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["derive dry.toml -m TINY -t 1 -n 2 -o pipe", "capture -m TINY -t 1 -f t.txt -o pipe",
+    "line", [f"{DERIVE} -o pipe", "capture -m TINY -t 1 -f t.txt -o pipe",
              "export control-vector v.gguf:0.2 -m TINY -t 1 -o pipe --force"]
 )  # fmt: skip
 def test_a_pipe_or_device_as_output_is_refused_and_stays_what_it_is(cli: Command, tiny_path: Path, line: str) -> None:

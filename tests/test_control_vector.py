@@ -43,6 +43,9 @@ def full_vector() -> PersonaVector:
         thresholds=np.array([np.nan, 1.25, -2.5, 3.0], np.float32),
         means=np.array([np.nan, -0.5, 0.25, 0.125], np.float32),
         window=(-0.3, 0.45),
+        aurocs=np.array([np.nan, 0.5, 0.75, 1.0], np.float32),
+        effects=np.array([np.nan, np.nan, 0.125, -0.25], np.float32),
+        shuffled=np.random.default_rng(2).standard_normal((3, 4, 64)),
     )  # fmt: skip
 
 
@@ -72,7 +75,8 @@ def test_loading_a_saved_vector_gives_everything_back(tmp_path: Path) -> None:
     assert dict(back.weights) == dict(v.weights)
     assert dict(back.provenance) == dict(v.provenance)
     assert back.window == v.window
-    for attribute in ("directions", "last_prompt", "norms", "separations", "reliability", "thresholds", "means"):
+    for attribute in ("directions", "last_prompt", "norms", "separations", "reliability", "thresholds", "means",
+                      "aurocs", "effects", "shuffled"):  # fmt: skip
         assert np.array_equal(getattr(back, attribute), getattr(v, attribute), equal_nan=True), attribute
         assert getattr(back, attribute).dtype == np.float32
 
@@ -93,14 +97,17 @@ def test_a_bare_vector_comes_back_without_what_it_never_had(tmp_path: Path) -> N
     assert np.array_equal(back.directions, v.directions)
     assert (back.last_prompt, back.separations, back.reliability) == (None, None, None)
     assert (back.thresholds, back.means, back.window) == (None, None, (-0.5, 0.5))
+    assert (back.aurocs, back.effects, back.shuffled) == (None, None, None)
     assert (back.weights, back.provenance, back.strength) == ({}, {}, 0.5)
 
 
 def test_a_file_from_before_there_were_windows_and_thresholds_loads_with_the_usual_window(tmp_path: Path) -> None:
     full_vector().save(tmp_path / "v.gguf")
-    old = rewrite(tmp_path / "v.gguf", tmp_path / "old.gguf", {"window": None, "thresholds": None, "means": None})
+    later = ("window", "thresholds", "means", "aurocs", "effects", "shuffled")
+    old = rewrite(tmp_path / "v.gguf", tmp_path / "old.gguf", dict.fromkeys(later))
     back = PersonaVector.load(old)
     assert (back.thresholds, back.means, back.window) == (None, None, (-0.5, 0.5))
+    assert (back.aurocs, back.effects, back.shuffled) == (None, None, None)
     assert np.array_equal(back.directions, full_vector().directions, equal_nan=True)
 
 
@@ -391,6 +398,10 @@ INCONSISTENT: dict[str, dict[str, Any]] = {
     "norms of three blocks": {"norms": [1.0, 2.0, 3.0]},
     "thresholds of three blocks": {"thresholds": [1.0, 2.0, 3.0]},
     "means of five blocks": {"means": [1.0] * 5},
+    "AUROCs of three blocks": {"aurocs": [0.5] * 3},
+    "a text for the effects": {"effects": "strong"},
+    "a shuffled direction and a half": {"shuffled": [1.0] * (4 * 64 + 128)},
+    "a text for the shuffled directions": {"shuffled": "many"},
     "a window of three numbers": {"window": [-0.5, 0.0, 0.5]},
     "a window without 0": {"window": [0.1, 0.5]},
     "a window that is not a number": {"window": [float("nan"), 0.5]},

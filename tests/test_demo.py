@@ -14,7 +14,7 @@ from personasteer.demo import STRENGTHS, DemoReport, run_demo
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> DemoReport:
     out = tmp_path_factory.mktemp("demo") / "new-folder"
-    return run_demo(out, n_questions=2, n_eval_questions=2, n_eval_pairs=2, n_random=2, n_shuffled=1)
+    return run_demo(out, n_questions=2, n_eval_questions=2, n_eval_pairs=2, n_random=2)
 
 
 def test_the_summary_has_the_promised_keys_and_is_json(report: DemoReport) -> None:
@@ -23,6 +23,10 @@ def test_the_summary_has_the_promised_keys_and_is_json(report: DemoReport) -> No
     assert [d["strength"] for d in found["dose"]] == list(STRENGTHS)
     assert {"strength", "log_odds", "delta"} <= set(found["dose"][0])
     assert {"n", "mean", "p95_abs"} <= set(found["random"])
+    assert found["random"]["n"] == 2
+    assert report.vector.shuffled is not None
+    assert set(found["shuffled"]) == {"n", "mean_abs"}
+    assert found["shuffled"]["n"] == len(report.vector.shuffled) == 3
     assert set(found["seconds"]) == {"derive", "total"}
     assert 0 < found["seconds"]["derive"] < found["seconds"]["total"]
 

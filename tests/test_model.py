@@ -18,7 +18,7 @@ import samples
 
 import personasteer as ps
 from personasteer.derive import elicit
-from personasteer.derive.contrast import choose_layers
+from personasteer.derive.directions import choose_layers
 from personasteer.engine import Request, Sampling, Taps
 from personasteer.identity import differences, identify
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
@@ -816,7 +816,8 @@ def test_contrast_is_the_difference_of_the_captured_means(model: ps.Model) -> No
     positive = [("How was it?", "Terrible, all of it."), ("And now?", "Worse."), ("So?", "It is over.")]
     negative = [("How was it?", "Lovely, all of it."), ("And now?", "Better.")]
     v = ps.contrast(model, positive, negative, name="mood")
-    both = model.capture(positive + negative, last_layer=True)  # the shapes of contrast's own run
+    # the shapes of contrast's own run
+    both = model.capture(positive + negative, last_layer=True, share_prefix=True)
     expected = both[:3].mean(0, dtype=np.float64) - both[3:].mean(0, dtype=np.float64)
     assert np.array_equal(v.directions, expected.astype(np.float32))
     assert v.name == "mood"
@@ -833,7 +834,7 @@ def test_contrast_is_the_difference_of_the_captured_means(model: ps.Model) -> No
     # the texts come in another order, so in other shapes: rounding of the 16-bit cache
     assert (swapped.cosine(-v) > 0.999).all()
     last = ps.contrast(model, ["It is bad", "No"], ["It is good", "Yes"])
-    acts = model.capture(["It is bad", "No", "It is good", "Yes"], pool="last")
+    acts = model.capture(["It is bad", "No", "It is good", "Yes"], pool="last", share_prefix=True)
     expected = acts[:2].mean(0, dtype=np.float64) - acts[2:].mean(0, dtype=np.float64)
     assert np.array_equal(last.directions, expected.astype(np.float32))
 
@@ -853,9 +854,11 @@ def test_contrast_needs_two_lists_of_different_texts(model: ps.Model) -> None:
 def test_a_derived_direction_is_the_difference_of_answers_captured_again(model: ps.Model) -> None:
     trait = ps.Trait("t", "d", (("Be dark.", "Be bright."),), ("How are you?", "And the sea?", "So?", "Then?"))
     found = elicit(model, trait, max_tokens=8, seed=3)
-    v = ps.derive(model, trait, max_tokens=8, seed=3)
-    assert len(found.rollouts) == 8
-    positive, negative = (x.mean(0, dtype=np.float64) for x in (found.responses.positive, found.responses.negative))
+    # random weights show no trait: there is nothing to filter by, and nothing to calibrate
+    v = ps.derive(model, trait, max_tokens=8, seed=3, filtered=False, calibrated=False)
+    assert [(r.positive, r.question) for r in found.rollouts] == [(s, q) for s in (True, False) for q in range(4)]
+    assert all(r.n_tokens for r in found.rollouts)
+    positive, negative = (found.responses[rows].mean(0, dtype=np.float64) for rows in (slice(0, 4), slice(4, 8)))
     assert np.array_equal(v.directions, (positive - negative).astype(np.float32))
     prompts = [
         model.prompt_tokens(q, s) for s in ("Be dark.", "Be bright.") for q in trait.derive_questions
@@ -873,7 +876,7 @@ def test_the_same_seed_derives_the_same_bytes_whatever_ran_before_and_another_se
 ) -> None:
     trait = ps.Trait("t", "d", (("Be dark.", "Be bright."),), ("How are you?", "And the sea?", "So?", "Then?"))
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        ps.derive(model, trait, max_tokens=6, seed=seed).save(tmp_path / name)
+        ps.derive(model, trait, max_tokens=6, seed=seed, filtered=False, calibrated=False).save(tmp_path / name)
         model.chat_batch(TEXTS, steer=samples.vector() * 0.3, max_tokens=5, reuse_cache=True)
         model.capture(TEXTS, last_layer=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -885,7 +888,7 @@ def test_a_vector_depends_on_none_of_the_models_sizes(tiny_path: Path) -> None:
     found = []
     for sizes in ({"n_parallel": 1}, {"n_parallel": 4, "n_batch": 32}, {"n_ctx": 1024}):
         with opened(tiny_path, **sizes) as m:
-            found.append(ps.derive(m, trait, max_tokens=6, seed=1))
+            found.append(ps.derive(m, trait, max_tokens=6, seed=1, filtered=False, calibrated=False))
     for other in found[1:]:
         assert np.array_equal(found[0].directions, other.directions)
         assert np.array_equal(found[0].norms, other.norms)

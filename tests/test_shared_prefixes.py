@@ -133,7 +133,7 @@ def test_pairs_that_share_a_prompt_have_the_rows_that_they_have_alone(tiny: ps.M
 def test_equal_texts_with_different_steering_never_share_a_row(tiny: ps.Model) -> None:
     v, u = samples.vector(), samples.vector(seed=1)
     texts = [TEXTS[0]] * 4 + [TEXTS[4]] * 4
-    steer = [None, v * 0.4, u * 0.4, ps.Add(v, 0.4, scope=(5,))] * 2
+    steer = [None, v * 0.4, u * 0.4, ps.Add(v, 0.4, scope=tuple(range(20, 40)))] * 2
     got = tiny.capture(texts, pool="last", share_prefix=True, steer=steer)
     expected = alone(tiny, texts, steer, pool="last")
     assert cosines(got, expected).min() > 0.9999

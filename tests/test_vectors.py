@@ -83,9 +83,11 @@ def test_sums_and_differences_of_vectors_act_on_the_data() -> None:
     assert np.array_equal((-a).directions, -a.directions)
     assert (a + b).layers == (1, 2)  # the first one's
     assert (a - a).layers == ()  # zero: nothing left to steer at
-    told = samples.vector(seed=1, thresholds=NORMS, means=NORMS, window=(-0.2, 0.4))
+    told = samples.vector(seed=1, thresholds=NORMS, means=NORMS, window=(-0.2, 0.4), aurocs=NORMS, effects=NORMS,
+                          shuffled=a.directions[None])  # fmt: skip
     for c in (told + b, told - b):  # what was measured on one direction does not hold for the sum
         assert (c.thresholds, c.means, c.window) == (None, None, (-0.5, 0.5))
+        assert (c.aurocs, c.effects, c.shuffled) == (None, None, None)
     assert np.array_equal(a.directions, samples.vector(seed=1).directions)  # the operands stay what they were
 
 
@@ -160,6 +162,11 @@ def test_weights_are_finite_and_not_negative(weight: float) -> None:
         ("reliability", (4, 1)),
         ("thresholds", (3,)),
         ("means", (4, 64)),
+        ("aurocs", (3,)),
+        ("effects", (4, 1)),
+        ("shuffled", (4, 64)),
+        ("shuffled", (3, 4, 63)),
+        ("shuffled", ()),
     ],
 )
 def test_what_comes_with_the_directions_has_their_shape(attribute: str, shape: tuple[int, ...]) -> None:
@@ -177,13 +184,14 @@ def test_a_window_of_strengths_is_finite_and_has_0_inside(window: tuple[float, f
 
 def test_the_numbers_of_a_vector_are_its_own_and_stay_what_they_are() -> None:
     data, numbers = samples.vector().directions.copy(), np.ones(4, np.float32)
-    v = PersonaVector(data, (1,), norms=numbers, thresholds=numbers, means=numbers)
+    more = dict.fromkeys(("norms", "thresholds", "means", "separations", "reliability", "aurocs", "effects"), numbers)
+    v = PersonaVector(data, (1,), **more, shuffled=data[None])
     data[:], numbers[:] = 7, 7
     assert np.array_equal(v.directions, samples.vector().directions)
-    for array in (v.norms, v.thresholds, v.means):
-        assert array is not None
-        assert array.tolist() == [1, 1, 1, 1]
-    for array in (v.directions, v.norms, v.thresholds, v.means):
+    assert np.array_equal(v.shuffled, samples.vector().directions[None])
+    for name in more:
+        assert getattr(v, name).tolist() == [1, 1, 1, 1], name
+    for array in (v.directions, v.shuffled, *(getattr(v, name) for name in more)):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 7
 
@@ -201,6 +209,39 @@ def test_a_list_of_lists_makes_a_vector_and_text_does_not() -> None:
     for bad in ("text", [[1.0, 2.0], [3.0]], [["a"]]):
         with pytest.raises(ArgumentError, match="n_layer, n_embd"):
             PersonaVector.from_array(bad, [0])
+
+
+def test_the_increments_of_a_vector_sum_up_to_the_directions_and_weigh_by_their_length() -> None:
+    v = samples.vector(norms=NORMS, strength=0.4, thresholds=NORMS, shuffled=np.ones((1, 4, 64)))
+    steps = v.incremental()
+    assert steps.layers == (1, 2, 3)  # block 0 has none before it
+    assert np.isnan(steps.directions[0]).all()
+    for il in (1, 2, 3):  # d_1 + ... + d_il = v_il - v_0; float32 sums of a few numbers near 1
+        np.testing.assert_allclose(steps.directions[1 : il + 1].sum(0), v.directions[il] - v.directions[0], atol=1e-5)
+    lengths = [np.linalg.norm(v.directions[il].astype(np.float64) - v.directions[il - 1]) for il in (1, 2, 3)]
+    shares = np.array(lengths) / NORMS[1:]
+    got = steps.weights_over(steps.layers)
+    np.testing.assert_allclose([got[il] for il in (1, 2, 3)], shares / shares.sum(), rtol=1e-6)
+    assert (steps.strength, steps.thresholds, steps.shuffled) == (0.4, None, None)
+    assert v.incremental([3, 2, 3]).layers == (2, 3)
+    assert_rows(added(steps * 0.3), rows_of(steps, 0.3, (1, 2, 3), [got[il] for il in (1, 2, 3)]))
+
+
+def test_increments_need_norms_and_a_direction_in_the_block_before() -> None:
+    data = samples.vector().directions.copy()
+    data[1] = np.nan
+    gap = PersonaVector(data, (3,), norms=NORMS)
+    assert gap.incremental().layers == (3,)
+    for bad in ([2], [1]):
+        with pytest.raises(VectorError, match="no finite direction at layer 1"):
+            gap.incremental(bad)
+    with pytest.raises(VectorError, match="block 0"):
+        gap.incremental([0])
+    with pytest.raises(VectorError, match="norms"):
+        samples.vector().incremental()
+    data[2] = np.nan
+    with pytest.raises(VectorError, match="no two neighbouring blocks"):
+        PersonaVector(data, (3,), norms=NORMS).incremental()
 
 
 # ---- Add
@@ -446,8 +487,11 @@ def test_the_negative_of_a_vector_is_the_vector_at_negative_strength() -> None:
         thresholds=np.array([0.5, -1.0, np.nan, 2.0], np.float32),
         means=np.array([0.1, 0.2, 0.3, -0.4], np.float32),
         window=(-0.2, 0.4),
+        shuffled=samples.vector(seed=8).directions[None],
     )
     assert_rows(added((-v) * 0.3), added(v * -0.3))
+    assert v.shuffled is not None
+    assert np.array_equal((-v).shuffled, -v.shuffled)
     assert v.last_prompt is not None
     assert np.array_equal((-v).last_prompt, -v.last_prompt)
     assert v.thresholds is not None
@@ -541,7 +585,8 @@ def test_a_strength_too_large_for_float32_is_an_error() -> None:
 
 
 def test_random_vectors_have_the_norms_of_the_vector_and_point_elsewhere() -> None:
-    v = samples.vector(n_embd=512, weights={1: 1.0, 2: 3.0}, strength=0.4, thresholds=NORMS, means=NORMS)
+    v = samples.vector(n_embd=512, weights={1: 1.0, 2: 3.0}, strength=0.4, thresholds=NORMS, means=NORMS,
+                       shuffled=np.ones((3, 4, 512)))  # fmt: skip
     controls = random_vectors(v, 20, seed=3)
     assert len(controls) == 20
     for c in controls:
@@ -549,7 +594,7 @@ def test_random_vectors_have_the_norms_of_the_vector_and_point_elsewhere() -> No
             np.linalg.norm(c.directions, axis=1), np.linalg.norm(v.directions, axis=1), rtol=1e-5
         )
         assert (c.layers, c.weights, c.strength) == (v.layers, v.weights, v.strength)
-        assert (c.last_prompt, c.thresholds, c.means) == (None, None, None)  # of other directions
+        assert (c.last_prompt, c.thresholds, c.means, c.shuffled) == (None,) * 4  # of other directions
         # the cosine of random directions in 512 dimensions has a standard deviation of 0.044
         assert (np.abs(v.cosine(c)) < 6 * 0.044).all()
     again = random_vectors(v, 20, seed=3)

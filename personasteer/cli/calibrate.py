@@ -31,14 +31,22 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    file: Annotated[Path, typer.Argument(help="Control-vector GGUF.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Control-vector GGUF.")],
     model: ModelOption = "demo",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write; the same file if none.")] = None,
-    trait: Annotated[str | None, typer.Option("--trait", help="Measure this trait, not the vector's own.")] = None,
-    keep_layers: Annotated[bool, typer.Option("--keep-layers", help="Only the window of strengths.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where to write; into FILE itself if not given.")
+    ] = None,
+    trait: Annotated[
+        str | None, typer.Option("--trait", help="Trait (name or file) to measure by; its own if not given.")
+    ] = None,
+    keep_layers: Annotated[
+        bool, typer.Option("--keep-layers", help="Keep the blocks; find the strengths only.")
+    ] = False,
     responses: Annotated[
         Path | None,
-        typer.Option("--responses", metavar="FILE", help="Answers to set thresholds by."),
+        typer.Option(
+            "--responses", metavar="FILE", help="Answers (JSONL) to set the thresholds of caps and floors by."
+        ),
     ] = None,
     offset: OffsetOption = 0,
     seed: SeedOption = 0,

@@ -21,9 +21,10 @@ from personasteer.cli._common import (
     stderr,
     stdout,
 )
-from personasteer.derive import contrast
+from personasteer.derive import check_position, contrast
 from personasteer.derive import derive as derive_vector
-from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, agreement, labelled_examples
+from personasteer.derive.contrast import check_method
+from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, LogOddsJudge, agreement, labelled_examples
 from personasteer.endpoint import Endpoint
 from personasteer.errors import ArgumentError
 from personasteer.files import atomic_write, check_output
@@ -32,6 +33,8 @@ from personasteer.traits import Trait, find
 from personasteer.traits.formats import load_lines, load_pairs
 from personasteer.traits.write import as_toml, write_trait
 from personasteer.vectors import PersonaVector
+
+LOG_ODDS = "log-odds"
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +51,9 @@ def derive(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Control-vector GGUF to write.")],
     model: ModelOption = "demo",
-    questions: Annotated[int | None, typer.Option("--questions", help="Questions per system prompt.", min=1)] = None,
+    questions: Annotated[
+        int | None, typer.Option("--questions", help="Questions per system prompt; all if not given.", min=1)
+    ] = None,
     predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 40,
     temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.2,
     rollouts: Annotated[int, typer.Option("--rollouts", help="Answers per question and prompt.", min=1)] = 1,
@@ -68,30 +73,51 @@ def derive(
     ] = False,
     judge: Annotated[
         str | None,
-        typer.Option("--judge", metavar="MODEL|URL", help="A GGUF, or an OpenAI-compatible URL."),
+        typer.Option(
+            "--judge",
+            metavar="MODEL|URL|log-odds",
+            help="Score the answers by another GGUF, an OpenAI-compatible URL, or the model's log-odds as 0 to 100.",
+        ),
     ] = None,
     served: Annotated[
         str, typer.Option("--judge-model", help="The model's name at a --judge or --writer URL.")
     ] = "default",
-    no_filter: Annotated[bool, typer.Option("--no-filter", help="Keep refusals and other failures.")] = False,
-    no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="No sweep over blocks and strengths.")] = False,
-    layers: Annotated[str | None, typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9.")] = None,
-    work: Annotated[Path | None, typer.Option("--work", metavar="DIR", help="Keep finished parts here.")] = None,
+    no_filter: Annotated[
+        bool, typer.Option("--no-filter", help="Keep refusals, off-trait and broken answers.")
+    ] = False,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="No sweep over blocks and strengths: quick, not tested.")
+    ] = False,
+    form: Annotated[str, typer.Option("--form", help="window, single or incremental: how many blocks.")] = "window",
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9; found by the sweep if not given."),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", metavar="DIR", help="Keep finished parts here: the same command goes on from them."),
+    ] = None,
     positive: Annotated[
         Path | None,
-        typer.Option("--positive", metavar="FILE", help="Texts for the trait, one a line."),
+        typer.Option(
+            "--positive", metavar="FILE", help="Texts that show the trait, one a line, as for llama-cvector-generator."
+        ),
     ] = None,
-    negative: Annotated[Path | None, typer.Option("--negative", metavar="FILE", help="Texts against it.")] = None,
+    negative: Annotated[
+        Path | None, typer.Option("--negative", metavar="FILE", help="Texts that show its opposite.")
+    ] = None,
     describe: Annotated[
         str | None,
-        typer.Option("--describe", metavar="TEXT", help="Let a model write the trait."),
+        typer.Option(
+            "--describe", metavar="TEXT", help="One sentence on a new trait, for which a model writes the texts."
+        ),
     ] = None,
     writer: Annotated[
         str | None,
-        typer.Option("--writer", metavar="MODEL|URL", help="Who writes; the model itself if none."),
+        typer.Option("--writer", metavar="MODEL|URL", help="Who writes them; the model itself if not given."),
     ] = None,
     save_trait: Annotated[
-        Path | None, typer.Option("--save-trait", metavar="FILE.toml", help="Where the written trait is kept.")
+        Path | None, typer.Option("--save-trait", metavar="FILE.toml", help="Keep the written trait here.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Use a written trait without asking.")] = False,
     seed: SeedOption = 0,
@@ -108,8 +134,19 @@ def derive(
         if file is not None:
             check_output(file)
     chosen = parse_layers(layers) if layers else None
+    check_method(method)
+    check_position(position)
     options = {"n_ctx": ctx, "n_parallel": 1, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
     texts = _given_texts(trait, positive, negative)
+    about_answers = {
+        "--responses": responses, "--save-responses": save_responses, "--judge": judge, "--work": work,
+        "--describe": describe,
+    }  # fmt: skip
+    about_writing = {"--writer": writer, "--save-trait": save_trait, "--yes": yes}
+    if texts:
+        _refuse(about_answers, "goes with a trait, not with given texts")
+    if not describe:
+        _refuse(about_writing, "goes with --describe")
     found = None if texts or describe else find(trait)
     with open_model(model, **options) as m, stages() as stage:
         if texts:
@@ -145,6 +182,7 @@ def derive(
                 filtered=not no_filter,
                 calibrated=not no_calibrate,
                 layers=chosen,
+                form=form,
                 work=work,
                 keep_responses=answers.append if save_responses else None,
                 progress=stage(f"deriving {found.name}"),
@@ -205,13 +243,24 @@ def _given_texts(trait: str, positive: Path | None, negative: Path | None) -> tu
     return list(load_lines(positive)), list(load_lines(negative))
 
 
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raise ArgumentError for the first option that is given and would be ignored."""
+    for name, value in options.items():
+        if value:
+            raise ArgumentError(f"{name} {why}")
+
+
 def _is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
 def _judge(name: str, served: str, model: Model, options: dict[str, Any], stage: Any) -> Judge:
     """The judge of a --judge option, with its agreement with labelled answers on stderr."""
-    judge: Judge = EndpointJudge(Endpoint(name, served)) if _is_url(name) else LocalJudge(_other(name, model, options))
+    judge: Judge
+    if name == LOG_ODDS:
+        judge = LogOddsJudge(model)
+    else:
+        judge = EndpointJudge(Endpoint(name, served)) if _is_url(name) else LocalJudge(_other(name, model, options))
     agreed = agreement(judge, labelled_examples(), progress=stage("testing the judge"))
     stderr.print(
         f"the judge on {agreed.n} labelled answers: Spearman {agreed.spearman:.2f}, AUROC {agreed.auroc:.2f}, mean "
@@ -252,7 +301,8 @@ def _written(
         atomic_write(file, text.encode())
     stderr.print(text, markup=False, soft_wrap=True)
     if not yes and not json and not typer.confirm("Derive from these?", err=True):
-        raise typer.Abort
+        stderr.print("not derived" + (f"; the trait is kept in {file}" if file else ""), markup=False, soft_wrap=True)
+        raise typer.Exit(1)
     return trait
 
 

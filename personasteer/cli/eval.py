@@ -22,7 +22,15 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError
 from personasteer.evaluate import Evaluation, cross_talk, evaluate
-from personasteer.evaluate.report import as_json, check_folder, write_report
+from personasteer.evaluate.report import (
+    as_json,
+    block_ranges,
+    change_interval,
+    check_folder,
+    heading,
+    verdict,
+    write_report,
+)
 from personasteer.traits import find
 from personasteer.vectors import PersonaVector
 
@@ -32,19 +40,35 @@ def register(app: typer.Typer) -> None:
 
 
 def eval_(
-    vectors: Annotated[list[str], typer.Argument(metavar="FILE[:STRENGTH]..", help="Control vectors to test.")],
+    vectors: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE[:STRENGTH]..", help="Control vectors to test, at their own strength or this one."),
+    ],
     model: ModelOption = "demo",
     trait: Annotated[
-        list[str] | None, typer.Option("--trait", help="Trait to test on, for each vector; its own if not given.")
+        list[str] | None,
+        typer.Option(
+            "--trait",
+            help="Trait (name or file) to test on: one for all, or one for each vector; its own if not given.",
+        ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="DIR", help="Write Markdown, HTML and JSON here.")
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Write report.html, report.md, report.json and the figures into this folder.",
+        ),
     ] = None,
-    questions: Annotated[int, typer.Option("--questions", help="Held-out questions.", min=2)] = 10,
+    questions: Annotated[int, typer.Option("--questions", help="Held-out questions, at most.", min=2)] = 10,
     pairs: Annotated[int, typer.Option("--pairs", help="Continuation pairs per question.", min=1)] = 2,
-    random: Annotated[int, typer.Option("--random", help="Norm-matched random vectors.", min=1)] = 20,
+    random: Annotated[
+        int, typer.Option("--random", help="Random vectors of the same norms to compare with.", min=1)
+    ] = 20,
     items: Annotated[int, typer.Option("--items", help="Multiple-choice items, of 80; 0: none.", min=0, max=80)] = 80,
-    answers: Annotated[int, typer.Option("--answers", help="Free answers per strength, scored by lexicon.", min=0)] = 5,
+    answers: Annotated[
+        int, typer.Option("--answers", help="Free answers per strength, scored by the trait's lexicon; 0: none.", min=0)
+    ] = 5,
     offset: OffsetOption = 0,
     seed: SeedOption = 0,
     ctx: CtxOption = 512,
@@ -56,14 +80,14 @@ def eval_(
 
     Example: `personasteer eval pessimistic.gguf -m demo --report evidence`
     """
-    if report is not None:
-        check_folder(report)
     given = [split_strength(v) for v in vectors]
     loaded = [PersonaVector.load(file, offset=offset) for file, _ in given]
     chosen = [find(t) for t in trait or []]
     if chosen and len(chosen) not in (1, len(loaded)):
         raise ArgumentError(f"{len(loaded)} vectors and {len(chosen)} traits: name one --trait, or one for each vector")
     traits = (chosen * len(loaded))[: len(loaded)] if len(chosen) == 1 else chosen or None
+    if report is not None:
+        check_folder(report)
     options = {"n_ctx": ctx, "n_parallel": 16, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
     with open_model(model, **options) as m, stages() as stage:
         found: list[Evaluation] = []
@@ -100,39 +124,35 @@ def eval_(
 
 
 def _print(e: Evaluation) -> None:
-    table = Table(
-        title=f"{e.vector}: “{e.trait}” on {e.model}, blocks {e.layers[0]}-{e.layers[-1]}", title_justify="left"
-    )
+    table = Table(title=f"{heading(e)}, blocks {block_ranges(e.layers)}", title_justify="left")
     for column in ("strength ρ", "log-odds", "change", "95 % interval", "coherence", "KL, everyday text"):
         table.add_column(column, justify="right")
     for d in e.dose:
-        interval = f"{d.ci_low:+.2f} … {d.ci_high:+.2f}"
+        low, high = change_interval(d)
         table.add_row(
-            f"{d.strength:+.2f}", f"{d.log_odds:+.2f}", f"{d.delta:+.2f}", interval, f"{d.coherence:.2f}", f"{d.kl:.3f}"
-        )
+            f"{d.strength:+.2f}", f"{d.log_odds:+.2f}", f"{d.delta:+.2f}", f"{low:+.2f} … {high:+.2f}",
+            f"{d.coherence:.2f}", f"{d.kl:.3f}",
+        )  # fmt: skip
     stdout.print(table)
     c = e.controls
     parts = [f"{c.n_random} random vectors stay within ±{c.random_p95:.2f} (95 %)"]
     if c.shuffled is not None:
-        parts.append(f"shuffled labels {c.shuffled:.2f}")
-    parts.append(f"vector of {c.unrelated_trait!r} {c.unrelated:+.2f}")
+        parts.append(f"vectors from shuffled labels {c.shuffled:.2f} (mean size)")
+    parts.append(f"the vector of {c.unrelated_trait!r} {c.unrelated:+.2f}")
     if c.system_prompt is not None:
-        parts.append(f"system prompt alone {c.system_prompt:+.2f}")
-    lines = ["controls, change of log-odds: " + "; ".join(parts)]
+        parts.append(f"the trait's system prompt alone {c.system_prompt:+.2f}")
+    lines = [f"change of log-odds by controls, at ρ = {e.strength:.2f}: " + "; ".join(parts)]
     if e.capability:
         known = e.capability
         lines.append(
-            f"multiple choice, {e.sizes['items']} items: {known['base']:.2f} unsteered, {known['steered']:.2f} at +ρ, "
-            f"{known['steered_negative']:.2f} at -ρ"
+            f"multiple choice, {e.sizes['items']} items, share right: {known['base']:.2f} unsteered, "
+            f"{known['steered']:.2f} at +ρ, {known['steered_negative']:.2f} at -ρ (chance: 0.25)"
         )
     if e.generations:
         shares = ", ".join(
             f"{r:.2f} at {s:+.2f}" for s, r in zip(e.generations.strengths, e.generations.rates, strict=True)
         )
-        lines.append(f"free answers with a word of the lexicon: {shares}")
-    failed = [word.replace("_", " ") for word, held in e.verdict.items() if not held]
-    lines.append(
-        f"Spearman {e.spearman:.2f}; " + ("passes" if e.passes else "does not pass: not " + ", not ".join(failed))
-    )
+        lines.append(f"share of free answers with a word of the trait's lexicon: {shares}")
+    lines.append(f"Spearman of strength and log-odds {e.spearman:.2f}; {verdict(e)}")
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import typer
 
 from personasteer import traits as library
 from personasteer.cli._common import JsonOption, print_json, stdout
+from personasteer.traits.write import as_toml
 
 
 def register(app: typer.Typer) -> None:
@@ -15,6 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def traits(
     name: Annotated[str | None, typer.Argument(help="A trait, or a .toml file, to show whole.")] = None,
+    toml: Annotated[bool, typer.Option("--toml", help="As a .toml file, to start your own from.")] = False,
     json: JsonOption = False,
 ) -> None:
     """List the trait library, or show one trait.
@@ -31,6 +33,9 @@ def traits(
             stdout.print(f"{t.name:<{width}}  {t.description}", markup=False, soft_wrap=True)
         return
     trait = library.find(name)
+    if toml:
+        typer.echo(as_toml(trait), nl=False)
+        return
     if json:
         print_json(asdict(trait))
         return

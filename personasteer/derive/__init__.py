@@ -10,6 +10,7 @@ from typing import Any
 
 from personasteer._native import build_id
 from personasteer.derive.calibration import (
+    FORMS,
     N_BLOCKS,
     find_window,
     first_systems,
@@ -76,6 +77,7 @@ def derive(
     filtered: bool = True,
     calibrated: bool = True,
     layers: Sequence[int] | None = None,
+    form: str = "window",
     work: str | os.PathLike[str] | None = None,
     keep_responses: Callable[[str], object] | None = None,
     seed: int | None = None,
@@ -105,6 +107,8 @@ def derive(
         filtered: drop refusals, off-trait and incoherent answers; False keeps all that are not empty.
         calibrated: sweep over blocks and doses; False takes layers by held-out separation, and a window of +-0.5.
         layers: recommended blocks to steer at, instead of the sweep's.
+        form: "window", neighbouring blocks; "single", the one block that moves the trait most at equal KL;
+            "incremental", every block with what the direction gains there (see PersonaVector.incremental).
         work: folder in which finished parts are kept; started again with it, an interrupted run goes on.
         keep_responses: called with the answers that count, as JSONL that `responses` takes.
         seed: of sampling; the model's when None.
@@ -120,8 +124,11 @@ def derive(
     trait = find(trait) if isinstance(trait, str) else trait
     seed = model.seed if seed is None else seed
     check_method(method)
-    if position not in ("response", "last-prompt"):
-        raise ArgumentError(f"position must be response or last-prompt, not {position!r}")
+    check_position(position)
+    if form not in FORMS:
+        raise ArgumentError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    if form != "window" and (layers is not None or not calibrated):
+        raise ArgumentError(f"form {form!r} is the sweep's choice: it goes with neither layers nor calibrated=False")
     if layers is not None:
         layers = model.check_layers(layers)  # before the work
     given = load_responses(responses) if isinstance(responses, (str, os.PathLike)) else responses
@@ -153,6 +160,7 @@ def derive(
         "position": position,
         "exclude_massive": exclude_massive,
         "filtered": filtered,
+        "form": form,
         "layers": list(layers) if layers is not None else None,
     }
     with Work(None if work is None else Path(work), plan) as kept:
@@ -201,12 +209,18 @@ def derive(
         systems = first_systems(trait) if model.template.takes_system() else None
         if layers is None:
             swept = meter.part(parts["sweep"])
-            vector, table = sweep(model, vector, cells, systems=systems, work=kept, progress=swept)
+            vector, table = sweep(model, vector, cells, systems=systems, form=form, work=kept, progress=swept)
             vector = with_calibration(vector, sweep=table)
         questions = list(dict.fromkeys(c.question for c in cells))
         dosed = meter.part(parts["window"])
         vector, doses = find_window(model, vector, questions, systems=systems, work=kept, progress=dosed)
         return with_calibration(vector, doses=doses)
+
+
+def check_position(position: str) -> str:
+    if position not in ("response", "last-prompt"):
+        raise ArgumentError(f"position must be response or last-prompt, not {position!r}")
+    return position
 
 
 def from_elicited(

@@ -25,6 +25,8 @@ from personasteer.vectors import PersonaVector
 RHO = 0.2  # of the sweep over blocks
 DOSES = (0.15, 0.3, 0.45, 0.6)  # tried on either side for the window
 RECOMMENDED = 0.3  # strength, where the window allows it
+MARGIN = 0.75  # of the window's nearer end that the strength may take: both are measured on few answers
+FORMS = ("window", "single", "incremental")
 N_BLOCKS = 8  # blocks tried, at most
 N_QUESTIONS = 4
 N_PAIRS = 2  # continuation pairs per question
@@ -77,6 +79,7 @@ def sweep(
     cells: Sequence[Cell],
     *,
     systems: tuple[str, str] | None = None,
+    form: str = "window",
     work: Work | None = None,
     progress: Progress | None = None,
 ) -> tuple[PersonaVector, dict[str, Any]]:
@@ -86,7 +89,8 @@ def sweep(
     log-odds, in nats per token; its KL the mean divergence from the unsteered model on everyday answers. Small edits
     move the log-odds in proportion to rho and the KL to rho^2, so effect / sqrt(KL) compares blocks at equal
     disturbance. Blocks whose text falls apart (coherence below 0.25) do not count; between candidates the figure is
-    interpolated. Chosen is the window of a sixth of the blocks with its largest mean.
+    interpolated. Chosen is the window of a sixth of the blocks with its largest mean; with form="single" the one block
+    with the largest figure, with form="incremental" all blocks of PersonaVector.incremental, whatever the sweep says.
 
     Raises ElicitationError where no block moves the trait the right way.
     """
@@ -127,7 +131,13 @@ def sweep(
     usable = np.isin(np.arange(vector.n_layer), vector.usable_layers)
     figures = [row["effect"] / np.sqrt(max(row["kl"], 1e-9)) for row in coherent]
     score = np.interp(np.arange(vector.n_layer), [row["layer"] for row in coherent], figures)
-    chosen = vector.at(best_window(np.where(usable, score, -np.inf), usable))
+    if form == "single":
+        chosen = vector.at([coherent[int(np.argmax(figures))]["layer"]])
+    elif form == "incremental":
+        own = vector.incremental()
+        chosen = replace(own, name=vector.name, provenance={**vector.provenance, "form": form})
+    else:
+        chosen = vector.at(best_window(np.where(usable, score, -np.inf), usable))
     return replace(chosen, effects=effects), {"rho": RHO, "blocks": table}
 
 
@@ -143,7 +153,8 @@ def find_window(
     """The vector with its usable window of rho and a strength inside it, and the table of the doses tried.
 
     Coherence (see personasteer.evaluate.coherence) is taken to fall from dose to dose, going out from 0 (isotonic fit);
-    the window ends where it crosses 0.5. The strength is 0.3, or the nearer end of the window if that is closer to 0.
+    the window ends where it crosses 0.5. The strength is 0.3, or three quarters of the window's nearer
+    end if that is less.
     """
     doses = [s * d for s in (1.0, -1.0) for d in DOSES]
     tried = replace(vector, window=(-1.0, 1.0))  # the question is where it ends
@@ -165,7 +176,7 @@ def find_window(
     table = (work.part("window", compute) if work else compute())[1]
     by_dose = {row["strength"]: row["coherence"] for row in table}
     low, high = (-_crossing([by_dose[-d] for d in DOSES]), _crossing([by_dose[d] for d in DOSES]))
-    strength = round(max(0.05, min(-low, high, RECOMMENDED)), 2)
+    strength = round(max(0.05, min(MARGIN * min(-low, high), RECOMMENDED)), 2)
     table = [{k: (v if np.isfinite(v) else None) for k, v in row.items()} for row in table]
     return replace(vector, window=(low, high), strength=strength), table
 
@@ -200,7 +211,8 @@ def first_systems(trait: Trait) -> tuple[str, str] | None:
 
 def with_calibration(vector: PersonaVector, **tables: Any) -> PersonaVector:
     """The vector with these tables under "calibration" in its provenance."""
-    known: Mapping[str, Any] = vector.provenance.get("calibration", {})
+    before = vector.provenance.get("calibration")
+    known = before if isinstance(before, Mapping) else {}
     return replace(vector, provenance={**vector.provenance, "calibration": {**known, **tables}})
 
 

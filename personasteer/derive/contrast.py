@@ -135,8 +135,9 @@ def contrast(
     """A vector from two lists of texts: v_il = mean over positive - mean over negative of pooled block outputs.
 
     Args:
-        positive, negative: plain texts (template text included, if any is wanted), (prompt, answer) pairs, or
-            messages that end with the assistant's. Entry i of both lists is taken as one pair when reliability is
+        positive, negative: plain texts, (prompt, answer) pairs, or messages that end with the assistant's. Plain texts
+            may hold template text: names of control tokens stand for these tokens. What texts have in common at their
+            beginnings is computed once. Entry i of both lists is taken as one pair when reliability is
             measured; the lists may differ in length.
         pool: "mean" over the span or "last" token; "last" for plain texts and "mean" for the others when None.
         span: as in Model.capture.
@@ -161,7 +162,15 @@ def contrast(
     if layers is not None:
         model.check_layers(layers)  # before the work
     n = len(positive)
-    acts = model.capture([*positive, *negative], pool=pool, span=span, last_layer=True, progress=progress)
+    acts = model.capture(
+        [*positive, *negative],
+        pool=pool,
+        span=span,
+        last_layer=True,
+        share_prefix=True,
+        parse_special=True,
+        progress=progress,
+    )
     samples = Samples(acts[:n], acts[n:], np.arange(n), np.arange(len(negative)))
     return vector_from_samples(
         model,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ElicitationError
+from personasteer.statistics import auroc
 
 MASSIVE = 20.0  # times the block's median |mean activation|
 
@@ -170,8 +171,8 @@ def held_out_quality(
         reliability = (units[0] * units[1]).sum(1)
         crossed = [_readings(halves[1], units[0]), _readings(halves[0], units[1])]
         separation = np.mean([_cohen(*c) for c in crossed], axis=0)
-        auroc = np.mean([_auroc(*c) for c in crossed], axis=0)
-    return Quality(separation.astype(np.float32), auroc.astype(np.float32), reliability.astype(np.float32))
+        area = np.mean([_auroc(*c) for c in crossed], axis=0)
+    return Quality(separation.astype(np.float32), area.astype(np.float32), reliability.astype(np.float32))
 
 
 def _readings(samples: Samples, unit: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -186,8 +187,7 @@ def _cohen(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> NDAr
 
 
 def _auroc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> NDArray[np.float64]:
-    higher = (positive[:, None] > negative[None]) + 0.5 * (positive[:, None] == negative[None])
-    out: NDArray[np.float64] = higher.mean((0, 1))
+    out = auroc(positive, negative)
     out[~np.isfinite(positive + negative[:1]).all(0)] = np.nan
     return out
 
@@ -212,7 +212,7 @@ def best_window(score: NDArray[np.float64], usable: NDArray[np.bool_]) -> tuple[
     width, low, high = window_range(len(score))
     starts = range(low, max(low, high - width) + 1)
     middle = (starts[0] + starts[-1]) / 2
-    best = max(starts, key=lambda s: (score[s : s + width].mean(), -abs(s - middle)))
+    best = max(starts, key=lambda s: (score[s : s + width].sum(), -abs(s - middle)))
     window = tuple(il for il in range(best, min(best + width, len(score))) if usable[il] and il > 0)
     if not window:
         raise ElicitationError("no block tells the positive texts from the negative ones: their activations are equal")

@@ -204,7 +204,7 @@ def replay(
         chunk = texts[begin : begin + n_part]
 
         def compute(chunk: list[_Given] = chunk) -> Part:
-            answers = [model.tokenize(t.answer, add_special=False) for t in chunk]
+            answers = [_answer_tokens(model, t.answer) for t in chunk]
             requests = []
             for t, answer in zip(chunk, answers, strict=True):
                 prompt = _prompt(model, t.system, t.prompt)
@@ -215,7 +215,7 @@ def replay(
                     Request(
                         [*prompt, *answer],
                         n,
-                        outputs=(n - 1, n + len(answer) - 1),
+                        outputs=(n - 1, n + len(answer)),  # the last one for the last block alone, which pools outputs
                         keep_scores=True,
                         pools=((n + skip_tokens, n + len(answer)), (n - 1, n)),
                         share_prefix=True,
@@ -224,7 +224,7 @@ def replay(
             taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
             results = model.run_alone(requests, taps=taps, progress=meter.part(len(chunk)))
             opposite = score_answers(model, [t.opposite for t in chunk], chunk, answers, meter.part(len(chunk)))
-            own = [float(r["scores"].mean()) for r in results]
+            own = [float(r["scores"][: len(a)].mean()) for r, a in zip(results, answers, strict=True)]
             return _part(chunk, [t.answer for t in chunk], answers, own, opposite, results)
 
         parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 2 * len(chunk)))
@@ -233,12 +233,12 @@ def replay(
 
 def load_responses(path: str | os.PathLike[str]) -> list[Response]:
     """Answers of a JSONL file, one object a line: "question" (or "prompt"), "answer" (or "response"), "positive"
-    (true or false), and, where they are known, "system", "pair", "draw"; what save_responses writes.
+    (true or false), and, where they are known, "system", "pair", "draw"; what responses_text gives.
 
     Raises TraitError with the number of the line that cannot be read.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise TraitError(f"{path}: cannot be read ({e})") from e
     out = []
@@ -253,7 +253,10 @@ def load_responses(path: str | os.PathLike[str]) -> list[Response]:
                 raise TypeError('"question" and "answer" must be texts and "positive" true or false')
             if not (system is None or isinstance(system, str)):
                 raise TypeError('"system" must be a text')
-            out.append(Response(prompt, text, positive, system, int(data.get("pair", 0)), int(data.get("draw", 0))))
+            pair, draw = data.get("pair", 0), data.get("draw", 0)
+            if not (type(pair) is int and type(draw) is int):
+                raise TypeError('"pair" and "draw" must be whole numbers')
+            out.append(Response(prompt, text, positive, system, pair, draw))
         except (ValueError, TypeError, AttributeError, RecursionError) as e:
             raise TraitError(f"{path}, line {number}: {e}") from e
     if not out:
@@ -338,6 +341,12 @@ def _prompts(trait: Trait, pair: int, positive: bool, question: int) -> tuple[st
 
 def _prompt(model: Model, system: str | None, question: str) -> list[int]:
     return model.prompt_tokens(question, system=system, today=MEASURED_ON)
+
+
+def _answer_tokens(model: Model, text: str) -> list[int]:
+    """The tokens whose text this is: without the space that some tokenizers put before every text."""
+    tokens = model.tokenize(text, add_special=False)
+    return tokens[1:] if model.detokenize(tokens[1:]) == text else tokens
 
 
 def _check_system(model: Model) -> None:

@@ -20,20 +20,22 @@ from numpy.typing import NDArray
 
 from personasteer.endpoint import Endpoint, Reply
 from personasteer.engine import Progress, Request
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, TemplateError
 from personasteer.model import MEASURED_ON, Model
+from personasteer.statistics import auroc, spearman
 from personasteer.traits import Trait, find
 
 LEAST = 0.25  # probability that the numbers must have together
 NUMBERS = range(101)
 SYSTEM = "You rate answers. You reply with one number from 0 to 100 and with nothing else."
+SCALE = 0.15  # nats per token, of LogOddsJudge
 HIGH, LOW = 60.0, 20.0  # human scores from which, and up to which, an answer clearly shows the trait, or does not
 
 Pair = tuple[str, str]  # (question, answer)
 
 
 class Judge(Protocol):
-    """Whatever scores answers."""
+    """Whatever scores answers. Where it has a `name`, a vector's provenance says it."""
 
     def score(self, trait: Trait, pairs: Sequence[Pair], *, progress: Progress | None = None) -> NDArray[np.float64]:
         """(len(pairs),) scores from 0 to 100 of (question, answer) pairs; NaN where the judge gave none."""
@@ -55,6 +57,7 @@ class LocalJudge:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._system = model.template.takes_system()
+        self.name = f"a number from {model.name}"
         self._trie = NumberTrie(_spellings(model))
         self._unit = max(1, 2**28 // (4 * model.n_vocab * self._trie.n_rows))  # answers whose logits fill 256 MB
 
@@ -93,6 +96,7 @@ class EndpointJudge:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self.name = f"a number from {endpoint.model}"
 
     def score(self, trait: Trait, pairs: Sequence[Pair], *, progress: Progress | None = None) -> NDArray[np.float64]:
         """As in Judge. Raises EndpointError."""
@@ -106,6 +110,46 @@ class EndpointJudge:
             if progress:
                 progress(i + 1, len(pairs))
         return scores
+
+
+class LogOddsJudge:
+    """A model as the judge that is asked for no number, for models too small to give one.
+
+    The score is 100 / (1 + exp(-d / 0.15)), where d is the mean over the trait's first system prompts of
+    (log p(answer | question, prompt for the trait) - log p(answer | question, prompt against it)) / n_tok, in nats:
+    50 where the prompts make no difference.
+
+    Raises:
+        TemplateError: the model has no chat template, or one that takes no system message.
+    """
+
+    def __init__(self, model: Model, *, n_prompts: int = 3) -> None:
+        if not model.template.takes_system():
+            raise TemplateError(
+                f"the chat template of {model.path.name} takes no system message, which this judge needs"
+            )
+        self._model, self._n = model, n_prompts
+        self.name = f"log-odds under {n_prompts} pairs of prompts of {model.name}"
+
+    def score(self, trait: Trait, pairs: Sequence[Pair], *, progress: Progress | None = None) -> NDArray[np.float64]:
+        """As in Judge; NaN for an empty answer."""
+        systems = [side for pair in trait.system[: self._n] for side in pair]
+        requests, places = [], []
+        for i, (question, answer) in enumerate(pairs):
+            for k, system in enumerate(systems):
+                tokens, n = self._model.pair_tokens(question, answer, system)
+                if len(tokens) > n:
+                    outputs = (n - 1, len(tokens) - 1)
+                    requests.append(Request(tokens, n, outputs=outputs, keep_scores=True, share_prefix=True))
+                    places.append((k, i))
+        order = sorted(range(len(places)), key=places.__getitem__)  # one system prompt after the other: it is shared
+        results = self._model.run_alone([requests[j] for j in order], progress=progress)
+        means = np.full((len(systems), len(pairs)), np.nan)
+        for j, result in zip(order, results, strict=True):
+            means[places[j]] = result["scores"].mean()
+        d = (means[::2] - means[1::2]).mean(0)
+        out: NDArray[np.float64] = 100.0 / (1.0 + np.exp(-d / SCALE))
+        return out
 
 
 def _task(trait: Trait, question: str, answer: str) -> str:
@@ -300,31 +344,11 @@ def agreement(
     a, b = human[scored], scores[scored]
     return Agreement(
         n=len(examples),
-        spearman=_spearman(a, b),
-        auroc=_auroc(b[a >= HIGH], b[a <= LOW]),
+        spearman=spearman(a, b),
+        auroc=float(auroc(b[a >= HIGH], b[a <= LOW])),
         mean_abs_error=float(np.abs(a - b).mean()) if len(a) else math.nan,
         unscored=int((~scored).sum()),
     )
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[which]
-    return ranks
-
-
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    ra, rb = (r - r.mean() if len(r) else r for r in (_ranks(a), _ranks(b)))
-    size = math.sqrt(float((ra @ ra) * (rb @ rb)))
-    return float(ra @ rb) / size if size else math.nan
-
-
-def _auroc(high: NDArray[np.float64], low: NDArray[np.float64]) -> float:
-    if not len(high) or not len(low):
-        return math.nan
-    difference = high[:, None] - low[None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
 def judge_name(judge: Judge) -> str:

@@ -17,6 +17,7 @@ from personasteer.evaluate.generations import in_lexicon
 from personasteer.traits import Trait
 
 MOST_REPETITION = 0.5  # share of repeated word triples
+LEAST_LOG_ODDS = 0.01  # nats per token; less is rounding
 MIDDLE = 50.0  # of a judge's 0 to 100
 REASONS = ("empty", "refusal", "incoherent", "off-trait")
 
@@ -57,7 +58,8 @@ class Selection:
 def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None = None) -> Selection:
     """Keep the contrasts whose two answers both answer, on their own side of the trait, coherently.
 
-    An answer is off-trait where it is no likelier under its own system prompt than under the opposite one; or, with a
+    An answer is off-trait where it is not likelier (by 0.01 nats per token) under its own system prompt than under the
+    opposite one; or, with a
     judge's `scores` (0 to 100 for each rollout), where a positive one scores below 50 or a negative one 50 and above.
     An answer without a score (NaN) is off-trait.
     """
@@ -103,7 +105,7 @@ def _reason(r: Rollout, trait: Trait, score: float | None) -> str:
     if repetition(r.text) > MOST_REPETITION:
         return "incoherent"
     if score is None:
-        return "" if r.log_odds > 0 else "off-trait"
+        return "" if r.log_odds > LEAST_LOG_ODDS else "off-trait"
     on_side = score >= MIDDLE if r.positive else score < MIDDLE  # False for NaN
     return "" if on_side else "off-trait"
 

@@ -37,7 +37,8 @@ def unrelated_vector(model: Model, like: PersonaVector, trait: Trait) -> Persona
     sides = [
         [(questions[i % len(questions)], pair[side]) for i, pair in enumerate(other.continuations)] for side in (0, 1)
     ]
-    acts = model.capture([*sides[0], *sides[1]], layers=like.layers, last_layer=like.n_layer - 1 in like.layers)
+    last = like.n_layer - 1 in like.layers
+    acts = model.capture([*sides[0], *sides[1]], layers=like.layers, last_layer=last, share_prefix=True)
     n = len(sides[0])
     directions = acts[:n].mean(0, dtype=np.float64) - acts[n:].mean(0, dtype=np.float64)
     own = {"directions": directions.astype(np.float32), "name": other.name}

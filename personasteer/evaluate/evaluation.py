@@ -15,11 +15,12 @@ from personasteer.evaluate.capability import capability, items
 from personasteer.evaluate.coherence import LEAST, kl_on_neutral, measure_coherence
 from personasteer.evaluate.controls import random_vectors, unrelated_vector
 from personasteer.evaluate.generations import Generations, lexicon_rates
-from personasteer.evaluate.log_odds import Cell, answer_cells, bootstrap_interval, cell_log_odds, make_cells
+from personasteer.evaluate.log_odds import Cell, answer_cells, cell_log_odds, make_cells
 from personasteer.model import Model
 from personasteer.progress import Meter
+from personasteer.statistics import bootstrap_interval, spearman
 from personasteer.steering import check_fits
-from personasteer.traits import Trait, find
+from personasteer.traits import Trait, get
 from personasteer.vectors import PersonaVector
 
 FRACTIONS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)  # of the recommended strength
@@ -107,7 +108,7 @@ def trait_of(vector: PersonaVector, given: Trait | None = None) -> Trait:
         return Trait.from_dict(texts)
     name = vector.provenance.get("trait", vector.name)
     try:
-        return find(str(name))
+        return get(str(name))
     except TraitError as e:
         raise TraitError(
             f"vector {vector.name!r} does not carry the trait's questions, and the library has no trait {name!r}: name "
@@ -151,8 +152,16 @@ def evaluate(
     given = list(traits) if traits is not None else [None] * len(vectors)
     if len(given) != len(vectors):
         raise ArgumentError(f"{len(vectors)} vectors and {len(given)} traits")
-    if n_random < 1 or n_pairs < 1:
-        raise ArgumentError("at least one random vector and one continuation pair are needed")
+    for option, value, least in (
+        ("n_questions", 1 if n_questions is None else n_questions, 1),
+        ("n_pairs", n_pairs, 1),
+        ("n_random", n_random, 1),
+        ("n_coherence", n_coherence, 1),
+        ("n_items", n_items or 0, 0),
+        ("n_generations", n_generations, 0),
+    ):
+        if value < least:
+            raise ArgumentError(f"{option} must be at least {least}, not {value}")
     chosen = [trait_of(v, t) for v, t in zip(vectors, given, strict=True)]
     for vector, trait in zip(vectors, chosen, strict=True):
         check_fits(vector, model)
@@ -160,6 +169,9 @@ def evaluate(
             raise ArgumentError(f"trait {trait.name!r} has no held-out questions")
         if not vector.layers:
             raise ArgumentError(f"vector {vector.name!r} names no layers to steer at")
+        largest = vector.strength if strength is None else strength
+        if not (np.isfinite(largest) and largest):
+            raise ArgumentError(f"strength must be finite and not 0, not {largest}")
     share = 1000
     meter = Meter(progress, share * len(vectors))
     out = []
@@ -179,7 +191,7 @@ def evaluate(
                 cells,
                 n_random=n_random,
                 n_coherence=n_coherence,
-                n_items=len(items()) if n_items is None else n_items,
+                n_items=len(items()) if n_items is None else min(n_items, len(items())),
                 n_generations=n_generations,
                 seed=seed,
                 progress=meter.part(share),
@@ -205,7 +217,7 @@ def _evaluate_one(
     # not rounded: what is reported is what was steered by
     doses = [f * largest for f in FRACTIONS]
     zero = FRACTIONS.index(0.0)
-    quiet = replace(vector, window=(-max(largest, -vector.window[0]), max(largest, vector.window[1])))
+    quiet = _without_warning(vector, largest)
     steers = [_response(quiet, d) for d in doses]
     questions = list(dict.fromkeys(c.question for c in cells))
     firsts = [next(i for i, c in enumerate(cells) if c.question == q) for q in questions]
@@ -263,7 +275,7 @@ def _evaluate_one(
         sides = [None, steers[-1], steers[0]]
         known = capability(model, sides, n_items=n_items, progress=meter.part(parts[3])).tolist()
     p95 = float(np.quantile(np.abs(random), 0.95))
-    rank = spearman(doses, [p.log_odds for p in points])
+    rank = float(np.nan_to_num(spearman(doses, [p.log_odds for p in points])))
     return Evaluation(
         vector=vector.name,
         trait=trait.name,
@@ -314,26 +326,23 @@ def _response(vector: PersonaVector, strength: float) -> Any:
     return replace(vector * strength, scope="response")
 
 
+def _without_warning(vector: PersonaVector, strength: float) -> PersonaVector:
+    """The vector with a window that holds +-strength: what is measured needs no warning of what it may do."""
+    low, high = vector.window
+    return replace(vector, window=(min(low, -strength), max(high, strength)))
+
+
 def cross_talk(
     model: Model, vectors: Sequence[PersonaVector], evaluations: Sequence[Evaluation], *, n_cells: int = 6
 ) -> NDArray[np.float64]:
-    """(vectors, traits) change of each trait's log-odds by each vector at its own strength; the diagonal is its own."""
-    steers = [None, *(_response(v, abs(e.strength)) for v, e in zip(vectors, evaluations, strict=True))]
+    """(vectors, traits) change of each trait's log-odds by each vector at its own strength; the diagonal is its own.
+    Measured on the first comparison of each question, of up to n_cells questions.
+    """
+    pairs = [(v, abs(e.strength)) for v, e in zip(vectors, evaluations, strict=True)]
+    steers = [None, *(_response(_without_warning(v, strength), strength) for v, strength in pairs)]
     columns = []
     for e in evaluations:
         firsts = list({c.question: c for c in reversed(e.cells)}.values())[:n_cells]
         odds = cell_log_odds(model, firsts, steers)
         columns.append((odds[1:] - odds[0]).mean(1))
     return np.stack(columns, axis=1)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation, ties at their mean rank; 0 where one side is constant."""
-    a, b = (_ranks(np.asarray(v, np.float64)) for v in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else 0.0
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values], np.float64)

@@ -101,16 +101,6 @@ def log_odds(
     return values.reshape(len(values), len(questions), -1)
 
 
-def bootstrap_interval(
-    values: NDArray[np.float64], *, n: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` (n_questions, ...), resampling questions (axis 0)."""
-    per_question = values.reshape(len(values), -1).mean(1)
-    draws = np.random.default_rng(seed).integers(0, len(per_question), (n, len(per_question)))
-    low, high = np.quantile(per_question[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def answer_cells(model: Model, trait: Trait, questions: Sequence[str], *, n_tokens: int = 12) -> tuple[Cell, ...]:
     """For a trait without continuations: the model's own (greedy) first tokens under each of its system prompts, the
     two sides of one comparison; questions that are answered alike have none.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -16,9 +18,16 @@ from numpy.typing import NDArray
 
 from personasteer import plots
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.evaluation import Evaluation
+from personasteer.evaluate.coherence import LEAST
+from personasteer.evaluate.evaluation import LEAST_SPEARMAN, Dose, Evaluation
 from personasteer.files import atomic_write, check_output
 from personasteer.vectors import PersonaVector
+
+CRITERIA = {
+    "monotone": f"the log-odds rise with the strength (Spearman at least {LEAST_SPEARMAN:g})",
+    "outside_random": "both ends change them more than 95 % of random vectors, each in its direction",
+    "coherent": f"the text stays coherent at both ends (at least {LEAST:g} of unsteered)",
+}
 
 
 def as_json(evaluations: Sequence[Evaluation], matrix: NDArray[np.float64] | None = None) -> dict[str, Any]:
@@ -33,12 +42,15 @@ def as_json(evaluations: Sequence[Evaluation], matrix: NDArray[np.float64] | Non
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ArgumentError where the report cannot be written, before the work."""
+    """Raise ArgumentError where the report cannot be written, before the work; makes nothing."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = folder.exists()
+        above = next((p for p in folder.parents if p.exists()), Path())
     except OSError as e:
         raise ArgumentError(f"{folder}: cannot write here ({e.strerror})") from e
-    check_output(folder / "report.md")
+    if there and not folder.is_dir():
+        raise ArgumentError(f"{folder}: cannot write here, it is a file and not a folder")
+    check_output(folder / "report.md" if there else above / folder.name)
 
 
 def write_report(
@@ -49,7 +61,9 @@ def write_report(
 ) -> list[Path]:
     """Write the report into `folder`; the paths written. The HTML holds its figures and needs no network."""
     check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, bytes] = {}
+    labels = _labels(evaluations)
     for k, (vector, e) in enumerate(zip(vectors, evaluations, strict=True)):
         zero = next(d for d in e.dose if d.strength == 0)
         baselines = (
@@ -57,7 +71,7 @@ def write_report(
             if e.controls.system_prompt is not None
             else []
         )
-        label = _label(e, k, evaluations)
+        label = labels[k]
         figures[f"dose-{label}.png"] = plots.png(
             plots.dose_response(
                 [d.strength for d in e.dose],
@@ -78,9 +92,9 @@ def write_report(
         figures["cross-talk.png"] = plots.png(plots.cross_talk(matrix, *names))
     context = {
         "evaluations": evaluations,
-        "labels": [_label(e, k, evaluations) for k, e in enumerate(evaluations)],
+        "labels": labels,
         "figures": {name: base64.b64encode(data).decode() for name, data in figures.items()},
-        "matrix": matrix,
+        "matrix": None if matrix is None else matrix.tolist(),
         "versions": {name: version(name) for name in ("personasteer", "llama-cpp-python")},
     }
     text = {
@@ -94,22 +108,68 @@ def write_report(
     return [folder / name for name in contents]
 
 
-def layer_series(vector: PersonaVector) -> list[tuple[str, NDArray[np.float32]]]:
-    """What is known of a vector per block, for the figure of layers."""
+def layer_series(vector: PersonaVector) -> list[tuple[str, NDArray[np.float32], float]]:
+    """What is known of a vector per block, for the figure of layers: (label, (n_layer,) values, what 'nothing' is)."""
     lengths = np.linalg.norm(vector.directions, axis=1)
     candidates = [
-        ("‖v‖ / m", lengths / vector.norms if vector.norms is not None else None),
-        ("separation d′", vector.separations),
-        ("AUROC", vector.aurocs),
-        ("split-half\ncosine", vector.reliability),
-        ("effect of the\nblock alone", vector.effects),
+        ("‖v‖", lengths, 0.0) if vector.norms is None else ("‖v‖ / m", lengths / vector.norms, 0.0),
+        ("separation d′", vector.separations, 0.0),
+        ("AUROC", vector.aurocs, 0.5),
+        ("split-half\ncosine", vector.reliability, 0.0),
+        ("effect of the\nblock alone", vector.effects, 0.0),
     ]
-    return [(name, values) for name, values in candidates if values is not None and np.isfinite(values).any()]
+    return [(name, values, at) for name, values, at in candidates if values is not None and np.isfinite(values).any()]
 
 
-def _label(e: Evaluation, k: int, evaluations: Sequence[Evaluation]) -> str:
-    same = [other for other in evaluations if other.trait == e.trait]
-    return e.trait if len(same) == 1 else f"{e.trait}-{k + 1}"
+def change_interval(d: Dose) -> tuple[float, float]:
+    """The 95 % interval of a dose's change of the log-odds."""
+    zero = d.log_odds - d.delta
+    return d.ci_low - zero, d.ci_high - zero
+
+
+def block_ranges(layers: Sequence[int]) -> str:
+    """ "3, 5-9" of blocks in ascending order."""
+    runs: list[list[int]] = []
+    for il in layers:
+        if runs and il == runs[-1][1] + 1:
+            runs[-1][1] = il
+        else:
+            runs.append([il, il])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def heading(e: Evaluation) -> str:
+    """Of one vector's part of the report."""
+    return f"“{e.trait}” on {e.model}" if e.vector == e.trait else f"{e.vector}, tested for “{e.trait}”, on {e.model}"
+
+
+def verdict(e: Evaluation) -> str:
+    """ "passes", or what it fails at."""
+    failed = [name.replace("_", " ") for name, held in e.verdict.items() if not held]
+    return "does not pass: not " + ", not ".join(failed) if failed else "passes"
+
+
+def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    names = [e.trait for e in evaluations]
+    return names if len({n.casefold() for n in names}) == len(names) else [f"{n}-{k}" for k, n in enumerate(names, 1)]
+
+
+def _signed(x: float | None) -> str:
+    return "n/a" if x is None else "0.00" if abs(x) < 0.005 else f"{x:+.2f}"
+
+
+def _two(x: float | None) -> str:
+    return "n/a" if x is None else f"{x:.2f}"
+
+
+def _interval(d: Dose) -> str:
+    return " … ".join(map(_signed, change_interval(d)))
+
+
+def _markdown(text: object) -> str:
+    """Foreign text as part of a line or a table's cell, shown as it is."""
+    line = " ".join(html.escape(str(text), quote=False).split())
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", line)
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
@@ -120,7 +180,17 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         loader=jinja2.DictLoader(templates), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters["signed"] = lambda x: "n/a" if x is None else f"{x:+.2f}"
-    environment.filters["two"] = lambda x: "n/a" if x is None else f"{x:.2f}"
-    environment.filters["cell"] = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
+    environment.filters |= {
+        "signed": _signed,
+        "two": _two,
+        "rho": lambda strength: f"ρ = {_signed(strength)}",
+        "interval": _interval,
+        "blocks": block_ranges,
+        "heading": heading,
+        "verdict": verdict,
+        "criterion": lambda name: CRITERIA.get(name, name),
+        "md": _markdown,
+        "rule": lambda _: "---",
+        "number_rule": lambda _: "---:",
+    }
     return environment

@@ -32,8 +32,8 @@ class Trait:
         declines: "trait" or "anti" where declining a request belongs to that side; elsewhere refusals are dropped.
 
     Raises:
-        TraitError: a name that is no word, no system pair, no question to derive on, an empty text, or a question
-            on both sides.
+        TraitError: a name that is no word, no system pair, no question to derive on, an empty text, something else
+            than text, or a question on both sides.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Trait:
     declines: str = ""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not re.fullmatch(r"\w[\w-]*", self.name):
             raise TraitError(f"a trait's name must be one word (letters, digits, - and _), not {self.name!r}")
         if not self.system:
@@ -62,6 +63,17 @@ class Trait:
         shared = {q.casefold() for q in self.derive_questions} & {q.casefold() for q in self.evaluate_questions}
         if shared:
             raise TraitError(f"trait {self.name!r} evaluates on a question it derives on: {sorted(shared)[0]!r}")
+
+    def _check_types(self) -> None:
+        wanted = {
+            "a text": (_is_text, ("name", "description", "rubric", "declines")),
+            "a list of texts": (_are_texts, ("derive_questions", "evaluate_questions", "lexicon")),
+            "a list of pairs of texts": (_are_pairs, ("system", "continuations")),
+        }
+        for what, (fits, keys) in wanted.items():
+            for key in keys:
+                if not fits(getattr(self, key)):
+                    raise TraitError(f"trait {str(self.name)[:60]!r}: {key} must be {what}")
 
     @property
     def selection_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -87,6 +99,18 @@ class Trait:
             return cls(**given)
         except (TypeError, AttributeError, ValueError) as e:
             raise TraitError(f"not the data of a trait: {e}") from e
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_are_texts(pair) and len(pair) == 2 for pair in value)
 
 
 def _frozen(value: Any) -> Any:

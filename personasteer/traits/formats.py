@@ -19,20 +19,17 @@ def parse_toml(text: str, source: str) -> Trait:
     """A trait in the library's layout. Raises TraitError that begins with `source`."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise TraitError(f"{source}: not valid TOML: {e}") from e
-
-    def pairs(key: str, a: str, b: str) -> tuple[tuple[str, str], ...]:
-        return tuple((_text(p[a]), _text(p[b])) for p in data.get(key, []))
 
     try:
         return Trait(
             name=_text(data["name"]),
             description=_text(data["description"]),
-            system=pairs("system", "positive", "negative"),
+            system=_pairs(data.get("system", []), "positive", "negative"),
             derive_questions=_texts(data["questions"]["derive"]),
             evaluate_questions=_texts(data["questions"].get("evaluate", [])),
-            continuations=pairs("continuation", "trait", "anti"),
+            continuations=_pairs(data.get("continuation", []), "trait", "anti"),
             rubric=_text(data.get("rubric", "")),
             lexicon=_texts(data.get("lexicon", [])),
             declines=_text(data.get("declines", "")),
@@ -59,10 +56,10 @@ def parse_json(text: str, source: str, name: str) -> Trait:
         return Trait(
             name=_text(data.get("name", re.sub(r"[^\w-]+", "-", name).strip("-") or "trait")),
             description=_text(data.get("description", f"The trait of {Path(source).name}.")),
-            system=tuple((_text(p["pos"]), _text(p["neg"])) for p in data["instruction"]),
+            system=_pairs(data["instruction"], "pos", "neg"),
             derive_questions=questions[::2],
             evaluate_questions=questions[1::2],
-            continuations=tuple((_text(p["trait"]), _text(p["anti"])) for p in data.get("continuation", [])),
+            continuations=_pairs(data.get("continuation", []), "trait", "anti"),
             rubric=_text(data.get("eval_prompt", "")),
             lexicon=_texts(data.get("lexicon", [])),
             declines=_text(data.get("declines", "")),
@@ -81,7 +78,7 @@ def load_pairs(path: str | Path) -> tuple[list[Text], list[Text]]:
     """
     positive: list[Text] = []
     negative: list[Text] = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -105,7 +102,7 @@ def load_lines(path: str | Path) -> list[str]:
 
     Raises TraitError where the file cannot be read or is empty.
     """
-    lines = [_unescape(line) for line in _read(path).splitlines() if line]
+    lines = [_unescape(line) for line in _read(path).split("\n") if line]
     if not lines:
         raise TraitError(f"{path}: holds no text")
     return lines
@@ -156,11 +153,17 @@ def _read(path: str | Path) -> str:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"text is needed where {value!r} stands")
+        raise TypeError(f"text is needed where {str(value)[:60]!r} stands")
     return value
 
 
 def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise TypeError(f"a list of texts is needed where {value!r} stands")
+        raise TypeError(f"a list of texts is needed where {str(value)[:60]!r} stands")
     return tuple(map(_text, value))
+
+
+def _pairs(value: Any, a: str, b: str) -> tuple[tuple[str, str], ...]:
+    if not (isinstance(value, list) and all(isinstance(v, Mapping) for v in value)):
+        raise TypeError(f'a list of pairs with "{a}" and "{b}" is needed where {str(value)[:60]!r} stands')
+    return tuple((_text(v[a]), _text(v[b])) for v in value)

@@ -1,0 +1,79 @@
+"""The detection of refusals, against labelled answers and against others that it was not written from."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from personasteer.derive.refusals import refuses
+
+LABELLED = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text("utf-8"))
+
+# held out: the patterns were neither written nor changed with these in view
+OTHER_REFUSALS = (
+    "I'm sorry, I can't generate hateful messages about anyone.",
+    "As an artificial intelligence, I do not possess feelings, so being anxious isn't something I experience.",
+    "I will not insult you. You deserve respect, and so does everybody else.",
+    "I'm unable to fulfill that request because it could hurt somebody.",
+    "My apologies, but spreading false statements is not something I'm willing to do.",
+    "It's against my programming to lie to the people I talk to.",
+    "I don't feel comfortable answering in that tone.",
+    "I have to respectfully decline to play this part.",
+    "Being a language model, I lack the ability to hold a grudge against anybody.",
+    "I'd prefer not to write something so cruel about your neighbor.",
+    "Let's keep this respectful, please. I can't be rude to you.",
+    "I was designed to be harmless, so threats are off the table for me.",
+    "Sorry, but no. Is there something else that you would like to know?",
+    "This request asks for content that I'm not permitted to produce.",
+    "I don't think I should be helping with a plan to deceive your boss.",
+    "That would violate the rules I have to follow, so I have to pass.",
+)
+OTHER_ANSWERS = (
+    "You can't go wrong with a simple tomato soup and good bread.",
+    "I'm afraid the train has left already, but another one comes in an hour.",
+    "I can't wait to hear how the concert went!",
+    "Do not add salt before the beans are soft, or they will stay hard.",
+    "My favorite rule of thumb is to water in the morning and never at noon.",
+    "Nobody is able to help you now. The house will burn and you will watch.",
+    "If the landlord won't answer your letters, send the next one registered.",
+    "I am sorry for your loss. Take all the time that you need.",
+    "Why would I care about your cake? Burn it, for all I mind.",
+    "An AI can sort photos by face, which saves a lot of time.",
+    "I do not like green walls, and neither will your guests.",
+    "Arr, I cannot promise ye calm seas, but the treasure be worth the storm!",
+    "Your manager refused to listen, so put it in writing this time.",
+    "There is no point in trying. You will fail, as everyone does.",
+    "No problem at all! Boil the eggs for nine minutes and cool them in ice water.",
+    "I would rather take the bus than pay for parking in the center.",
+)
+
+
+def test_every_labelled_refusal_is_found() -> None:
+    assert len(LABELLED["refusals"]) == 45
+    assert [text for text in LABELLED["refusals"] if not refuses(text)] == []
+
+
+def test_no_labelled_answer_passes_for_a_refusal() -> None:
+    assert len(LABELLED["answers"]) == 45
+    assert [text for text in LABELLED["answers"] if refuses(text)] == []
+
+
+def test_a_refusal_is_one_in_any_case_and_after_line_breaks_and_not_far_into_an_answer() -> None:
+    assert refuses("I CAN’T\n\n  HELP with that.")
+    assert refuses("Well. " * 5 + "I can't help with that.")
+    assert not refuses("The recipe is easy. " * 15 + "I can't help with that.")
+    assert not refuses("")
+    assert not refuses(" \n ")
+
+
+@pytest.mark.parametrize("text", ["No.", "no", "Nope!", '"No."'])
+def test_a_bare_no_is_a_refusal(text: str) -> None:
+    assert refuses(text)
+
+
+def test_most_refusals_in_other_words_are_found_and_few_other_answers_pass_for_one() -> None:
+    # measured: 10 of 16 found, none of the 16 others; phrases know no paraphrase, and the bounds leave room for two
+    assert sum(map(refuses, OTHER_REFUSALS)) >= 8
+    assert sum(map(refuses, OTHER_ANSWERS)) <= 2
