@@ -23,8 +23,8 @@ from personasteer import traits
 from personasteer.evaluate import evaluate
 from personasteer.files import atomic_write
 
-DERIVE = {"n_questions": 8, "max_tokens": 28}
-EVALUATE = {"n_questions": 8, "n_pairs": 2, "n_random": 20, "n_items": 30}
+DERIVE = {"n_questions": 6, "max_tokens": 24}
+EVALUATE = {"n_questions": 6, "n_pairs": 2, "n_random": 20, "n_items": 20}
 READ_FREELY = ("archaic", "childlike", "evil", "pessimistic", "pirate", "poetic", "refusing", "warm")
 N_ANSWERS = 20  # free answers at each of three strengths, for these
 

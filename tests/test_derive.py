@@ -538,7 +538,7 @@ def test_a_run_killed_after_any_part_goes_on_and_gives_the_same_bytes(
     assert not [p for p in work.iterdir() if p.name.startswith(".") or p.suffix == ".tmp"]
 
 
-def test_a_part_is_not_computed_again_and_a_damaged_one_is(
+def test_a_damaged_part_is_computed_again_and_the_others_are_not(
     model: ps.Model, uninterrupted: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     work = tmp_path / "work"
@@ -556,7 +556,9 @@ def test_a_part_is_not_computed_again_and_a_damaged_one_is(
         file.write_bytes(damage(whole))
         assert file.read_bytes() != whole
         caplog.clear()
+        others = {f: f.stat().st_mtime_ns for f in work.glob("*.safetensors") if f != file}
         assert saved(derived(model, work), tmp_path / "v.gguf") == uninterrupted
+        assert all(f.stat().st_mtime_ns == t for f, t in others.items())
         assert f"{name}.safetensors cannot be read" in caplog.text, name
         assert file.read_bytes() == whole, name
 

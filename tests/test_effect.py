@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from personasteer import Model, PersonaVector, derive, traits
 from personasteer.demo import STRENGTHS
 from personasteer.evaluate import log_odds, random_vectors
+
+TRAIT = traits.find("pessimistic")
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +25,14 @@ def model(smollm2_path: Path) -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def vector(model: Model) -> PersonaVector:
-    return derive(model, "pessimistic", seed=0)
+    return derive(model, TRAIT, seed=0)
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(
     model: Model, smollm2_path: Path, tmp_path: Path
 ) -> None:
     # not calibrated: the sweep's seconds are spent once, in the vector of the other tests
-    few = {"seed": 5, "n_questions": 2, "calibrated": False}
+    few: dict[str, Any] = {"seed": 5, "n_questions": 2, "max_tokens": 16, "calibrated": False}
     derive(model, "pirate", **few).save(tmp_path / "first.gguf")
     model.chat("Something else in between.", max_tokens=5)
     derive(model, "pirate", **few).save(tmp_path / "again.gguf")
@@ -41,17 +44,16 @@ def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(
 
 
 def test_another_seed_gives_nearly_the_same_directions(model: Model, vector: PersonaVector) -> None:
-    other = derive(model, "pessimistic", seed=1, calibrated=False)
+    other = derive(model, TRAIT, seed=1, calibrated=False)
     assert not np.array_equal(other.directions, vector.directions)
     for layers in (vector.layers, other.layers):
         assert (vector.cosine(other)[list(layers)] > 0.9).all()
 
 
 def test_more_strength_means_more_of_the_trait_and_random_vectors_do_not(model: Model, vector: PersonaVector) -> None:
-    trait = traits.find("pessimistic")
     controls = random_vectors(vector, 20, seed=0)
     edits = [vector * s for s in STRENGTHS] + [c * s for c in controls for s in (STRENGTHS[0], STRENGTHS[-1])]
-    odds = log_odds(model, trait, [replace(e, scope="response") for e in edits], n_questions=5, n_pairs=3)
+    odds = log_odds(model, TRAIT, [replace(e, scope="response") for e in edits], n_questions=5, n_pairs=3)
     means = odds.mean((1, 2))
     dose, random = means[: len(STRENGTHS)], means[len(STRENGTHS) :]
     assert (np.diff(dose) > 0).all(), dose

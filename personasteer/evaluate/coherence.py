@@ -18,6 +18,7 @@ from personasteer.traits import neutral_pairs
 
 LEAST = 0.5  # coherence below this counts as broken: its text is twice as perplexing as the unsteered model's own
 TEMPERATURE = 0.7
+N_OWN = 4  # unsteered answers per question: every steering is compared with them
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ def measure_coherence(
     """Sampled answers (temperature 0.7) under each steering, scored by the unsteered model.
 
     Args:
-        questions: what to answer; the unsteered model answers them as well, for comparison.
+        questions: what to answer; the unsteered model answers each four times, for comparison.
         systems: for each steering, system prompts under which the unsteered model may find its text likely: a persona's
             words are improbable without the persona, and not incoherent for that. The lowest mean NLL counts.
     """
-    steerings = [Steering(), *(as_steering(s) for s in steers)]
-    systems = [(), *(systems or [() for _ in steers])]
+    steerings = [*([Steering()] * N_OWN), *(as_steering(s) for s in steers)]
+    systems = [*([()] * N_OWN), *(systems or [() for _ in steers])]
     prompts = [model.prompt_tokens(q, today=MEASURED_ON) for q in questions]
     sampling = Sampling(TEMPERATURE, top_k=0, top_p=0.95, min_p=0.02, seed=seed)
     requests = [
@@ -96,10 +97,11 @@ def measure_coherence(
     texts = [[_text(answers[i * len(steerings) + k]) for i in range(len(questions))] for k in range(len(steerings))]
     repeats = [float(np.mean([repetition(t) for t in of_one])) for of_one in texts]
     lowest = [_lowest(nll[k]) for k in range(len(steerings))]
+    own, own_repeats = float(np.mean(lowest[:N_OWN])), float(np.mean(repeats[:N_OWN]))
     out = []
-    for k in range(1, len(steerings)):
-        likely = np.exp(min(0.0, lowest[0] - lowest[k])) if np.isfinite(lowest[k]) else 0.0
-        sound = likely * (1.0 - max(0.0, repeats[k] - repeats[0]))
+    for k in range(N_OWN, len(steerings)):
+        likely = np.exp(min(0.0, own - lowest[k])) if np.isfinite(lowest[k]) else 0.0
+        sound = likely * (1.0 - max(0.0, repeats[k] - own_repeats))
         out.append(Coherence(lowest[k], repeats[k], float(sound), tuple(texts[k])))
     return out
 

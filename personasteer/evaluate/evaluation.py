@@ -124,7 +124,7 @@ def evaluate(
     n_questions: int | None = 10,
     n_pairs: int = 2,
     n_random: int = 20,
-    n_coherence: int = 4,
+    n_coherence: int = 6,
     n_items: int | None = None,
     n_generations: int = 0,
     strength: float | None = None,
