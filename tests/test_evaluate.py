@@ -265,21 +265,23 @@ def test_coherence_is_how_much_likelier_the_models_own_answers_are(
     questions = ["Who calls?", "And now?"]
     steer = replace(samples.vector(seed=2) * 0.5, scope="response")
     (got,) = ev.measure_coherence(model, questions, [steer], systems=[["Be brief."]], max_tokens=8)
-    own, steered = ([spy.runs[0][1][2 * i + k] for i in range(2)] for k in range(2))
+    answers = spy.runs[0][1]
+    own = [[answers[5 * i + k] for i in range(2)] for k in range(4)]  # four unsteered answers to each question
+    steered = [answers[5 * i + 4] for i in range(2)]
 
     def over_questions(results: Any, system: str | None) -> float:
         prompts = [model.prompt_tokens(q, system) for q in questions]
         nll = [mean_nll(model, prompt, r["tokens"]) for prompt, r in zip(prompts, results, strict=True)]
         return float(np.mean(nll))
 
-    base = over_questions(own, None)
+    base = np.mean([over_questions(draw, None) for draw in own])
     under = [over_questions(steered, s) for s in (None, "Be brief.")]
     assert got.nll == pytest.approx(min(under), abs=SHAPES)
-    texts = [[r["text"].decode("utf-8", "replace") for r in side] for side in (own, steered)]
-    assert got.texts == tuple(texts[1])
+    texts = [[r["text"].decode("utf-8", "replace") for r in side] for side in (*own, steered)]
+    assert got.texts == tuple(texts[-1])
     repeats = [np.mean([repetition(t) for t in side]) for side in texts]
-    assert got.repetition == repeats[1]
-    expected = np.exp(min(0.0, base - min(under))) * (1 - max(0.0, repeats[1] - repeats[0]))
+    assert got.repetition == repeats[-1]
+    expected = np.exp(min(0.0, base - min(under))) * (1 - max(0.0, repeats[-1] - np.mean(repeats[:-1])))
     assert got.coherence == pytest.approx(expected, abs=SHAPES)
 
 

@@ -101,6 +101,7 @@ def digits(number: int) -> list[int]:
 class Certain:
     """A stand-in for a Model that answers one number; its tokens are the digits, and 10 for all else."""
 
+    name = "certain"
     n_vocab = 11
 
     class template:  # noqa: N801 (a stand-in for the attribute)
