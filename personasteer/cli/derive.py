@@ -55,7 +55,7 @@ def derive(
         int | None, typer.Option("--questions", help="Questions per system prompt; all if not given.", min=1)
     ] = None,
     predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = 40,
-    temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.2,
+    temp: Annotated[float, typer.Option("--temp", help="Temperature of the answers.", min=0.0)] = 0.1,
     rollouts: Annotated[int, typer.Option("--rollouts", help="Answers per question and prompt.", min=1)] = 1,
     skip: Annotated[int, typer.Option("--skip-tokens", help="First tokens left out of an answer's mean.", min=0)] = 0,
     responses: Annotated[

@@ -66,7 +66,7 @@ def derive(
     *,
     n_questions: int | None = None,
     max_tokens: int = 40,
-    temperature: float = 0.2,
+    temperature: float = 0.1,
     n_rollouts: int = 1,
     skip_tokens: int = 0,
     responses: Sequence[Response] | str | os.PathLike[str] | None = None,

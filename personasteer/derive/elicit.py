@@ -79,7 +79,7 @@ def elicit(
     *,
     n_questions: int | None = None,
     max_tokens: int = 40,
-    temperature: float = 0.2,
+    temperature: float = 0.1,
     n_rollouts: int = 1,
     skip_tokens: int = 0,
     seed: int = 0,
