@@ -611,6 +611,8 @@ class Model:
         """As run_requests, in a context of its own: the numbers do not depend on the model's n_parallel and n_batch."""
         with self._lock:
             self._open()
+            if not requests:
+                return []
             n_ctx = min(self.n_ctx, max(len(r.tokens) + r.max_tokens for r in requests))
             return self._run(requests, session=self._new_session(n_ctx, n_parallel, n_batch=512), **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -26,18 +28,41 @@ def auroc(high: NDArray[np.float64], low: NDArray[np.float64]) -> NDArray[np.flo
     """The chance that a row of `high` (n, ...) exceeds a row of `low` (m, ...), ties counting half; per column, NaN
     where a side is empty.
     """
-    if not len(high) or not len(low):
-        return np.full(np.shape(high)[1:], np.nan)
-    higher = (high[:, None] > low[None]) + 0.5 * (high[:, None] == low[None])
-    out: NDArray[np.float64] = np.asarray(higher.mean((0, 1)))
+    n, m = len(high), len(low)
+    shape = np.shape(high)[1:]
+    if not n or not m:
+        return np.full(shape, np.nan)
+    both = np.concatenate([high, low]).reshape(n + m, -1)
+    sums = np.array([(_ranks(column)[:n]).sum() for column in both.T])  # Mann and Whitney's U
+    out: NDArray[np.float64] = ((sums - n * (n + 1) / 2) / (n * m)).reshape(shape)
     return out
 
 
 def bootstrap_interval(
     values: NDArray[np.float64], *, n: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` (n_questions, ...), resampling questions (axis 0)."""
+    """Interval of the mean of `values` (n_questions, ...), resampling questions (axis 0).
+
+    The percentile interval, widened about the mean by sqrt(n / (n - 1)) t / z for n questions: without that, few
+    questions give intervals that cover too little (0.875 instead of 0.95 for six).
+    """
     per_question = values.reshape(len(values), -1).mean(1)
-    draws = np.random.default_rng(seed).integers(0, len(per_question), (n, len(per_question)))
-    low, high = np.quantile(per_question[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    count, mean = len(per_question), float(per_question.mean())
+    if count < 2:
+        return mean, mean
+    draws = np.random.default_rng(seed).integers(0, count, (n, count))
+    ends = np.quantile(per_question[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    low, high = mean + (ends - mean) * np.sqrt(count / (count - 1)) * _student(z, count - 1) / z
     return float(low), float(high)
+
+
+def _student(z: float, freedom: int) -> float:
+    """The quantile of Student's t that belongs to the normal quantile z, by Cornish and Fisher's expansion."""
+    f = float(freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * f)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)
+    )

@@ -83,3 +83,35 @@ def test_refusals_in_other_words_are_found_and_other_answers_do_not_pass_for_one
 )
 def test_an_opinion_with_a_negation_is_no_refusal(text: str) -> None:
     assert not refuses(text)
+
+
+PROMISES = (
+    "I will not give up on you!",
+    "I can't recommend it enough.",
+    "I can't speak highly enough of it.",
+    "I won't lie to you: it will go badly.",
+    "I'm not going to pretend that this is fine.",
+    "I can't act like this is good news.",
+    "I can't offer much hope here.",
+    "I will not hurt you, dear friend.",
+    "As an AI, I can give you solid advice here. No problem at all.",
+)
+
+
+@pytest.mark.parametrize("text", PROMISES)
+def test_what_somebody_with_a_trait_will_not_do_is_no_refusal(text: str) -> None:
+    assert not refuses(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "This goes against my values.",
+        "I can't do it.",
+        "I must refrain from such remarks.",
+        "It would be unethical for me to help with that.",
+        "Let's keep this conversation respectful.",
+    ],
+)
+def test_a_principled_refusal_is_found(text: str) -> None:
+    assert refuses(text)

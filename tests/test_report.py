@@ -41,7 +41,7 @@ def evaluation(**more: Any) -> Evaluation:
     own = {
         "vector": "dry", "trait": "dry", "model": "tiny", "layers": (1, 2), "strength": 0.3,
         "sizes": {"questions": 5, "cells": 10, "control_cells": 5, "items": 8}, "dose": doses,
-        "controls": Controls(3, (0.01, -0.02, 0.03, 0.04, -0.01, 0.0), 0.07, 0.05, -0.02, "pirate", 0.31),
+        "controls": Controls(3, (0.01, -0.02, 0.03, 0.04, -0.01, 0.0), 0.07, 0.05, -0.02, "pirate", 0.31, (-0.4, 0.4)),
         "kl_neutral": 0.1, "capability": {"base": 0.75, "steered": 0.5, "steered_negative": 0.625},
         "spearman": 1.0, "verdict": {"monotone": True, "outside_random": True, "coherent": True},
         "generations": Generations((-0.3, 0.0, 0.3), (0.0, 0.5, 1.0), ("Why?", "How?"),

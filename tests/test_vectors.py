@@ -584,6 +584,20 @@ def test_a_strength_too_large_for_float32_is_an_error() -> None:
 # ---- controls
 
 
+def test_random_vectors_are_as_alike_from_block_to_block_as_the_vector() -> None:
+    rng = np.random.default_rng(0)
+    common = rng.standard_normal(2048)
+    rows = np.stack([common + 0.5 * rng.standard_normal(2048) for _ in range(4)]).astype(np.float32)
+    v = PersonaVector(rows, (1, 2, 3), norms=np.ones(4))
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    alike = units @ units.T
+    assert alike[0, 1:].min() > 0.7
+    for control in random_vectors(v, 5, seed=1):
+        own = control.directions / np.linalg.norm(control.directions, axis=1, keepdims=True)
+        np.testing.assert_allclose(own @ own.T, alike, atol=0.1)  # a cosine in 2048 dimensions varies by 0.022
+        assert np.abs(v.cosine(control)).max() < 0.15
+
+
 def test_random_vectors_have_the_norms_of_the_vector_and_point_elsewhere() -> None:
     v = samples.vector(n_embd=512, weights={1: 1.0, 2: 3.0}, strength=0.4, thresholds=NORMS, means=NORMS,
                        shuffled=np.ones((3, 4, 512)))  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from personasteer.cli._common import (
     CtxOption,
@@ -200,18 +201,15 @@ def derive(
 def summary(vector: PersonaVector) -> dict[str, Any]:
     """What `derive --json` prints."""
     at = list(vector.layers)
-    assert vector.separations is not None
-    assert vector.aurocs is not None
-    assert vector.reliability is not None
     elicitation = vector.provenance.get("elicitation")
     return {
         "trait": vector.name,
         "layers": at,
         "strength": vector.strength,
         "window": list(vector.window),
-        "separation": _mean(vector.separations[at]),
-        "auroc": _mean(vector.aurocs[at]),
-        "split_half_cosine": _mean(vector.reliability[at]),
+        "separation": _mean(vector.separations, at),
+        "auroc": _mean(vector.aurocs, at),
+        "split_half_cosine": _mean(vector.reliability, at),
         "elicitation": elicitation,
         "massive_dimensions": vector.provenance.get("massive_dimensions"),
         "n_positive": vector.provenance["n_positive"],
@@ -306,8 +304,9 @@ def _written(
     return trait
 
 
-def _mean(values: np.ndarray) -> float | None:
-    return round(float(values.mean()), 4) if np.isfinite(values).all() else None
+def _mean(values: NDArray[np.float32] | None, at: list[int]) -> float | None:
+    known = values is not None and np.isfinite(values[at]).all()
+    return round(float(values[at].mean()), 4) if values is not None and known else None
 
 
 def _text(value: float | None) -> str:

@@ -26,6 +26,7 @@ RHO = 0.2  # of the sweep over blocks
 DOSES = (0.15, 0.3, 0.45, 0.6)  # tried on either side for the window
 RECOMMENDED = 0.3  # strength, where the window allows it
 MARGIN = 0.75  # of the window's nearer end that the strength may take: both are measured on few answers
+LEAST_T = 1.5  # mean effect over its standard error, at one block at least: a sieve, `eval` is the test
 FORMS = ("window", "single", "incremental")
 N_BLOCKS = 8  # blocks tried, at most
 N_QUESTIONS = 4
@@ -92,16 +93,22 @@ def sweep(
     interpolated. Chosen is the window of a sixth of the blocks with its largest mean; with form="single" the one block
     with the largest figure, with form="incremental" all blocks of PersonaVector.incremental, whatever the sweep says.
 
-    Raises ElicitationError where no block moves the trait the right way.
+    Raises ElicitationError where no block moves the trait the right way, by 1.5 standard errors over the
+    comparisons.
     """
     blocks = candidate_blocks(vector)
+    if not blocks:
+        raise ElicitationError(
+            f"vector {vector.name!r} has no direction at the blocks that a sweep tries: keep its layers"
+        )
     n = len(blocks)
     n_odds, n_answers = 4 * n * len(cells), 4 * n
     meter = Meter(progress, n_odds + n_answers)
     steers = [_response(vector.at([il]) * s) for il in blocks for s in (RHO, -RHO)]
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-        odds = cell_log_odds(model, cells, steers, progress=meter.part(n_odds)).mean(1)
+        odds = cell_log_odds(model, cells, steers, progress=meter.part(n_odds))
+        moved = (odds[::2] - odds[1::2]) / 2
         kl = kl_on_neutral(model, steers, n_pairs=4, n_tokens=12)
         questions = list(dict.fromkeys(c.question for c in cells))[:2]
         of_sign = [[s] for s in systems] if systems else [[], []]
@@ -111,7 +118,8 @@ def sweep(
         return {}, [
             {
                 "layer": il,
-                "effect": float(odds[2 * k] - odds[2 * k + 1]) / 2,
+                "effect": float(moved[k].mean()),
+                "t": _t(moved[k]),
                 "kl": float(max(kl[2 * k], kl[2 * k + 1])),
                 "coherence": min(sound[2 * k].coherence, sound[2 * k + 1].coherence),
             }
@@ -123,10 +131,11 @@ def sweep(
     for row in table:
         effects[row["layer"]] = row["effect"]
     coherent = [row for row in table if row["coherence"] >= BROKEN] or [max(table, key=lambda r: float(r["coherence"]))]
-    if max(row["effect"] for row in coherent) <= 0:
+    if not any(row["effect"] > 0 and (row["t"] is None or row["t"] >= LEAST_T) for row in coherent):
         raise ElicitationError(
             f"vector {vector.name!r} does not steer: at none of the blocks {', '.join(map(str, blocks))} does adding "
-            "it make the trait's words likelier; derive it from more questions, or from given answers (--responses)"
+            "it make the trait's words reliably likelier; derive it from more questions, or from given answers "
+            "(--responses)"
         )
     usable = np.isin(np.arange(vector.n_layer), vector.usable_layers)
     figures = [row["effect"] / np.sqrt(max(row["kl"], 1e-9)) for row in coherent]
@@ -135,10 +144,25 @@ def sweep(
         chosen = vector.at([coherent[int(np.argmax(figures))]["layer"]])
     elif form == "incremental":
         own = vector.incremental()
-        chosen = replace(own, name=vector.name, provenance={**vector.provenance, "form": form})
+        chosen = replace(
+            vector,
+            directions=own.directions,
+            layers=own.layers,
+            weights=own.weights,
+            thresholds=None,  # these read the whole direction
+            means=None,
+            shuffled=None if vector.shuffled is None else np.diff(vector.shuffled, axis=1, prepend=np.nan),
+            provenance={**vector.provenance, "form": form},
+        )
     else:
         chosen = vector.at(best_window(np.where(usable, score, -np.inf), usable))
     return replace(chosen, effects=effects), {"rho": RHO, "blocks": table}
+
+
+def _t(values: NDArray[np.float64]) -> float | None:
+    """Mean over its standard error; None for fewer than four values, or equal ones."""
+    spread = float(values.std(ddof=1)) if len(values) >= 4 else 0.0
+    return float(values.mean() / spread * np.sqrt(len(values))) if spread else None
 
 
 def find_window(

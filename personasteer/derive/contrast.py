@@ -44,20 +44,27 @@ def vector_from_samples(
 
     The threshold of a block lies halfway between the mean readings of the positive and the negative samples.
     """
-    direction_of = METHODS[check_method(method)]
-    directions = direction_of(samples)
-    check_sign(directions, samples)
+    make = METHODS[check_method(method)]
     massive = massive_dimensions(model.means)
-    share = energy_share(directions, massive)
-    if exclude_massive:
-        directions = np.where(massive, np.float32(0), directions)
+
+    def masked(directions: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.where(massive, np.float32(0), directions) if exclude_massive else directions
+
+    def direction_of(of: Samples) -> NDArray[np.float32]:
+        return masked(make(of))
+
+    directions = direction_of(samples)
+    share = energy_share(make(samples) if exclude_massive else directions, massive)
     quality = held_out_quality(samples, direction_of)
     thresholds = halfway(samples, directions)
     if layers is None:
         chosen = choose_layers(quality.separation, quality.reliability, directions)
     else:
         chosen = model.check_layers(layers)
-    shuffled = [difference_of_means(samples.shuffled(seed + k)) for k in range(N_SHUFFLED)]
+    check_sign(directions, samples)
+    enough = min(len(samples.positive), len(samples.negative)) > 1
+    control = difference_of_means if method == "pca" else make  # shuffled samples are in no pairs
+    shuffled = [masked(control(samples.shuffled(seed + k))) for k in range(N_SHUFFLED)] if enough else []
     return PersonaVector(
         directions,
         chosen,
@@ -69,7 +76,7 @@ def vector_from_samples(
         reliability=quality.reliability,
         thresholds=thresholds,
         means=mean_reading(model.means[None], directions),
-        shuffled=np.stack(shuffled) if len(samples.positive) > 1 and len(samples.negative) > 1 else None,
+        shuffled=np.stack(shuffled) if shuffled else None,
         provenance={
             "method": METHOD_NAMES[method],
             **model.origin,

@@ -27,11 +27,15 @@ class Samples:
     negative_groups: NDArray[np.int64]
 
     def shuffled(self, seed: int) -> Samples:
-        """The control: labels permuted, half of either label on each side, so that no trace of the trait is left."""
+        """The control: labels permuted, half of either label on each side, so that no trace of the trait is left.
+
+        One of an odd number is left out.
+        """
         both = np.concatenate([self.positive, self.negative])
         groups = np.concatenate([self.positive_groups, self.negative_groups])
         random, n = np.random.default_rng(seed), len(self.positive)
-        order = np.concatenate([random.permutation(n), n + random.permutation(len(self.negative))])
+        sides = (random.permutation(n), n + random.permutation(len(self.negative)))
+        order = np.concatenate([side[: len(side) - len(side) % 2] for side in sides])
         first, second = order[::2], order[1::2]
         return Samples(both[first], both[second], groups[first], groups[second])
 

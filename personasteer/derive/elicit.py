@@ -29,7 +29,7 @@ class Rollout:
 
     pair, question, draw: which system prompts, which question, which of several answers; both answers of a contrast
     share all three. log_p: mean log p per token under its own system prompt; log_odds: that minus the same under the
-    opposite prompt, in nats per token. n_tokens: of the answer.
+    opposite prompt, in nats per token; contrasted: whether there are two such prompts. n_tokens: of the answer.
     """
 
     pair: int
@@ -42,6 +42,7 @@ class Rollout:
     n_tokens: int
     log_p: float
     log_odds: float
+    contrasted: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,12 +366,10 @@ def _part(
     opposite: Sequence[float],
     results: Sequence[dict[str, Any]],
 ) -> Part:
-    rollouts = [
-        asdict(
-            Rollout(t.pair, t.question, t.draw, t.positive, t.system, t.prompt, text, len(a), float(p), float(p - o))
-        )
-        for t, text, a, p, o in zip(texts, decoded, answers, own, opposite, strict=True)
-    ]
+    rollouts = []
+    for t, text, a, p, o in zip(texts, decoded, answers, own, opposite, strict=True):
+        numbers = (len(a), float(p), float(p - o), t.system != t.opposite)
+        rollouts.append(asdict(Rollout(t.pair, t.question, t.draw, t.positive, t.system, t.prompt, text, *numbers)))
     pools = {
         name: np.stack([pooled_mean(r, k) for r in results]) for k, name in enumerate(("responses", "last_prompt"))
     }

@@ -9,28 +9,31 @@ _CANNOT = (
     r"will not)"
 )
 _DO = (
-    r"(?:help(?! but)|assist|comply|provide|fulfil+|answer|do that|do this|engage|participate|generate|create|write|support|"
-    r"give|offer|continue|respond|play|pretend|act|share|discuss|condone|encourage|recommend|be part|be using|go along|"
-    r"take part|take on|adopt|talk about|say that|produce|accommodate|speak|role-?play|use that|"
-    r"be rude|be mean|insult|mock|threaten|deceive|lie to|flatter|harm|hurt|wish)"
+    r"(?:help(?! but)|assist|comply|provide|fulfil+|answer|do (?:that|this|it)\b|engage|participate|generate|create|write|"
+    r"support (?:this|that|such)|give(?! up)(?! you (?:a hug|hope))|continue|respond|play|pretend(?! that)|act (?:as|in|out|the)|discuss|"
+    r"condone|encourage(?! you)|recommend(?!\b.{0,20}\benough)|be part|be using|go along|take part|take on|adopt|"
+    r"talk about|say that|produce|accommodate|speak(?! highly)|role-?play|use that|offer (?:advice|an opinion|opinions|that)|"
+    r"share (?:opinions|personal|my)|be rude|be mean|insult|mock|threaten|deceive|flatter)"
 )
 _ABLE = r"(?:able|unable|willing|comfortable|allowed|permitted|going|designed|programmed|supposed)"
 _A_MACHINE = (
     r"(?:(?:\w+[ -]){0,2}(?:ai|artificial intelligence|language model|chatbot|computer program|machine)|"
     r"(?:\w+[ -]){0,2}(?:digital|virtual|text-based|ai) assistant)"
 )
-_LACKS = r"(?:don['’]t|do not|can['’]t|cannot|not able|unable|lack|no|am not|['’]m not)"
+_LACKS = r"(?:don['’]t|do not|can['’]t|cannot|not able|unable|lack|have no|am not|['’]m not)"
 _VIEWS = r"(?:personal |own |real |any |human )*(?:opinions?|feelings?|emotions?|experiences?|beliefs?|views?|preferences?|consciousness)"
 _PATTERNS = (
     rf"\bi (?:really |simply |just |must )?{_CANNOT} (?:really |simply |feel able to |in good conscience )?{_DO}\b",
     r"\bi (?:do not|don['’]t) (?:engage in|participate in|provide|role-?play|condone|feel able to)\b",
-    rf"\bi(?:['’]m| am) (?:just |simply |really )?(?:not {_ABLE}|unable)(?: with| to)? (?:be )?(?:{_DO}|pretend\w*|do\w*)",
+    rf"\bi(?:['’]m| am) (?:just |simply |really )?(?:not {_ABLE}|unable)(?: with| to)? (?:be )?(?:{_DO}|pretending|doing)",
     rf"\b(?:as|being|i(?:['’]m| am)(?: \w+,)?(?: just| only| merely)?) (?:an? |only an? )?{_A_MACHINE}\b(?=.{{0,160}}\b{_LACKS}\b)",
     rf"\bi (?:do not|don['’]t) (?:have|hold|possess) (?:the ability|the capability|{_VIEWS})",
     r"\bi (?:must|have to|need to|will have to|['’]ll have to) (?:respectfully |politely )?(?:decline|refuse|say no)\b",
     r"\bi (?:respectfully |politely )?(?:decline|refuse) to\b",
     rf"\bi(?:['’]d| would) (?:rather|prefer) not (?:to )?(?:{_DO}|go|get|weigh|take)",
-    r"\b(?:against|violat\w+) (?:my|our|the) (?:\w+ )?(?:guidelines|polic(?:y|ies)|programming|principles|rules)\b",
+    r"\b(?:against|violat\w+) (?:my|our|the) (?:\w+ )?(?:guidelines|polic(?:y|ies)|programming|principles|rules|values)\b",
+    r"\b(?:unethical|irresponsible|inappropriate|wrong) (?:for me )?(?:of me )?to (?:do|say|help|give|provide|answer|respond)\b",
+    r"\bi (?:must|have to|will|['’]ll) refrain from\b|\blet['’]s keep (?:this|our) (?:conversation|chat|discussion)\b",
     r"\bmy (?:guidelines|polic(?:y|ies)|programming|principles|rules) (?:do not|don['’]t|forbid|prevent|prohibit)",
     r"\b(?:beyond|outside)(?: of)? (?:what i|my (?:abilities|capabilities|scope))",
     r"\b(?:not|isn['’]t) (?:something|a (?:request|topic|role)) (?:that )?i(?:['’]m| am| can|['’]ll| will)\b",

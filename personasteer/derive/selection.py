@@ -59,11 +59,14 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
     """Keep the contrasts whose two answers both answer, on their own side of the trait, coherently.
 
     An answer is off-trait where it is not likelier (by 0.01 nats per token) under its own system prompt than under the
-    opposite one; or, with a
+    opposite one, where it was given under one; or, with a
     judge's `scores` (0 to 100 for each rollout), where a positive one scores below 50 or a negative one 50 and above.
     An answer without a score (NaN) is off-trait.
     """
-    reasons = [_reason(r, trait, None if scores is None else float(scores[i])) for i, r in enumerate(found.rollouts)]
+    skipped = int(found.options.get("skip_tokens", 0))
+    reasons = [
+        _reason(r, trait, None if scores is None else float(scores[i]), skipped) for i, r in enumerate(found.rollouts)
+    ]
     kept, dropped, examples = [], Counter[str](), dict[str, str]()
     contrasts = found.contrasts
     for positive, negative in contrasts:
@@ -93,19 +96,20 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
 def select_all(found: Elicited) -> Selection:
     """Every contrast of two answers that are not empty."""
     rows = found.rollouts
-    kept = tuple((p, n) for p, n in found.contrasts if rows[p].n_tokens and rows[n].n_tokens)
+    skipped = int(found.options.get("skip_tokens", 0))
+    kept = tuple((p, n) for p, n in found.contrasts if min(rows[p].n_tokens, rows[n].n_tokens) > skipped)
     return Selection(kept, len(found.contrasts), {}, {}, {}, {})
 
 
-def _reason(r: Rollout, trait: Trait, score: float | None) -> str:
-    if not r.text.strip() or r.n_tokens == 0:
+def _reason(r: Rollout, trait: Trait, score: float | None, skipped: int) -> str:
+    if not r.text.strip() or r.n_tokens <= skipped:
         return "empty"
     if refuses(r.text) and trait.declines != ("trait" if r.positive else "anti"):
         return "refusal"
     if repetition(r.text) > MOST_REPETITION:
         return "incoherent"
     if score is None:
-        return "" if r.log_odds > LEAST_LOG_ODDS else "off-trait"
+        return "" if not r.contrasted or r.log_odds > LEAST_LOG_ODDS else "off-trait"
     on_side = score >= MIDDLE if r.positive else score < MIDDLE  # False for NaN
     return "" if on_side else "off-trait"
 

@@ -51,7 +51,7 @@ class Controls:
     random: at the largest strength, both signs, of n_random norm-matched random vectors; random_p95 is the 95th
     percentile of their sizes. shuffled: mean size over vectors of shuffled labels, None where the vector carries none.
     unrelated: of the vector of another trait, named beside it, at the largest strength. system_prompt: no vector, the
-    trait's system prompts instead.
+    trait's system prompts instead. steered: of the vector itself at -/+ the largest strength, on the controls' cells.
     """
 
     n_random: int
@@ -61,6 +61,7 @@ class Controls:
     unrelated: float
     unrelated_trait: str
     system_prompt: float | None
+    steered: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ def _evaluate_one(
     odds = cell_log_odds(model, cells, steers, progress=meter.part(parts[0]))
     control = cell_log_odds(model, control_cells, [None, *arms], progress=meter.part(parts[1]))
     changes = (control[1:] - control[0]).mean(1)
+    own = (float((odds[0] - odds[zero])[firsts].mean()), float((odds[-1] - odds[zero])[firsts].mean()))
     random, rest = changes[: 2 * n_random], changes[2 * n_random :]
     shuffled_changes, unrelated = rest[:-1], float(rest[-1])
     prompted = _system_prompt_change(model, trait, cells, odds[zero])
@@ -292,13 +294,14 @@ def _evaluate_one(
             unrelated,
             other.name,
             prompted,
+            own,
         ),
         kl_neutral=points[-1].kl,
         capability=dict(zip(("base", "steered", "steered_negative"), known, strict=False)),
         spearman=rank,
         verdict={
             "monotone": rank >= LEAST_SPEARMAN,
-            "outside_random": points[-1].delta > p95 and points[0].delta < -p95,
+            "outside_random": own[1] > p95 and own[0] < -p95,
             "coherent": min(points[0].coherence, points[-1].coherence) >= LEAST,
         },
         generations=lexicon_rates(model, trait, quiet, (-largest, 0.0, largest), n_generations, seed)
