@@ -32,7 +32,7 @@ N_ANSWERS = 20  # free answers at each of three strengths, for these
 def one(model: ps.Model, name: str, folder: Path) -> dict[str, Any]:
     """Derive and evaluate a trait; what is reported of it."""
     start = time.perf_counter()
-    result: dict[str, Any] = {"trait": name, "model": model.name}
+    result: dict[str, Any] = {"trait": name, "model": model.name, "settings": settings(model)}
     try:
         vector = ps.derive(model, name, seed=0, work=folder / "parts" / name, **DERIVE)
     except ps.ElicitationError as e:
@@ -50,6 +50,11 @@ def one(model: ps.Model, name: str, folder: Path) -> dict[str, Any]:
         "seconds_derive": derived,
         "seconds": time.perf_counter() - start,
     }
+
+
+def settings(model: ps.Model) -> dict[str, Any]:
+    """What results must share to stand in one table."""
+    return {"fingerprint": model.fingerprint, "threads": model.n_threads, "derive": DERIVE, "evaluate": EVALUATE}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -140,6 +145,8 @@ def main() -> None:
                 result = one(model, name, options.work)
                 atomic_write(files[name], json.dumps(result, indent=1, ensure_ascii=False).encode())
     results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]
+    if len({json.dumps(r["settings"], sort_keys=True) for r in results}) > 1:
+        sys.exit(f"{options.work} holds results of several models or settings: name another --work folder")
     print(table(results), "\n\n", free_answers(results), sep="")
 
 

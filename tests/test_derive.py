@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from planted_model import MINUS, PLUS, planted_trait, write_planted_model
 
 import personasteer as ps
-from personasteer.derive import Elicited, Response, calibrate, derive, elicit, replay, select
+from personasteer.cli.derive import summary
+from personasteer.derive import Elicited, Response, calibrate, derive, elicit, load_responses, replay, select
 from personasteer.derive.calibration import falling
 from personasteer.derive.directions import METHODS
 from personasteer.derive.work import Work
@@ -637,3 +638,43 @@ def test_a_folder_that_cannot_be_is_refused(model: ps.Model, tmp_path: Path) -> 
     for bad in (tmp_path / "file", tmp_path / "file" / "work"):
         with pytest.raises(ps.ArgumentError, match="cannot work here"):
             derive(model, TRAIT, work=bad, **RAW)
+
+
+# ---- forms
+
+
+def test_a_single_block_and_increments_are_forms_of_the_same_direction(model: ps.Model, tmp_path: Path) -> None:
+    window, single, grown = (derive(model, TRAIT, form=f, **SHORT) for f in ("window", "single", "incremental"))
+    assert len(single.layers) == 1
+    assert np.array_equal(single.directions, window.directions, equal_nan=True)
+    assert grown.layers == tuple(range(1, 8))
+    for il in grown.layers:
+        np.testing.assert_array_equal(grown.directions[il], window.directions[il] - window.directions[il - 1])
+    assert grown.separations is not None
+    np.testing.assert_array_equal(grown.separations, window.separations)
+    assert grown.thresholds is None  # the increments have none
+    for v in (single, grown):
+        v.save(tmp_path / "v.gguf")
+        back = ps.PersonaVector.load(tmp_path / "v.gguf")
+        assert (back.layers, back.window, back.strength) == (v.layers, v.window, v.strength)
+        assert summary(back)["layers"] == list(v.layers)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"form": "wide"}, {"form": "single", "layers": [2]}, {"form": "single", "calibrated": False}]
+)
+def test_a_form_that_cannot_be_is_refused(model: ps.Model, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ps.ArgumentError, match="form"):
+        derive(model, TRAIT, **wrong)
+
+
+def test_given_answers_without_system_prompts_are_not_taken_for_off_trait(model: ps.Model) -> None:
+    plain = [replace(r, system=None) for r in given()]
+    v = derive(model, TRAIT, responses=plain, calibrated=False)
+    assert v.provenance["elicitation"]["kept"] == 8
+
+
+def test_half_a_surrogate_pair_in_given_answers_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"question": "q", "answer": "\\ud800", "positive": true}\n')
+    with pytest.raises(ps.TraitError, match="line 1"):
+        load_responses(tmp_path / "r.jsonl")

@@ -21,6 +21,7 @@ from personasteer.cli._common import (
 )
 from personasteer.derive import calibrate as calibrate_vector
 from personasteer.derive import load_responses
+from personasteer.evaluate.report import block_ranges
 from personasteer.files import check_output
 from personasteer.traits import find
 from personasteer.vectors import PersonaVector
@@ -100,7 +101,7 @@ def calibrate(
         )
     stdout.print(doses)
     stdout.print(
-        f"{target}: blocks {vector.layers[0]}-{vector.layers[-1]}, strength {vector.strength:g}, usable from "
+        f"{target}: blocks {block_ranges(vector.layers)}, strength {vector.strength:g}, usable from "
         f"{vector.window[0]:g} to {vector.window[1]:g}",
         markup=False,
         soft_wrap=True,

@@ -22,14 +22,15 @@ from personasteer.cli._common import (
     stderr,
     stdout,
 )
-from personasteer.derive import check_position, contrast
+from personasteer.derive import check_form, check_position, contrast
 from personasteer.derive import derive as derive_vector
 from personasteer.derive.contrast import check_method
 from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, LogOddsJudge, agreement, labelled_examples
 from personasteer.endpoint import Endpoint
 from personasteer.errors import ArgumentError
+from personasteer.evaluate.report import block_ranges
 from personasteer.files import atomic_write, check_output
-from personasteer.model import Model
+from personasteer.model import Model, demo_model_path
 from personasteer.traits import Trait, find
 from personasteer.traits.formats import load_lines, load_pairs
 from personasteer.traits.write import as_toml, write_trait
@@ -137,6 +138,7 @@ def derive(
     chosen = parse_layers(layers) if layers else None
     check_method(method)
     check_position(position)
+    check_form(form, chosen=chosen is not None, calibrated=not no_calibrate)
     options = {"n_ctx": ctx, "n_parallel": 1, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
     texts = _given_texts(trait, positive, negative)
     about_answers = {
@@ -149,47 +151,46 @@ def derive(
     if not describe:
         _refuse(about_writing, "goes with --describe")
     found = None if texts or describe else find(trait)
-    with open_model(model, **options) as m, stages() as stage:
+    with open_model(model, **options) as m:
+        if describe:
+            found = _written(trait, describe, _writer(writer, served, m, options), seed, save_trait, yes or json)
         if texts:
-            vector = contrast(
-                m,
-                *texts,
-                name=re.sub(r"[^\w-]+", "-", Path(trait).stem).strip("-") or "contrast",
-                method=method,
-                exclude_massive=exclude_massive,
-                layers=chosen,
-                progress=stage("reading"),
-            )
-        else:
-            if describe:
-                found = _written(
-                    trait, describe, _writer(writer, served, m, options), seed, stage, save_trait, yes, json
+            with stages() as stage:
+                vector = contrast(
+                    m,
+                    *texts,
+                    name=re.sub(r"[^\w-]+", "-", Path(trait).stem).strip("-") or "contrast",
+                    method=method,
+                    exclude_massive=exclude_massive,
+                    layers=chosen,
+                    progress=stage("reading"),
                 )
+        else:
             assert found is not None
-            answers: list[str] = []
-            vector = derive_vector(
-                m,
-                found,
-                n_questions=questions,
-                max_tokens=predict,
-                temperature=temp,
-                n_rollouts=rollouts,
-                skip_tokens=skip,
-                responses=responses,
-                method=method,
-                position=position,
-                exclude_massive=exclude_massive,
-                judge=_judge(judge, served, m, options, stage) if judge else None,
-                filtered=not no_filter,
-                calibrated=not no_calibrate,
-                layers=chosen,
-                form=form,
-                work=work,
-                keep_responses=answers.append if save_responses else None,
-                progress=stage(f"deriving {found.name}"),
-            )
-            if save_responses:
-                atomic_write(save_responses, "".join(answers).encode())
+            with stages() as stage:
+                vector = derive_vector(
+                    m,
+                    found,
+                    n_questions=questions,
+                    max_tokens=predict,
+                    temperature=temp,
+                    n_rollouts=rollouts,
+                    skip_tokens=skip,
+                    responses=responses,
+                    method=method,
+                    position=position,
+                    exclude_massive=exclude_massive,
+                    judge=_judge(judge, served, m, options, stage) if judge else None,
+                    filtered=not no_filter,
+                    calibrated=not no_calibrate,
+                    layers=chosen,
+                    form=form,
+                    work=work,
+                    keep_responses=(lambda text: atomic_write(save_responses, text.encode()))
+                    if save_responses
+                    else None,
+                    progress=stage(f"deriving {found.name}"),
+                )
     vector.save(out)
     result = summary(vector) | {"vector": str(out)}
     if json:
@@ -207,6 +208,7 @@ def summary(vector: PersonaVector) -> dict[str, Any]:
         "layers": at,
         "strength": vector.strength,
         "window": list(vector.window),
+        "calibrated": "calibration" in vector.provenance,
         "separation": _mean(vector.separations, at),
         "auroc": _mean(vector.aurocs, at),
         "split_half_cosine": _mean(vector.reliability, at),
@@ -218,10 +220,10 @@ def summary(vector: PersonaVector) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    at = result["layers"]
+    usable = f"usable from {result['window'][0]:g} to {result['window'][1]:g}"
     lines = [
-        f"{result['vector']}: {result['trait']}, blocks {at[0]}-{at[-1]}, strength {result['strength']:g}, usable from "
-        f"{result['window'][0]:g} to {result['window'][1]:g}",
+        f"{result['vector']}: {result['trait']}, blocks {block_ranges(result['layers'])}, strength "
+        f"{result['strength']:g}, " + (usable if result["calibrated"] else "not calibrated"),
         f"from {result['n_positive']} + {result['n_negative']} texts; separation d' {_text(result['separation'])}, "
         f"AUROC {_text(result['auroc'])}, split-half cosine {_text(result['split_half_cosine'])} (held out)",
     ]
@@ -229,6 +231,9 @@ def _print(result: dict[str, Any]) -> None:
         e = result["elicitation"]
         dropped = ", ".join(f"{n} {label}" for label, n in e["dropped"].items()) or "none"
         lines.append(f"elicitation rate {e['rate']:.2f}: {e['kept']} of {e['n']} contrasts kept; dropped: {dropped}")
+        if any(e["lexicon"].values()):
+            shares = " and ".join(f"{share:.2f} of the {side}" for side, share in e["lexicon"].items())
+            lines.append(f"hint: a word of the trait's lexicon stands in {shares} answers")
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)
 
@@ -276,8 +281,8 @@ def _writer(name: str | None, served: str, model: Model, options: dict[str, Any]
 
 
 def _other(name: str, model: Model, options: dict[str, Any]) -> Model:
-    same = name == "demo" or os.path.exists(name)
-    if same and name != "demo" and os.path.samefile(name, model.path):
+    path = str(demo_model_path()) if name == "demo" else name
+    if os.path.exists(path) and os.path.samefile(path, model.path):
         return model
     return open_model(name, **{**options, "n_ctx": max(2048, int(options["n_ctx"])), "n_parallel": 8})
 
@@ -287,18 +292,17 @@ def _written(
     description: str,
     writer: Model | Endpoint,
     seed: int,
-    stage: Any,
     file: Path | None,
-    yes: bool,
-    json: bool,
+    sure: bool,
 ) -> Trait:
     """The trait that a model wrote, shown before it is used."""
-    trait = write_trait(name, description, writer, seed=seed, progress=stage("writing the trait"))
+    with stages() as stage:
+        trait = write_trait(name, description, writer, seed=seed, progress=stage("writing the trait"))
     text = as_toml(trait)
     if file is not None:
         atomic_write(file, text.encode())
     stderr.print(text, markup=False, soft_wrap=True)
-    if not yes and not json and not typer.confirm("Derive from these?", err=True):
+    if not sure and not typer.confirm("Derive from these?", err=True):
         stderr.print("not derived" + (f"; the trait is kept in {file}" if file else ""), markup=False, soft_wrap=True)
         raise typer.Exit(1)
     return trait

@@ -46,6 +46,7 @@ def inspect(
             "separation": _number(vector.separations[il]) if vector.separations is not None else None,
             "auroc": _number(vector.aurocs[il]) if vector.aurocs is not None else None,
             "split_half_cosine": _number(vector.reliability[il]) if vector.reliability is not None else None,
+            "threshold": _number(vector.thresholds[il]) if vector.thresholds is not None else None,
             "effect": _number(vector.effects[il]) if vector.effects is not None else None,
         }
         for il in range(vector.n_layer)
@@ -57,6 +58,8 @@ def inspect(
         "n_embd": vector.n_embd,
         "layers": list(vector.layers),
         "strength": exported_strength(file),
+        "recommended": vector.strength,
+        "window": list(vector.window) if "calibration" in vector.provenance else None,
         "provenance": dict(vector.provenance),
         "per_layer": rows,
     }
@@ -78,6 +81,9 @@ def inspect(
         markup=False,
         soft_wrap=True,
     )
+    if result["window"]:
+        low, high = result["window"]
+        stdout.print(f"calibrated: strength {vector.strength:g}, usable from {low:g} to {high:g}", markup=False)
     table = Table("block", "‖v‖", "‖v‖ / m", "separation d", "AUROC", "split-half cosine", "effect alone")
     for row in rows:
         cells = [row[key] for key in ("norm", "norm_ratio", "separation", "auroc", "split_half_cosine", "effect")]

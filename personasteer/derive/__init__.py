@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,7 @@ def derive(
     seed = model.seed if seed is None else seed
     check_method(method)
     check_position(position)
-    if form not in FORMS:
-        raise ArgumentError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
-    if form != "window" and (layers is not None or not calibrated):
-        raise ArgumentError(f"form {form!r} is the sweep's choice: it goes with neither layers nor calibrated=False")
+    check_form(form, chosen=layers is not None, calibrated=calibrated)
     if layers is not None:
         layers = model.check_layers(layers)  # before the work
     given = load_responses(responses) if isinstance(responses, (str, os.PathLike)) else responses
@@ -152,6 +150,8 @@ def derive(
     plan = {
         "model": model.fingerprint,
         "build": build_id(),
+        "personasteer": version("personasteer"),
+        "n_ctx": model.n_ctx,
         "threads": model.n_threads,
         "trait": digest(trait.as_dict()),
         **options,
@@ -221,6 +221,15 @@ def check_position(position: str) -> str:
     if position not in ("response", "last-prompt"):
         raise ArgumentError(f"position must be response or last-prompt, not {position!r}")
     return position
+
+
+def check_form(form: str, *, chosen: bool, calibrated: bool) -> str:
+    """Raise ArgumentError for an unknown form, and for one that the sweep must choose where there is none."""
+    if form not in FORMS:
+        raise ArgumentError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    if form != "window" and (chosen or not calibrated):
+        raise ArgumentError(f"form {form!r} is the sweep's choice: it goes with no given layers, and with calibration")
+    return form
 
 
 def from_elicited(

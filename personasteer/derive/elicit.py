@@ -254,6 +254,7 @@ def load_responses(path: str | os.PathLike[str]) -> list[Response]:
                 raise TypeError('"question" and "answer" must be texts and "positive" true or false')
             if not (system is None or isinstance(system, str)):
                 raise TypeError('"system" must be a text')
+            (prompt + text + (system or "")).encode()  # half a surrogate pair, which JSON can hold, is a ValueError
             pair, draw = data.get("pair", 0), data.get("draw", 0)
             if not (type(pair) is int and type(draw) is int):
                 raise TypeError('"pair" and "draw" must be whole numbers')

@@ -153,6 +153,8 @@ class LogOddsJudge:
 
 
 def _task(trait: Trait, question: str, answer: str) -> str:
+    if "{question}" in trait.rubric and "{answer}" in trait.rubric:  # a whole prompt, as persona_vectors publishes them
+        return trait.rubric.replace("{question}", question).replace("{answer}", answer)
     parts = [f"Trait: {trait.name}. {trait.description}", trait.rubric, f"Question: {question}", f"Answer: {answer}"]
     parts.append(f"How {trait.name} is this answer, from 0 (not at all) to 100 (fully)? Reply with the number only.")
     return "\n\n".join(part for part in parts if part)

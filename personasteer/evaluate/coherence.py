@@ -97,7 +97,9 @@ def measure_coherence(
     texts = [[_text(answers[i * len(steerings) + k]) for i in range(len(questions))] for k in range(len(steerings))]
     repeats = [float(np.mean([repetition(t) for t in of_one])) for of_one in texts]
     lowest = [_lowest(nll[k]) for k in range(len(steerings))]
-    own, own_repeats = float(np.mean(lowest[:N_OWN])), float(np.mean(repeats[:N_OWN]))
+    answered = [x for x in lowest[:N_OWN] if np.isfinite(x)]
+    own = float(np.mean(answered)) if answered else -np.inf  # a model that says nothing vouches for no text
+    own_repeats = float(np.mean(repeats[:N_OWN]))
     out = []
     for k in range(N_OWN, len(steerings)):
         likely = np.exp(min(0.0, own - lowest[k])) if np.isfinite(lowest[k]) else 0.0

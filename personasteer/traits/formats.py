@@ -36,7 +36,7 @@ def parse_toml(text: str, source: str) -> Trait:
         )
     except KeyError as e:
         raise TraitError(f"{source}: the key {e} is missing") from e
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, UnicodeEncodeError) as e:
         raise TraitError(f"{source}: {e}") from e
 
 
@@ -66,7 +66,7 @@ def parse_json(text: str, source: str, name: str) -> Trait:
         )
     except KeyError as e:
         raise TraitError(f"{source}: the key {e} is missing") from e
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, UnicodeEncodeError) as e:
         raise TraitError(f"{source}: {e}") from e
 
 
@@ -152,6 +152,8 @@ def _read(path: str | Path) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str) and not value.isascii():
+        value.encode()  # half a surrogate pair, which JSON can hold, is a ValueError
     if not isinstance(value, str):
         raise TypeError(f"text is needed where {str(value)[:60]!r} stands")
     return value
