@@ -206,8 +206,10 @@ def test_derive_inspect_export_chat_generate_and_capture_work_together(
 
     shown = result(cli("inspect", "dry.gguf", "-m", tiny_path, "--json"))
     assert set(shown) == {
-        "file", "name", "n_layer", "n_embd", "layers", "strength", "provenance", "per_layer", "same_model"
+        "file", "name", "n_layer", "n_embd", "layers", "strength", "recommended", "window", "provenance", "per_layer",
+        "same_model",
     }  # fmt: skip
+    assert (shown["recommended"], shown["window"]) == (v.strength, None)  # not calibrated
     assert (shown["n_layer"], shown["n_embd"], shown["same_model"]) == (4, 64, True)
     assert [row["layer"] for row in shown["per_layer"]] == [0, 1, 2, 3]
     assert [row["layer"] for row in shown["per_layer"] if row["steered"]] == list(v.layers)
