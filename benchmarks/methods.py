@@ -24,7 +24,7 @@ import numpy as np
 import personasteer as ps
 from personasteer import traits
 from personasteer.derive import elicit, from_elicited, select
-from personasteer.derive.calibration import first_systems, selection_cells, sweep
+from personasteer.derive.calibration import selection_cells, sweep
 from personasteer.evaluate import bootstrap_interval, cell_log_odds, kl_on_neutral, make_cells, measure_coherence
 from personasteer.evaluate.log_odds import answer_cells
 from personasteer.files import atomic_write
@@ -79,7 +79,7 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
     found = elicit(model, trait, n_questions=n_questions, max_tokens=ANSWER_TOKENS, seed=0)
     selection = select(found, trait)
     result["elicitation"] = selection.summary()
-    systems = first_systems(trait) if model.template.takes_system() else None
+    systems = trait.system[0] if model.takes_system else None
     try:
         first, table = sweep(
             model,

@@ -27,7 +27,7 @@ from requantize import bits_per_weight, requantize, tensor_types, weights_of
 import personasteer as ps
 from personasteer import traits
 from personasteer.derive import Response, elicit, from_elicited, load_responses, replay, responses_text, select
-from personasteer.derive.calibration import first_systems, selection_cells, sweep
+from personasteer.derive.calibration import selection_cells, sweep
 from personasteer.derive.directions import window_range
 from personasteer.derive.selection import require_enough
 from personasteer.engine import Request
@@ -60,7 +60,7 @@ def vector_of(model: ps.Model, trait: Trait, responses: Sequence[Response]) -> t
     found = replay(model, responses)
     again = select(found, trait)
     vector = from_elicited(model, trait, found)
-    systems = first_systems(trait) if model.template.takes_system() else None
+    systems = trait.system[0] if model.takes_system else None
     cells = selection_cells(model, trait, found, found.contrasts)[::2]
     chosen, table = sweep(model, vector, cells, systems=systems)
     assert vector.reliability is not None

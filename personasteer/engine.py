@@ -78,6 +78,12 @@ class Request:
     grammar: str = ""
     n_logprobs: int = -1
 
+    @classmethod
+    def scored(cls, tokens: Sequence[int], n_prompt: int, steering: Steering | None = None) -> Request:
+        """A given answer (tokens from n_prompt on) of which log p per token is wanted; the prompt may be shared."""
+        outputs = (n_prompt - 1, len(tokens) - 1)
+        return cls(tokens, n_prompt, steering or Steering(), outputs=outputs, keep_scores=True, share_prefix=True)
+
 
 @dataclass(frozen=True)
 class Taps:

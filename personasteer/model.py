@@ -285,6 +285,11 @@ class Model:
     def has_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether there is a chat template, and a system message reaches the model through it."""
+        return self._template is not None and self._template.takes_system()
+
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text."""
         return list(self._open().tokenize(text.encode("utf-8", "surrogatepass"), add_special, parse_special))

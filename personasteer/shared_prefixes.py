@@ -9,10 +9,8 @@ from personasteer.engine import Request
 
 N_CELLS = 8192  # of the key-value cache; bounds how many texts are computed at once
 N_PARALLEL = 64
-N_BATCH = (
-    63  # from 64 tokens on ggml's flash attention on the CPU sums otherwise, in tiles: this many give each row the
-)
-# sums that it has in a short text alone
+# from 64 tokens on ggml's flash attention on the CPU sums in tiles: up to here a row has a short text's own sums
+N_BATCH = 63
 OUTPUT_BYTES = 64 * 2**20  # of llama.cpp's output buffer, 16 bytes per vocabulary entry and text computed at once
 MAX_GAP = 4  # an output row costs about as much as a quarter of a token, a text of its own a token and a sequence
 

@@ -14,7 +14,6 @@ from personasteer.derive.calibration import (
     FORMS,
     N_BLOCKS,
     find_window,
-    first_systems,
     selection_cells,
     sweep,
     with_calibration,
@@ -206,7 +205,7 @@ def derive(
         if not calibrated:
             return vector
         cells = selection_cells(model, trait, found, selection.kept)
-        systems = first_systems(trait) if model.template.takes_system() else None
+        systems = trait.system[0] if model.takes_system else None
         if layers is None:
             swept = meter.part(parts["sweep"])
             vector, table = sweep(model, vector, cells, systems=systems, form=form, work=kept, progress=swept)
@@ -293,7 +292,7 @@ def calibrate(
     """
     check_fits(vector, model)
     trait = trait_of(vector, trait)
-    systems = first_systems(trait) if model.has_template and model.template.takes_system() else None
+    systems = trait.system[0] if model.takes_system else None
     n_replay = 2 * len(responses) if responses else 0
     n_sweep = 36 * N_BLOCKS if sweep_layers else 0
     meter = Meter(progress, n_replay + n_sweep + 100)

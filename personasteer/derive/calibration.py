@@ -200,7 +200,7 @@ def find_window(
     table = (work.part("window", compute) if work else compute())[1]
     by_dose = {row["strength"]: row["coherence"] for row in table}
     low, high = (-_crossing([by_dose[-d] for d in DOSES]), _crossing([by_dose[d] for d in DOSES]))
-    strength = round(max(0.05, min(MARGIN * min(-low, high), RECOMMENDED)), 2)
+    strength = round(min(MARGIN * min(-low, high), RECOMMENDED), 2)
     table = [{k: (v if np.isfinite(v) else None) for k, v in row.items()} for row in table]
     return replace(vector, window=(low, high), strength=strength), table
 
@@ -226,11 +226,6 @@ def falling(values: Sequence[float]) -> list[float]:
             before = pools[-1]
             before[0], before[1] = (before[0] * before[1] + mean * n) / (before[1] + n), before[1] + n
     return [mean for mean, n in pools for _ in range(int(n))]
-
-
-def first_systems(trait: Trait) -> tuple[str, str] | None:
-    """A positive and a negative system prompt, under which steered text may be likely."""
-    return trait.system[0] if trait.system else None
 
 
 def with_calibration(vector: PersonaVector, **tables: Any) -> PersonaVector:

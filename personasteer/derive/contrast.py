@@ -17,6 +17,7 @@ from personasteer.derive.directions import (
     difference_of_means,
     energy_share,
     held_out_quality,
+    logistic_regression,
     massive_dimensions,
 )
 from personasteer.derive.work import digest
@@ -53,8 +54,9 @@ def vector_from_samples(
     def direction_of(of: Samples) -> NDArray[np.float32]:
         return masked(make(of))
 
-    directions = direction_of(samples)
-    share = energy_share(make(samples) if exclude_massive else directions, massive)
+    whole = make(samples)
+    directions = masked(whole)
+    share = energy_share(whole, massive)
     quality = held_out_quality(samples, direction_of)
     thresholds = halfway(samples, directions)
     if layers is None:
@@ -102,10 +104,7 @@ def check_method(method: str) -> str:
     if method not in METHODS:
         raise ArgumentError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if method == "probe":
-        try:
-            import sklearn.linear_model  # noqa: F401
-        except ImportError as e:
-            raise ArgumentError("method probe needs scikit-learn: pip install 'personasteer[probe]'") from e
+        logistic_regression()
     return method
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,10 +90,7 @@ def probe(samples: Samples) -> NDArray[np.float32]:
 
     Raises ArgumentError where scikit-learn is not installed (the extra `probe`).
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as e:
-        raise ArgumentError("method probe needs scikit-learn: pip install 'personasteer[probe]'") from e
+    regression = logistic_regression()
     mean = difference_of_means(samples).astype(np.float64)
     label = np.repeat([1, 0], [len(samples.positive), len(samples.negative)])
     out = np.full(mean.shape, np.nan)
@@ -100,10 +98,19 @@ def probe(samples: Samples) -> NDArray[np.float32]:
         x = np.concatenate([samples.positive[:, il], samples.negative[:, il]]).astype(np.float64)
         if np.isfinite(x).all() and mean[il].any():
             x -= x.mean(0)
-            w = LogisticRegression(max_iter=2000).fit(x / x.std(), label).coef_[0]
+            w = regression(max_iter=2000).fit(x / x.std(), label).coef_[0]
             u = w / np.linalg.norm(w)
             out[il] = u * (u @ mean[il])
     return np.asarray(out, np.float32)
+
+
+def logistic_regression() -> Any:
+    """scikit-learn's class. Raises ArgumentError where it is not installed."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as e:
+        raise ArgumentError("method probe needs scikit-learn: pip install 'personasteer[probe]'") from e
+    return LogisticRegression
 
 
 METHODS: dict[str, Callable[[Samples], NDArray[np.float32]]] = {"mean": difference_of_means, "pca": pca, "probe": probe}

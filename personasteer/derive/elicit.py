@@ -314,9 +314,7 @@ def score_answers(
     for i, (system, t, answer) in enumerate(zip(systems, texts, answers, strict=True)):
         if answer:
             prompt = _prompt(model, system, t.prompt)
-            whole = [*prompt, *answer]
-            outputs = (len(prompt) - 1, len(whole) - 1)
-            requests.append(Request(whole, len(prompt), outputs=outputs, keep_scores=True, share_prefix=True))
+            requests.append(Request.scored([*prompt, *answer], len(prompt)))
             at.append(i)
     out = [0.0] * len(answers)
     for i, result in zip(at, model.run_alone(requests, progress=progress), strict=True):

@@ -139,8 +139,7 @@ class LogOddsJudge:
             for k, system in enumerate(systems):
                 tokens, n = self._model.pair_tokens(question, answer, system)
                 if len(tokens) > n:
-                    outputs = (n - 1, len(tokens) - 1)
-                    requests.append(Request(tokens, n, outputs=outputs, keep_scores=True, share_prefix=True))
+                    requests.append(Request.scored(tokens, n))
                     places.append((k, i))
         order = sorted(range(len(places)), key=places.__getitem__)  # one system prompt after the other: it is shared
         results = self._model.run_alone([requests[j] for j in order], progress=progress)

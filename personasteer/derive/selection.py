@@ -59,9 +59,8 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
     """Keep the contrasts whose two answers both answer, on their own side of the trait, coherently.
 
     An answer is off-trait where it is not likelier (by 0.01 nats per token) under its own system prompt than under the
-    opposite one, where it was given under one; or, with a
-    judge's `scores` (0 to 100 for each rollout), where a positive one scores below 50 or a negative one 50 and above.
-    An answer without a score (NaN) is off-trait.
+    opposite one, where it was given under one; or, with a judge's `scores` (0 to 100 for each rollout), where a
+    positive one scores below 50 or a negative one 50 and above. An answer without a score (NaN) is off-trait.
     """
     skipped = int(found.options.get("skip_tokens", 0))
     reasons = [

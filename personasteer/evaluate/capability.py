@@ -48,8 +48,7 @@ def capability(
         texts = [model.pair_tokens(f"{item.question} {HOW}", choice) for choice in item.choices]
         for s in steerings:
             for tokens, n in texts:
-                outputs = (n - 1, len(tokens) - 1)
-                requests.append(Request(tokens, n, s, outputs=outputs, keep_scores=True, share_prefix=True))
+                requests.append(Request.scored(tokens, n, s))
     results = model.run_alone(requests, progress=progress)
     scores = np.array([r["scores"].sum() for r in results]).reshape(len(asked), len(steerings), -1)
     right = np.array([item.answer for item in asked])

@@ -86,9 +86,7 @@ def measure_coherence(
                 if not tokens:
                     continue
                 prompt = prompts[i] if system is None else model.prompt_tokens(question, system, today=MEASURED_ON)
-                whole = [*prompt, *tokens]
-                outputs = (len(prompt) - 1, len(whole) - 1)
-                checks.append(Request(whole, len(prompt), outputs=outputs, keep_scores=True, share_prefix=True))
+                checks.append(Request.scored([*prompt, *tokens], len(prompt)))
                 scored.append((k, i, j))
     scores = model.run_alone(checks, progress=part(len(requests)))
     nll = np.full((len(steerings), len(questions), 1 + max(map(len, systems))), np.nan)

@@ -245,8 +245,7 @@ def _evaluate_one(
     prompted = _system_prompt_change(model, trait, cells, odds[zero])
 
     nonzero = [k for k in range(len(doses)) if k != zero]
-    template = model.has_template and model.template.takes_system()
-    systems = [[trait.system[0][0 if doses[k] > 0 else 1]] if template else [] for k in nonzero]
+    systems = [[trait.system[0][0 if doses[k] > 0 else 1]] if model.takes_system else [] for k in nonzero]
     asked = questions[-n_coherence:]
     sound = measure_coherence(
         model, asked, [steers[k] for k in nonzero], systems=systems, seed=seed, progress=meter.part(parts[2])
@@ -315,7 +314,7 @@ def _system_prompt_change(
     model: Model, trait: Trait, cells: Sequence[Cell], unsteered: NDArray[np.float64]
 ) -> float | None:
     """Mean change of the log-odds by the trait's first two system prompts; None without a system role."""
-    if not (model.has_template and model.template.takes_system()):
+    if not model.takes_system:
         return None
     changes = [(cell_log_odds(model, cells, [None], system=pair[0])[0] - unsteered).mean() for pair in trait.system[:2]]
     return float(np.mean(changes))

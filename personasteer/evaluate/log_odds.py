@@ -56,10 +56,7 @@ def cell_log_odds(
         prompts = [model.pair_tokens(cells[i].question, text, system) for text in (cells[i].trait, cells[i].anti)]
         for k, steering in enumerate(steerings):
             for side, (tokens, n_prompt) in enumerate(prompts):
-                outputs = (n_prompt - 1, len(tokens) - 1)
-                requests.append(
-                    Request(tokens, n_prompt, steering, outputs=outputs, keep_scores=True, share_prefix=True)
-                )
+                requests.append(Request.scored(tokens, n_prompt, steering))
                 places.append((k, i, side))
     results = model.run_alone(requests, progress=progress)
     means = np.empty((len(steerings), len(cells), 2))

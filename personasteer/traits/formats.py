@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ from personasteer.traits import Trait
 Text = str | tuple[str, str] | list[dict[str, str]]  # what Model.capture takes
 
 
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """What is wrong with the data, as a TraitError that begins with where they are from."""
+    try:
+        yield
+    except KeyError as e:
+        raise TraitError(f"{source}: the key {e} is missing") from e
+    except (TypeError, AttributeError, ValueError) as e:
+        raise TraitError(f"{source}: {e}") from e
+
+
 def parse_toml(text: str, source: str) -> Trait:
     """A trait in the library's layout. Raises TraitError that begins with `source`."""
     try:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise TraitError(f"{source}: not valid TOML: {e}") from e
-
-    try:
+    with _named(source):
         return Trait(
             name=_text(data["name"]),
             description=_text(data["description"]),
@@ -34,10 +45,6 @@ def parse_toml(text: str, source: str) -> Trait:
             lexicon=_texts(data.get("lexicon", [])),
             declines=_text(data.get("declines", "")),
         )
-    except KeyError as e:
-        raise TraitError(f"{source}: the key {e} is missing") from e
-    except (TypeError, AttributeError, UnicodeEncodeError) as e:
-        raise TraitError(f"{source}: {e}") from e
 
 
 def parse_json(text: str, source: str, name: str) -> Trait:
@@ -51,7 +58,7 @@ def parse_json(text: str, source: str, name: str) -> Trait:
     data = _json(text, source)
     if not isinstance(data, dict):
         raise TraitError(f"{source}: a JSON object is needed, not {type(data).__name__}")
-    try:
+    with _named(source):
         questions = _texts(data["questions"])
         return Trait(
             name=_text(data.get("name", re.sub(r"[^\w-]+", "-", name).strip("-") or "trait")),
@@ -64,10 +71,6 @@ def parse_json(text: str, source: str, name: str) -> Trait:
             lexicon=_texts(data.get("lexicon", [])),
             declines=_text(data.get("declines", "")),
         )
-    except KeyError as e:
-        raise TraitError(f"{source}: the key {e} is missing") from e
-    except (TypeError, AttributeError, UnicodeEncodeError) as e:
-        raise TraitError(f"{source}: {e}") from e
 
 
 def load_pairs(path: str | Path) -> tuple[list[Text], list[Text]]:
@@ -83,14 +86,10 @@ def load_pairs(path: str | Path) -> tuple[list[Text], list[Text]]:
             continue
         where = f"{path}, line {number}"
         data = _json(line, where)
-        try:
+        with _named(where):
             prompt = data.get("prompt", data.get("question"))
             positive.append(_chat(data["positive"], prompt))
             negative.append(_chat(data["negative"], prompt))
-        except KeyError as e:
-            raise TraitError(f"{where}: the key {e} is missing") from e
-        except (TypeError, AttributeError, ValueError) as e:
-            raise TraitError(f"{where}: {e}") from e
     if not positive:
         raise TraitError(f"{path}: holds no pair")
     return positive, negative
