@@ -4,8 +4,10 @@
 
 The model answers a trait's questions once, and every method makes its direction of the same answers. All steer the
 blocks that the sweep chooses for the difference of means, each as strongly as it takes for the same divergence from the
-unsteered model on everyday answers, in either sign. Each trait's result is one JSON file in the work folder, so that
-the command can be stopped and started again. --table prints the Markdown tables of what is there.
+unsteered model on everyday answers, in either sign. Measured are the log-odds of held-out continuations, and free
+answers: read by the unsteered model under the trait's system prompts and their opposites (LogOddsJudge, 0 to 100), and
+searched for words of the trait's lexicon. Each trait's result is one JSON file in the work folder, so that the command
+can be stopped and started again. --table prints the Markdown tables of what is there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import personasteer as ps
 from personasteer import traits
 from personasteer.derive import elicit, from_elicited, select
 from personasteer.derive.calibration import selection_cells, sweep
+from personasteer.derive.judge import LogOddsJudge
 from personasteer.evaluate import bootstrap_interval, cell_log_odds, kl_on_neutral, make_cells, measure_coherence
+from personasteer.evaluate.generations import in_lexicon
 from personasteer.evaluate.log_odds import answer_cells
 from personasteer.files import atomic_write
 from personasteer.traits import Trait
@@ -41,7 +45,6 @@ REFERENCE = next(iter(METHODS))
 SIGNS = {"minus": -1.0, "plus": 1.0}
 N_DERIVE, ANSWER_TOKENS = 6, 24  # questions under each system prompt, length of their answers
 N_QUESTIONS, N_PAIRS = 6, 2  # held out
-N_COHERENCE = 2  # questions answered freely
 NEUTRAL = {"n_pairs": 6, "n_tokens": 12}  # everyday answers, tokens of each
 TARGET_KL, TOLERANCE = 0.1, 0.1
 MOST_RHO, LEAST_KL, MOST_CORRECTIONS = 2.0, 1e-6, 4
@@ -75,7 +78,7 @@ def equal_kl(
 
 def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[str, Any]:
     """All methods on one trait; what is reported of it."""
-    result: dict[str, Any] = {"trait": trait.name, "model": model.name, "target_kl": TARGET_KL}
+    result: dict[str, Any] = {"trait": trait.name, "settings": settings(model, n_questions), "target_kl": TARGET_KL}
     found = elicit(model, trait, n_questions=n_questions, max_tokens=ANSWER_TOKENS, seed=0)
     selection = select(found, trait)
     result["elicitation"] = selection.summary()
@@ -116,7 +119,8 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
     n = len(dict.fromkeys(c.question for c in cells))
     odds = cell_log_odds(model, cells, [None, *steers]).reshape(1 + len(steers), n, -1).mean(2)
     given = [[systems[0 if sign == "plus" else 1]] for _, sign in arms] if systems else ()
-    sound = measure_coherence(model, questions[-N_COHERENCE:], steers, systems=given)
+    sound = measure_coherence(model, questions, steers, systems=given)
+    judge = LogOddsJudge(model) if systems else None
     result["methods"] = {}
     chosen = list(first.layers)
     for name, vector in vectors.items():
@@ -137,21 +141,37 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
                 "interval": bootstrap_interval(change),
                 "by_question": change.tolist(),
                 "coherence": sound[k].coherence,
+                "lexicon": float(np.mean([in_lexicon(text, trait) for text in sound[k].texts])),
             }
+            if judge:
+                asked = [(q, t) for q, t in zip(questions, sound[k].texts, strict=True) if t.strip()]
+                row[sign]["judged"] = float(np.nanmean(judge.score(trait, asked))) if asked else None
         result["methods"][name] = row
     return result
+
+
+def settings(model: ps.Model, n_questions: int) -> dict[str, Any]:
+    """What results must share to stand in one table."""
+    return {
+        "fingerprint": model.fingerprint,
+        "threads": model.n_threads,
+        "derive": [n_questions, ANSWER_TOKENS],
+        "held_out": [N_QUESTIONS, N_PAIRS],
+        "neutral": NEUTRAL,
+        "target_kl": TARGET_KL,
+    }
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each trait and method, then each method's means and its difference from the first."""
     out = [
         "| trait | method | blocks | cosine | AUROC | split-half | ρ - / + | KL at - / + | Δ at - | Δ at + | effect | "
-        "coherence - / + |",
-        "| --- " * 12 + "|",
+        "coherence - / + | judged - / + | lexicon - / + |",
+        "| --- " * 14 + "|",
     ]
     for r in results:
         if "rejected" in r:
-            out.append(f"| {r['trait']} |" + " |" * 10 + f" rejected: {r['rejected'].split('. Seen:')[0]} |")
+            out.append(f"| {r['trait']} |" + " |" * 12 + f" rejected: {r['rejected'].split('. Seen:')[0]} |")
             continue
         for name, row in r["methods"].items():
             low, high = row["minus"], row["plus"]
@@ -165,6 +185,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
                 *(_with_interval(end) for end in (low, high)),
                 f"{_effect(row).mean():.2f}",
                 f"{low['coherence']:.2f} / {high['coherence']:.2f}",
+                " / ".join("" if end.get("judged") is None else f"{end['judged']:.0f}" for end in (low, high)),
+                f"{low['lexicon']:.2f} / {high['lexicon']:.2f}",
             ]
             out.append("| " + " | ".join(cells) + " |")
     measured = [r for r in results if "methods" in r]
@@ -177,8 +199,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         + ".",
         "",
         f"| method | effect, mean | less that of {REFERENCE} | 95 % interval | largest effect | cosine | AUROC | "
-        "split-half | coherence, lower end |",
-        "| --- " * 9 + "|",
+        "split-half | coherence, lower end | judged, + less - | lexicon, + less - |",
+        "| --- " * 11 + "|",
     ]
     for name in METHODS if measured else ():
         rows = [r["methods"][name] for r in measured]
@@ -188,7 +210,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             f"| {name} | {np.mean([_effect(row).mean() for row in rows]):.3f} | {mean:+.3f} | {low:+.3f} … {high:+.3f} "
             f"| {wins} of {len(measured)} | "
             + " | ".join(f"{np.mean([row[key] for row in rows]):.3f}" for key in ("cosine", "auroc", "split_half"))
-            + f" | {np.mean([min(row[sign]['coherence'] for sign in SIGNS) for row in rows]):.2f} |"
+            + f" | {np.mean([min(row[sign]['coherence'] for sign in SIGNS) for row in rows]):.2f}"
+            + f" | {_apart(rows, 'judged'):+.0f} | {_apart(rows, 'lexicon'):+.2f} |"
         )
     off = [
         f"{r['trait']}, {name}"
@@ -221,6 +244,12 @@ def _effect(row: dict[str, Any]) -> np.ndarray:
     return (np.array(row["plus"]["by_question"]) - np.array(row["minus"]["by_question"])) / 2
 
 
+def _apart(rows: Sequence[dict[str, Any]], figure: str) -> float:
+    """Mean difference of a figure of free answers between the two signs."""
+    known = [(row["minus"].get(figure), row["plus"].get(figure)) for row in rows]
+    return float(np.mean([b - a for a, b in known if a is not None and b is not None] or [np.nan]))
+
+
 def _kl(kl: float, target: float) -> str:
     return f"{kl:.3f}" + ("*" if abs(kl / target - 1) > TOLERANCE else "")
 
@@ -251,7 +280,10 @@ def main() -> None:
                 start = time.perf_counter()
                 result = compare(model, trait, options.questions) | {"seconds": time.perf_counter() - start}
                 atomic_write(files[trait.name], json.dumps(result, indent=1, ensure_ascii=False).encode())
-    print(tables([json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]))
+    results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]
+    if len({json.dumps(r["settings"], sort_keys=True) for r in results}) > 1:
+        sys.exit(f"{options.work} holds results of several models or settings: name another --work folder")
+    print(tables(results))
 
 
 def _beside(name: str) -> str:

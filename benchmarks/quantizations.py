@@ -11,6 +11,7 @@ be stopped and started again. --table prints the Markdown tables of what is ther
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import sys
@@ -144,11 +145,17 @@ def describe(path: Path, source: Path) -> dict[str, Any]:
 
 
 class Folder:
-    """Results in a folder, one file each, computed where they are missing."""
+    """Results in a folder, one file each, computed where they are missing; all of the same settings."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any] | None = None) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        known = path / "settings.json"
+        if settings is not None:
+            text = json.dumps(settings, indent=1, sort_keys=True)
+            if known.exists() and known.read_text("utf-8") != text:
+                sys.exit(f"{path} holds results of another source or other settings: name another --work folder")
+            atomic_write(known, text.encode())
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.json").exists()
@@ -163,7 +170,8 @@ class Folder:
 
     def load(self) -> dict[str, dict[str, Any]]:
         """{name: result} of what is there, as the tables take it."""
-        return {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(self.path.glob("*.json"))}
+        files = [file for file in sorted(self.path.glob("*.json")) if file.stem != "settings"]
+        return {file.stem: json.loads(file.read_text("utf-8")) for file in files}
 
 
 def on_file(model: ps.Model, kind: str, path: Path, source: Path, work: Path) -> dict[str, Any]:
@@ -195,6 +203,14 @@ def on_trait(model: ps.Model, trait: Trait, kind: str, work: Path) -> dict[str, 
     return result | found | {"cosine": cosines(vector, reference), "effects": effects(model, trait, arms)}
 
 
+def settings(source: Path, n_threads: int | None) -> dict[str, Any]:
+    """What results must share to stand in one table."""
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    how = {"elicit": ELICIT, "contrasts": MOST_CONTRASTS, "held_out": [N_QUESTIONS, N_PAIRS], "rho": RHO}
+    return {"source_sha256": sha256, "threads": n_threads, **how}
+
+
 def run(
     source: Path,
     work: Path,
@@ -205,7 +221,7 @@ def run(
     n_ctx: int = 512,
 ) -> dict[str, dict[str, Any]]:
     """Compute whatever is not in the work folder yet; the results."""
-    folder = Folder(work)
+    folder = Folder(work, settings(source, n_threads))
     for kind in (SOURCE, *kinds):
         units = [f"{kind}-{trait.name}" for trait in wanted]
         if all(map(folder.has, [f"{kind}-file", *units])):

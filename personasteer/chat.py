@@ -37,34 +37,46 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as e:
             raise TemplateError(f"the model's chat template does not parse: {e}") from e
         self._source = source
-        self._names = {"bos_token": bos, "eos_token": eos}
+        self._names: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, today: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        today: datetime | None = None,
+        thinking: bool = True,
     ) -> str:
         """The text for `messages`; with `add_generation_prompt` it ends where the assistant starts to write.
 
-        today: the date for templates that name it; the clock's when None.
+        today: the date for templates that name it; the clock's when None. thinking: False asks templates that know
+        `enable_thinking` for an answer without thinking.
         """
+        names = self._names if thinking else {**self._names, "enable_thinking": False}
         try:
             return self._template.render(
                 messages=[dict(m) for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=(today or datetime.now()).strftime,
-                **self._names,
+                **names,
             )
         except Exception as e:  # a template is foreign code: TypeError, RecursionError, ... all mean the same here
             raise TemplateError(f"the model's chat template cannot render these messages: {e}") from e
 
     def spans(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, today: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        today: datetime | None = None,
+        thinking: bool = True,
     ) -> tuple[str, list[Span]]:
         """`render`'s text, and where in it each message's own content stands, without the template's markup.
 
         The spans come in the order of the text. Whitespace, or thinking, that the template strips is in no span; a
         message that it leaves out has none.
 
-        messages, add_generation_prompt, today: as in `render`.
+        messages, add_generation_prompt, today, thinking: as in `render`.
 
         Raises ArgumentError when a message lacks a role or a content, TemplateError when rendering fails and when a
         message's text cannot be located.
@@ -77,6 +89,7 @@ class ChatTemplate:
                 [{**m, "content": c} for m, c in zip(messages, contents, strict=True)],
                 add_generation_prompt=add_generation_prompt,
                 today=now,
+                thinking=thinking,
             )
 
         text = render([m["content"] for m in messages])

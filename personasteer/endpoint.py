@@ -36,7 +36,8 @@ class Endpoint:
     Args:
         url: the base, such as "http://127.0.0.1:8080/v1"; requests go to its /chat/completions.
         model: the name that the server knows the model by.
-        api_key: sent as a bearer token; the environment variable OPENAI_API_KEY when None. It is in no message.
+        api_key: sent as a bearer token; the environment variable OPENAI_API_KEY when None, which goes to https and to
+            this machine only. It is in no message.
         timeout: seconds that one try may take.
         retries: further tries after a failed connection, HTTP 429 and 5xx. A try that ran out of time is the last.
 
@@ -56,7 +57,10 @@ class Endpoint:
         self.timeout = timeout
         self.retries = retries
         self._url, self._shown, host = _address(url)
-        self._key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
+        if api_key is None:
+            safe = self._url.startswith("https:") or host in LOCAL
+            api_key = os.environ.get("OPENAI_API_KEY", "") if safe else ""
+        self._key = api_key.strip()
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
             raise ArgumentError("api_key holds a character that an HTTP header cannot carry")
         # a redirect would carry the key to another host

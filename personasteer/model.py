@@ -308,17 +308,17 @@ class Model:
         return self._chat_prompt(conversation, system, today=today).tokens
 
     def pair_tokens(self, prompt: Conversation, answer: str, system: str | None = None) -> tuple[list[int], int]:
-        """(tokens, P) of a prompt with its answer; without a template: question, newline, answer. Undated, see
-        MEASURED_ON.
+        """(tokens, P) of a prompt with its answer; without a template: question, newline, answer. Undated (see
+        MEASURED_ON), and without thinking where the template can do without.
         """
         pair = self._pair(prompt, answer, system)
         return pair.tokens, pair.n_prompt or 0
 
     def _pair(self, prompt: Conversation, answer: str, system: str | None = None, *, roles: bool = False) -> Prompt:
-        if self._template is None and isinstance(prompt, str):
+        if self._template is None and isinstance(prompt, str) and system is None:
             given = self.tokenize(prompt + "\n")
             return Prompt(given + self.tokenize(answer, add_special=False), len(given))
-        return self._chat_prompt(prompt, system, answer=answer, today=MEASURED_ON, roles=roles)
+        return self._chat_prompt(prompt, system, answer=answer, today=MEASURED_ON, roles=roles, thinking=False)
 
     def _plain_prompt(self, text: str) -> Prompt:
         tokens = self.tokenize(text)
@@ -332,16 +332,17 @@ class Model:
         answer: str = "",
         today: datetime | None = None,
         roles: bool = False,
+        thinking: bool = True,
     ) -> Prompt:
         """A conversation, and an answer where one is given, with the roles of the tokens where they are asked for."""
         messages = as_messages(conversation, system)
-        today = today or datetime.now()
-        text = self.template.render(messages, today=today)
+        how: dict[str, Any] = {"today": today or datetime.now(), "thinking": thinking}
+        text = self.template.render(messages, **how)
         bos = self._special(self._open().bos)
         given = self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
         tokens = given + (self.tokenize(answer, add_special=False) if answer else [])
         if roles:
-            return with_roles(self.template, messages, self._open(), tokens, len(given), text, answer, today=today)
+            return with_roles(self.template, messages, self._open(), tokens, len(given), text, answer, **how)
         return Prompt(tokens, len(given))
 
     def _special(self, token: int) -> str:

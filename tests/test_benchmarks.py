@@ -173,9 +173,10 @@ def arm(delta: float, spread: float, **more: Any) -> dict[str, Any]:
 
 def method_result(trait: str, effects: Sequence[float], kl: float = 0.1) -> dict[str, Any]:
     rows = {}
+    free = {"coherence": 0.7, "lexicon": 0.5}
     for k, (name, effect) in enumerate(zip(methods.METHODS, effects, strict=True)):
         rows[name] = {"cosine": 1 - 0.1 * k, "auroc": 0.9, "split_half": 0.8} | {
-            sign: arm(factor * effect, 0.0, rho=0.2, kl=kl, coherence=0.7)
+            sign: arm(factor * effect, 0.0, rho=0.2, kl=kl, judged=50 + 100 * factor * effect, **free)
             for sign, factor in (("minus", -1.0), ("plus", 1.0))
         }
     elicited = {"kept": 18, "n": 20}
@@ -189,11 +190,12 @@ def test_the_table_of_methods_means_over_traits_and_compares_with_the_first_meth
     lines = table.splitlines()
     assert lines[2] == (
         "| a | difference of means | 3-4 | 1.000 | 0.900 | 0.800 | 0.20 / 0.20 | 0.100 / 0.100 | "
-        "-0.50 (-0.50 … -0.50) | +0.50 (+0.50 … +0.50) | 0.50 | 0.70 / 0.70 |"
+        "-0.50 (-0.50 … -0.50) | +0.50 (+0.50 … +0.50) | 0.50 | 0.70 / 0.70 | 0 / 100 | 0.50 / 0.50 |"
     )
-    assert "| difference of means | 0.400 | +0.000 | +0.000 … +0.000 | 1 of 2 | 1.000 | 0.900 | 0.800 | 0.70 |" in lines
-    assert "| PCA | 0.250 | -0.150 | -0.150 … -0.150 | 0 of 2 | 0.900 | 0.900 | 0.800 | 0.70 |" in lines
-    assert "| probe | 0.400 | +0.000 | +0.000 … +0.000 | 1 of 2 | 0.800 | 0.900 | 0.800 | 0.70 |" in lines
+    rest = "0.900 | 0.800 | 0.70 |"
+    assert f"| difference of means | 0.400 | +0.000 | +0.000 … +0.000 | 1 of 2 | 1.000 | {rest} +80 | +0.00 |" in lines
+    assert f"| PCA | 0.250 | -0.150 | -0.150 … -0.150 | 0 of 2 | 0.900 | {rest} +50 | +0.00 |" in lines
+    assert f"| probe | 0.400 | +0.000 | +0.000 … +0.000 | 1 of 2 | 0.800 | {rest} +80 | +0.00 |" in lines
     assert "Contrasts read, of those asked for: 18 of 20 (a), 18 of 20 (b)." in table
     assert "within 10% of the target (marked *): none." in table
     assert table.endswith("2 minutes.")
@@ -266,7 +268,9 @@ def test_a_finished_ladder_computes_nothing_again(
 ) -> None:
     work, results = ladder
     monkeypatch.delattr(quantizations.ps, "Model")
-    assert quantizations.run(tied_path, work, [LETTERS], ["Q8_0", "Q4_0"]) == results
+    assert quantizations.run(tied_path, work, [LETTERS], ["Q8_0", "Q4_0"], n_threads=1) == results
+    with pytest.raises(SystemExit, match="another source or other settings"):
+        quantizations.run(tied_path, work, [LETTERS], ["Q8_0", "Q4_0"], n_threads=2)
 
 
 def test_an_interrupted_ladder_goes_on_with_what_is_missing(

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import personasteer as ps
 from personasteer import ArgumentError, ChatTemplate, TemplateError, _core
 from personasteer.spans import Span, thinking_spans, tokens_in_spans
+from personasteer.tiny_model import write_tiny_model
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -57,7 +59,8 @@ QWEN_3 = (
     "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
     "{{ '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}{% endif %}"
     "{{ content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 EVERY = {
     "chatml": CHATML,
@@ -95,6 +98,25 @@ def test_spans_are_the_contents_without_markup() -> None:
         "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert spans == [Span("system", 19, 28), Span("user", 56, 58), Span("assistant", 91, 95)]
+
+
+def test_an_answer_without_thinking_is_asked_of_templates_that_know_how() -> None:
+    messages = turns("Hi")
+    end = "<|im_start|>assistant\n"
+    assert ChatTemplate(QWEN_3).render(messages).endswith(end)
+    assert ChatTemplate(QWEN_3).render(messages, thinking=False).endswith(end + "<think>\n\n</think>\n\n")
+    assert ChatTemplate(QWEN_3).spans(messages, thinking=False)[0].endswith("</think>\n\n")
+    for source in (CHATML, LLAMA_3, GEMMA_3, MISTRAL):
+        now = {"today": datetime(2024, 7, 26)}
+        assert ChatTemplate(source).render(messages, thinking=False, **now) == ChatTemplate(source).render(
+            messages, **now
+        )
+
+
+def test_what_is_measured_is_asked_without_thinking(tmp_path: Path) -> None:
+    with ps.Model(write_tiny_model(tmp_path / "thinks.gguf", chat_template=QWEN_3), n_ctx=256) as model:
+        assert model.detokenize(model.prompt_tokens("Hi")).endswith("assistant\n")
+        assert model.detokenize(model.pair_tokens("Hi", "")[0]).endswith("<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize("source", EVERY.values(), ids=EVERY)

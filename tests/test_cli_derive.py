@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import planted
 import pytest
@@ -21,7 +23,7 @@ from test_endpoint import Server, says
 from personasteer import PersonaVector, endpoint
 from personasteer.cli import run as run_command
 from personasteer.tiny_model import write_tiny_model
-from personasteer.traits.write import as_toml
+from personasteer.traits.formats import as_toml
 
 NORMS = np.array([5.0, 8.0, 11.0, 13.0], np.float32)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -88,6 +90,15 @@ def test_eval_prints_the_promised_json_of_one_vector(cli: Command, files: Path, 
     assert data["sizes"]["questions"] == 2
     assert data["controls"]["n_random"] == 2
     assert sorted(p.name for p in files.iterdir() if p.is_dir()) == []
+
+
+def test_eval_and_calibrate_work_on_a_base_model(cli: Command, files: Path) -> None:
+    write_tiny_model("plain.gguf", chat_template=None)
+    data = result(cli("eval", "letters.gguf", "-m", "plain.gguf", "-t", 1, *QUICK_EVAL, "--json"))
+    assert data["controls"]["system_prompt"] is None  # nothing to put it in
+    assert data["dose"][-1]["delta"] > 0 > data["dose"][0]["delta"]
+    found = result(cli("calibrate", "letters.gguf", "-m", "plain.gguf", "-t", 1, "-c", 1024, "--keep-layers", "--json"))
+    assert found["layers"] == data["layers"]
 
 
 def test_eval_in_words_says_doses_controls_and_the_verdict(cli: Command, files: Path, tiny_path: Path) -> None:
@@ -319,7 +330,7 @@ def test_a_written_trait_is_shown_and_kept_before_it_is_used(
 def test_a_model_that_cannot_write_a_trait_is_one_line(
     cli: Command, files: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("personasteer.traits.write.N_ROUNDS", 1)
+    monkeypatch.setattr(importlib.import_module("personasteer.derive.write"), "N_ROUNDS", 1)
     common = ["derive", "stubborn", "-m", tiny_path, "-t", 1, "-c", 2048, "-o", "v.gguf", "--yes"]
     one_line(cli(*common, "--describe", "Never gives in.", "--save-trait", "new.toml"), 2, "stubborn")
     one_line(cli(*common, "--describe", "  "), 2, "description is empty")
@@ -338,6 +349,12 @@ def prepare(folder: Path) -> None:
     samples.vector(norms=NORMS, provenance={"texts": {**bare, "system": [["alone"]]}}).save("damaged.gguf")
     samples.vector(norms=NORMS, provenance={"texts": {**bare, "evaluate_questions": []}}).save("unasked.gguf")
     write_tiny_model("plain.gguf", chat_template=None)
+    foreign = gguf.GGUFWriter("foreign.gguf", "controlvector")
+    foreign.add_tensor("direction.1", np.ones(64, np.float32))
+    foreign.write_header_to_file()
+    foreign.write_kv_data_to_file()
+    foreign.write_tensors_to_file()
+    foreign.close()
     Path("text.gguf").write_text("I am a model.\n")
     Path("file").write_text("a file, not a folder")
     Path("empty.jsonl").write_text("\n")
@@ -355,6 +372,7 @@ def prepare(folder: Path) -> None:
 FAILED, USAGE = 1, 2
 EVAL = "eval v.gguf -m TINY -t 1 -c 1024"
 DERIVE = "derive letters.toml -m TINY -t 1 -n 2 -o o.gguf"
+READ = "derive letters.toml -m TINY -t 1 -o o.gguf"
 CALIBRATE = "calibrate v.gguf -m TINY -t 1 -c 1024"
 MISTAKES: dict[str, tuple[str, int, str]] = {
     "a vector to evaluate that is missing": ("eval missing.gguf -m TINY", FAILED, "missing.gguf: no such file"),
@@ -378,17 +396,21 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a vector of another model to calibrate": ("calibrate narrow.gguf -m TINY -t 1 -o o.gguf", FAILED, "width 32"),
     "an unknown trait to calibrate by": (f"{CALIBRATE} --trait pirat", USAGE, "unknown trait"),
     "no answers to calibrate by": (f"{CALIBRATE} --responses empty.jsonl", USAGE, "holds no answer"),
+    "another tool's file to calibrate in place": ("calibrate foreign.gguf -m TINY", USAGE, "another tool's file.*-o"),
     "calibrated output in a missing folder": (f"{CALIBRATE} -o missing/o.gguf", USAGE, "missing/o.gguf"),
     "an unknown method": (f"{DERIVE} --method magic", USAGE, "mean, pca, probe, not 'magic'"),
     "an unknown method for given texts": ("derive pairs.jsonl -m TINY -o o.gguf --method magic", USAGE, "not 'magic'"),
     "an unknown position": (f"{DERIVE} --position first", USAGE, "response or last-prompt, not 'first'"),
     "an unknown form": (f"{DERIVE} --form triangle", USAGE, "form must be"),
     "nothing left of an answer": (f"{DERIVE} --skip-tokens 2", USAGE, "skip_tokens 2 leaves nothing"),
-    "answers that are missing": (f"{DERIVE} --responses missing.jsonl", USAGE, "missing.jsonl: cannot be read"),
-    "no answers": (f"{DERIVE} --responses empty.jsonl", USAGE, "empty.jsonl: holds no answer"),
-    "answers cut short": (f"{DERIVE} --responses bad.jsonl", USAGE, "bad.jsonl, line 1"),
-    "an answer that is no text": (f"{DERIVE} --responses number.jsonl", USAGE, "number.jsonl, line 1.*texts"),
-    "answers of one side": (f"{DERIVE} --responses one-sided.jsonl", USAGE, "no question has an answer on either side"),
+    "a length of given answers": (f"{DERIVE} --responses answers.jsonl", USAGE, "--predict goes with sampled"),
+    "questions for given texts": ("derive pairs.jsonl -m TINY -o o.gguf --questions 3", USAGE, "--questions goes with"),
+    "a position in given texts": ("derive pairs.jsonl -m TINY -o o.gguf --position response", USAGE, "--position goes"),
+    "answers that are missing": (f"{READ} --responses missing.jsonl", USAGE, "missing.jsonl: cannot be read"),
+    "no answers": (f"{READ} --responses empty.jsonl", USAGE, "empty.jsonl: holds no answer"),
+    "answers cut short": (f"{READ} --responses bad.jsonl", USAGE, "bad.jsonl, line 1"),
+    "an answer that is no text": (f"{READ} --responses number.jsonl", USAGE, "number.jsonl, line 1.*texts"),
+    "answers of one side": (f"{READ} --responses one-sided.jsonl", USAGE, "no question has an answer on either side"),
     "a pair with one side": ("derive half.jsonl -m TINY -o o.gguf", USAGE, "line 1: the key 'negative' is missing"),
     "no pairs": ("derive empty.jsonl -m TINY -o o.gguf", USAGE, "empty.jsonl: holds no pair"),
     "pairs that are missing": ("derive missing.jsonl -m TINY -o o.gguf", USAGE, "missing.jsonl: cannot be read"),

@@ -262,6 +262,20 @@ def test_a_trait_that_is_nearly_always_refused_ends_in_one_line_with_samples_and
         derive(model, TRAIT, responses=swapped, calibrated=False)
 
 
+def test_log_odds_are_read_under_another_pair_s_prompts(model: ps.Model) -> None:
+    first, second = TRAIT.system
+    turned = replace(TRAIT, system=(first, second[::-1]))  # each pair's prompts speak against the other's answers
+    found = elicit(model, turned, n_questions=1, max_tokens=6)
+    given = [Response(r.prompt, r.text, r.positive, r.system, r.pair, r.draw) for r in found.rollouts]
+    for elicited in (found, replay(model, given)):
+        assert len(elicited.rollouts) == 4
+        assert all(r.log_odds < -2 for r in elicited.rollouts)
+    # one pair alone has no other, and answers without prompts have nothing to be read under
+    assert all(r.log_odds > 2 for r in replay(model, given[:2]).rollouts)
+    bare = replay(model, [replace(r, system=None) for r in given]).rollouts
+    assert not any(r.contrasted for r in bare)
+
+
 def test_a_pair_drops_whichever_side_fails_and_for_the_first_reason(model: ps.Model) -> None:
     texts = {
         0: REFUSAL,  # positive of question 0
@@ -514,7 +528,7 @@ def uninterrupted(model: ps.Model, tmp_path_factory: pytest.TempPathFactory) -> 
     return saved(derived(model, None), tmp_path_factory.mktemp("whole") / "v.gguf")
 
 
-PARTS = ("answers-0", "answers-1", "scores", "sweep")
+PARTS = ("answers-0", "answers-1", "scores-0", *(f"sweep-{i}" for i in range(4)), "sweep-kl", "sweep-answers")
 
 
 def test_a_run_killed_after_any_part_goes_on_and_gives_the_same_bytes(
@@ -546,8 +560,8 @@ def test_a_damaged_part_is_computed_again_and_the_others_are_not(
     damages: dict[str, Callable[[bytes], bytes]] = {
         "answers-0": lambda b: b[: len(b) // 2],
         "answers-1": lambda b: b"",
-        "scores": lambda b: b"\xff" * len(b),
-        "sweep": lambda b: b.replace(b'"json"', b'"jsom"'),
+        "scores-0": lambda b: b"\xff" * len(b),
+        "sweep-1": lambda b: b.replace(b'"json"', b'"jsom"'),
         "window": lambda b: b.replace(b"coherence", b"coher\\nce"),
     }
     for name, damage in damages.items():

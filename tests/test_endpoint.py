@@ -63,6 +63,15 @@ def says(answer: object, status: int = 200, **headers: str) -> Callable[[_Handle
     return answer_with
 
 
+def test_the_environment_s_key_goes_to_https_and_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    sent = {
+        url: Endpoint(url, "m")._key for url in ("https://a.example/v1", "http://a.example/v1", "http://localhost/v1")
+    }
+    assert sent == {"https://a.example/v1": KEY, "http://a.example/v1": "", "http://localhost/v1": KEY}
+    assert Endpoint("http://a.example/v1", "m", api_key=KEY)._key == KEY  # given for this server
+
+
 def hangs_up(handler: _Handler) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 

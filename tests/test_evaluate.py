@@ -22,13 +22,14 @@ from sklearn.isotonic import IsotonicRegression
 
 import personasteer as ps
 from personasteer import evaluate as ev
+from personasteer.derive import calibrate
 from personasteer.derive.calibration import DOSES, _crossing, falling
 from personasteer.evaluate import coherence, controls
 from personasteer.evaluate.coherence import repetition
 from personasteer.evaluate.generations import in_lexicon
 from personasteer.evaluate.log_odds import answer_cells
 from personasteer.traits import neutral_pairs
-from personasteer.traits.write import as_toml
+from personasteer.traits.formats import as_toml
 
 capability_items = importlib.import_module("personasteer.evaluate.capability")  # the function hides its module
 QUICK: dict[str, Any] = {"n_questions": 3, "n_pairs": 1, "n_random": 3, "n_coherence": 2, "n_items": 4}
@@ -141,7 +142,7 @@ def test_a_trait_without_continuations_is_compared_by_the_models_own_answers(
     asked = [(q, s) for i, q in enumerate(questions) for s in LETTERS.system[i % 2]]  # the prompts in turn
     assert [r.tokens for r in requests] == [model.prompt_tokens(q, s) for q, s in asked]
     assert {(r.max_tokens, r.sampling.temperature) for r in requests} == {(12, 0.0)}
-    texts = [r["text"].decode("utf-8", "replace") for r in results]
+    texts = [r["text"].decode("utf-8", "replace").rstrip("\ufffd").strip() for r in results]
     both = [(q, *texts[2 * i : 2 * i + 2]) for i, q in enumerate(questions)]
     assert [(c.question, c.trait, c.anti) for c in cells] == [x for x in both if x[1] != x[2]]
     assert cells
@@ -530,6 +531,9 @@ def test_a_trait_without_continuations_is_evaluated_on_its_prompts_answers(
     bare = replace(LETTERS, continuations=())
     (found,) = ev.evaluate(model, [vector], traits=[bare], **{**QUICK, "n_items": 0})
     assert found.cells == answer_cells(model, bare, bare.evaluate_questions[:3])
+    assert found.controls.system_prompt is None  # it made the comparisons: what it does to them shows nothing
+    calibrated = calibrate(model, vector, trait=bare, sweep_layers=False)
+    assert len(calibrated.provenance["calibration"]["doses"]) == 8
     alike = replace(bare, system=(("Be so.", "Be so."),))
     with pytest.raises(ps.ArgumentError, match="'letters' has no continuation pairs, and its prompts change no answer"):
         ev.evaluate(model, [vector], traits=[alike], **QUICK)

@@ -101,7 +101,7 @@ def digits(number: int) -> list[int]:
 class Certain:
     """A stand-in for a Model that answers one number; its tokens are the digits, and 10 for all else."""
 
-    name = "certain"
+    name = fingerprint = "certain"
     n_vocab = 11
 
     class template:  # noqa: N801 (a stand-in for the attribute)
@@ -117,9 +117,9 @@ class Certain:
     def detokenize(self, tokens: Sequence[int]) -> str:
         return "".join(map(str, tokens))
 
-    def prompt_tokens(self, text: str, **_: Any) -> list[int]:
+    def pair_tokens(self, text: str, *_: Any) -> tuple[list[int], int]:
         self.prompt = text
-        return [10, 10, 10]
+        return [10, 10, 10], 3
 
     def run_requests(self, requests: Sequence[Request], **_: Any) -> list[dict[str, Any]]:
         self.n_requests += len(requests)
@@ -258,6 +258,18 @@ def test_an_endpoint_is_scored_by_its_first_token_else_by_its_text(
 ) -> None:
     scores = EndpointJudge(FakeEndpoint(text, **first_token)).score(TRAIT, PAIRS)
     np.testing.assert_allclose(scores, [score, score], rtol=1e-9)
+
+
+def test_a_judge_that_thinks_first_is_asked_again_and_its_thoughts_do_not_count() -> None:
+    class Thinks(FakeEndpoint):
+        def chat(self, messages: Any, **options: Any) -> Reply:
+            super().chat(messages, **options)
+            whole = "<think>Between 10 and 20? No.</think>\n\n65"
+            return Reply(whole if options["max_tokens"] > 1000 else whole[:12])
+
+    endpoint = Thinks("")
+    assert EndpointJudge(endpoint).score(TRAIT, PAIRS).tolist() == [65, 65]
+    assert [options["max_tokens"] for _, options in endpoint.asked] == [8, 2048] * 2
 
 
 def test_an_endpoint_is_asked_with_the_rubric_and_for_probabilities() -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import personasteer as ps
 from personasteer import traits
+from personasteer.derive.write import clean, pairs_in, questions_in, stem_of, write_trait
 from personasteer.endpoint import Endpoint, Reply
-from personasteer.traits.write import as_toml, clean, pairs_in, questions_in, stem_of, write_trait
+from personasteer.traits.formats import as_toml
 
 DESCRIPTION = "The assistant never gives in."
 OBJECTS = [

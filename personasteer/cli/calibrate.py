@@ -21,6 +21,7 @@ from personasteer.cli._common import (
 )
 from personasteer.derive import calibrate as calibrate_vector
 from personasteer.derive import load_responses
+from personasteer.errors import ArgumentError
 from personasteer.evaluate.report import block_ranges
 from personasteer.files import check_output
 from personasteer.traits import find
@@ -35,7 +36,7 @@ def calibrate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Control-vector GGUF.")],
     model: ModelOption = "demo",
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Where to write; into FILE itself if not given.")
+        Path | None, typer.Option("-o", "--out", help="Where to write; if not given, into FILE itself.")
     ] = None,
     trait: Annotated[
         str | None, typer.Option("--trait", help="Trait (name or file) to measure by; its own if not given.")
@@ -62,6 +63,8 @@ def calibrate(
     """
     target = out or file
     vector = PersonaVector.load(file, offset=offset)
+    if out is None and vector.provenance.get("method") == "imported":
+        raise ArgumentError(f"{file} is another tool's file: name the file to write with -o")
     check_output(target)
     found = find(trait) if trait else None
     given = load_responses(responses) if responses else None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,17 +27,20 @@ from personasteer.derive import check_form, check_position, contrast
 from personasteer.derive import derive as derive_vector
 from personasteer.derive.contrast import check_method
 from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, LogOddsJudge, agreement, labelled_examples
+from personasteer.derive.write import write_trait
 from personasteer.endpoint import Endpoint
 from personasteer.errors import ArgumentError
 from personasteer.evaluate.report import block_ranges
 from personasteer.files import atomic_write, check_output
 from personasteer.model import Model, demo_model_path
 from personasteer.traits import Trait, find
-from personasteer.traits.formats import load_lines, load_pairs
-from personasteer.traits.write import as_toml, write_trait
+from personasteer.traits.formats import as_toml, load_lines, load_pairs
 from personasteer.vectors import PersonaVector
 
 LOG_ODDS = "log-odds"
+# options that say how answers are sampled, and what is done with them
+OF_SAMPLING = {"questions": "--questions", "predict": "--predict", "temp": "--temp", "rollouts": "--rollouts"}
+OF_ANSWERS = {"skip": "--skip-tokens", "position": "--position", "no_filter": "--no-filter", "form": "--form"}
 
 
 def register(app: typer.Typer) -> None:
@@ -44,6 +48,7 @@ def register(app: typer.Typer) -> None:
 
 
 def derive(
+    context: typer.Context,
     trait: Annotated[
         str,
         typer.Argument(
@@ -147,7 +152,9 @@ def derive(
     }  # fmt: skip
     about_writing = {"--writer": writer, "--save-trait": save_trait, "--yes": yes}
     if texts:
-        _refuse(about_answers, "goes with a trait, not with given texts")
+        _refuse(about_answers | _given(context, OF_SAMPLING | OF_ANSWERS), "goes with a trait, not with given texts")
+    if responses:
+        _refuse(_given(context, OF_SAMPLING), "goes with sampled answers, not with --responses")
     if not describe:
         _refuse(about_writing, "goes with --describe")
     found = None if texts or describe else find(trait)
@@ -251,6 +258,12 @@ def _refuse(options: dict[str, Any], why: str) -> None:
     for name, value in options.items():
         if value:
             raise ArgumentError(f"{name} {why}")
+
+
+def _given(context: typer.Context, options: Mapping[str, str]) -> dict[str, bool]:
+    """Which of these (by parameter) stand on the command line."""
+    source = context.get_parameter_source
+    return {name: getattr(source(parameter), "name", "") == "COMMANDLINE" for parameter, name in options.items()}
 
 
 def _is_url(text: str) -> bool:

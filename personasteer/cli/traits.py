@@ -7,7 +7,7 @@ import typer
 
 from personasteer import traits as library
 from personasteer.cli._common import JsonOption, print_json, stdout
-from personasteer.traits.write import as_toml
+from personasteer.traits.formats import as_toml
 
 
 def register(app: typer.Typer) -> None:

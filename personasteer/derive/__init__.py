@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from personasteer._native import build_id
 from personasteer.derive.calibration import (
@@ -19,7 +23,7 @@ from personasteer.derive.calibration import (
     with_calibration,
 )
 from personasteer.derive.contrast import check_method, contrast, halfway, mean_reading, vector_from_samples
-from personasteer.derive.directions import Samples, difference_of_means
+from personasteer.derive.directions import Samples, check_sign, difference_of_means
 from personasteer.derive.elicit import (
     Elicited,
     Response,
@@ -154,7 +158,7 @@ def derive(
         "threads": model.n_threads,
         "trait": digest(trait.as_dict()),
         **options,
-        "judge": judge_name(judge) if judge else None,
+        "judge": getattr(judge, "identity", judge_name(judge)) if judge else None,
         "method": method,
         "position": position,
         "exclude_massive": exclude_massive,
@@ -180,11 +184,7 @@ def derive(
             found = replay(model, given, skip_tokens=skip_tokens, work=kept, progress=meter.part(parts["elicit"]))
         scores = None
         if judge is not None:
-            asked = meter.part(parts["judge"])
-            pairs = [(r.prompt, r.text) for r in found.rollouts]
-            scores = kept.part("scores", lambda: ({"scores": judge.score(trait, pairs, progress=asked)}, None))[0][
-                "scores"
-            ]
+            scores = _judged(judge, trait, found, kept, meter.part(parts["judge"]))
         selection = select(found, trait, scores=scores) if filtered else select_all(found)
         require_enough(selection, trait, model.path.name)
         if keep_responses is not None:
@@ -210,10 +210,24 @@ def derive(
             swept = meter.part(parts["sweep"])
             vector, table = sweep(model, vector, cells, systems=systems, form=form, work=kept, progress=swept)
             vector = with_calibration(vector, sweep=table)
+            if vector.aurocs is not None:
+                check_sign(vector.aurocs, vector.layers, len(selection.kept))
         questions = list(dict.fromkeys(c.question for c in cells))
         dosed = meter.part(parts["window"])
         vector, doses = find_window(model, vector, questions, systems=systems, work=kept, progress=dosed)
         return with_calibration(vector, doses=doses)
+
+
+def _judged(judge: Judge, trait: Trait, found: Elicited, kept: Work, progress: Progress | None) -> NDArray[np.float64]:
+    """The judge's scores of all answers, kept every 32."""
+    pairs = [(r.prompt, r.text) for r in found.rollouts]
+    meter = Meter(progress, len(pairs))
+    scores = []
+    for begin in range(0, len(pairs), 32):
+        chunk = pairs[begin : begin + 32]
+        asked = partial(judge.score, trait, chunk, progress=meter.part(len(chunk)))
+        scores.append(kept.value(f"scores-{begin // 32}", asked))
+    return np.concatenate(scores)
 
 
 def check_position(position: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from personasteer.derive.directions import best_window, window_range
 from personasteer.derive.elicit import Elicited
 from personasteer.derive.work import Work
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError, ElicitationError
+from personasteer.errors import ElicitationError
 from personasteer.evaluate.coherence import LEAST, kl_on_neutral, measure_coherence
-from personasteer.evaluate.log_odds import Cell, cell_log_odds, make_cells
+from personasteer.evaluate.log_odds import Cell, answer_cells, as_beginning, cell_log_odds, make_cells
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import Add
@@ -40,29 +41,31 @@ def selection_cells(
     model: Model, trait: Trait, found: Elicited | None, kept: Sequence[tuple[int, int]]
 ) -> tuple[Cell, ...]:
     """What layers and strengths are chosen on: derive questions with the trait's selection pairs, or, for a trait
-    without continuations, with the beginnings of the answers that the model gave under either prompt.
+    without continuations, with the beginnings of the answers that the model gave, or gives, under either prompt.
 
-    Raises ArgumentError where there is neither.
+    Raises ElicitationError where these are alike.
     """
+    n = N_QUESTIONS if trait.selection_pairs else N_QUESTIONS * N_PAIRS
+    questions = trait.derive_questions[:: max(1, len(trait.derive_questions) // n)][:n]
     if trait.selection_pairs:
-        questions = trait.derive_questions[:: max(1, len(trait.derive_questions) // N_QUESTIONS)][:N_QUESTIONS]
         return make_cells(questions, trait.selection_pairs, N_PAIRS)
-    if found is None or not kept:
-        raise ArgumentError(f"trait {trait.name!r} has no continuation pairs to measure with")
-    return own_cells(model, found, kept)
+    cells = own_cells(model, found, kept) if found is not None else answer_cells(model, trait, questions)
+    if not cells:
+        raise ElicitationError("the answers of either side begin alike: nothing to measure an effect with")
+    return cells
 
 
 def own_cells(model: Model, found: Elicited, kept: Sequence[tuple[int, int]]) -> tuple[Cell, ...]:
-    """Comparisons of the model's own answers: the first 12 tokens of either side's, for up to 12 questions."""
+    """Comparisons of the model's own answers: the first 12 tokens of either side's, for up to 8 questions."""
     cells: dict[int, Cell] = {}
     for positive, negative in kept:
         a, b = found.rollouts[positive], found.rollouts[negative]
         if a.question not in cells and len(cells) < N_QUESTIONS * N_PAIRS:
-            begin = [model.detokenize(model.tokenize(r.text, add_special=False)[:REPLY_TOKENS]) for r in (a, b)]
+            begin = [
+                as_beginning(model.detokenize(model.tokenize(r.text, add_special=False)[:REPLY_TOKENS])) for r in (a, b)
+            ]
             if begin[0] != begin[1]:
                 cells[a.question] = Cell(a.prompt, *begin)
-    if not cells:
-        raise ElicitationError("the answers of either side begin alike: nothing to measure an effect with")
     return tuple(cells.values())
 
 
@@ -102,31 +105,40 @@ def sweep(
             f"vector {vector.name!r} has no direction at the blocks that a sweep tries: keep its layers"
         )
     n = len(blocks)
-    n_odds, n_answers = 4 * n * len(cells), 4 * n
-    meter = Meter(progress, n_odds + n_answers)
+    n_odds, n_kl, n_answers = 4 * n * len(cells), 8 * n, 4 * n
+    meter = Meter(progress, n_odds + n_kl + n_answers)
     steers = [_response(vector.at([il]) * s) for il in blocks for s in (RHO, -RHO)]
 
-    def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-        odds = cell_log_odds(model, cells, steers, progress=meter.part(n_odds))
-        moved = (odds[::2] - odds[1::2]) / 2
-        kl = kl_on_neutral(model, steers, n_pairs=4, n_tokens=12)
-        questions = list(dict.fromkeys(c.question for c in cells))[:2]
-        of_sign = [[s] for s in systems] if systems else [[], []]
-        sound = measure_coherence(
-            model, questions, steers, systems=of_sign * n, max_tokens=16, progress=meter.part(n_answers)
-        )
-        return {}, [
-            {
-                "layer": il,
-                "effect": float(moved[k].mean()),
-                "t": _t(moved[k]),
-                "kl": float(max(kl[2 * k], kl[2 * k + 1])),
-                "coherence": min(sound[2 * k].coherence, sound[2 * k + 1].coherence),
-            }
-            for k, il in enumerate(blocks)
-        ]
+    kept = work or Work(None, {})
+    questions = list(dict.fromkeys(c.question for c in cells))
+    odds = []
+    for i, question in enumerate(questions):
+        asked = [c for c in cells if c.question == question]
+        part = meter.part(n_odds * len(asked) // len(cells))
+        odds.append(kept.value(f"sweep-{i}", partial(cell_log_odds, model, asked, steers, progress=part)))
+    moved = np.concatenate(odds, axis=1)
+    moved = (moved[::2] - moved[1::2]) / 2
+    told = meter.part(n_kl)
+    kl = kept.value("sweep-kl", lambda: kl_on_neutral(model, steers, n_pairs=4, n_tokens=12, progress=told))
+    of_sign = [[s] for s in systems] if systems else [[], []]
 
-    table = (work.part("sweep", compute) if work else compute())[1]
+    def answers() -> list[float]:
+        given = of_sign * n
+        part = meter.part(n_answers)
+        sound = measure_coherence(model, questions[:2], steers, systems=given, max_tokens=16, progress=part)
+        return [s.coherence for s in sound]
+
+    coherence = kept.value("sweep-answers", answers)
+    table: list[dict[str, Any]] = [
+        {
+            "layer": il,
+            "effect": float(moved[k].mean()),
+            "t": _t(moved[k]),
+            "kl": float(max(kl[2 * k], kl[2 * k + 1])),
+            "coherence": float(min(coherence[2 * k], coherence[2 * k + 1])),
+        }
+        for k, il in enumerate(blocks)
+    ]
     effects = np.full(vector.n_layer, np.nan, np.float32)
     for row in table:
         effects[row["layer"]] = row["effect"]

@@ -63,7 +63,7 @@ def vector_from_samples(
         chosen = choose_layers(quality.separation, quality.reliability, directions)
     else:
         chosen = model.check_layers(layers)
-    check_sign(directions, samples)
+    check_sign(quality.auroc, chosen, min(len(samples.positive), len(samples.negative)))
     enough = min(len(samples.positive), len(samples.negative)) > 1
     control = difference_of_means if method == "pca" else make  # shuffled samples are in no pairs
     shuffled = [masked(control(samples.shuffled(seed + k))) for k in range(N_SHUFFLED)] if enough else []

@@ -16,7 +16,7 @@ from personasteer.derive.directions import Samples
 from personasteer.derive.work import Part, Work, digest
 from personasteer.engine import Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError, TemplateError, TraitError
-from personasteer.model import MEASURED_ON, Model, pooled_mean
+from personasteer.model import Model, pooled_mean
 from personasteer.progress import Meter
 from personasteer.traits import Trait
 
@@ -28,8 +28,10 @@ class Rollout:
     """One answer.
 
     pair, question, draw: which system prompts, which question, which of several answers; both answers of a contrast
-    share all three. log_p: mean log p per token under its own system prompt; log_odds: that minus the same under the
-    opposite prompt, in nats per token; contrasted: whether there are two such prompts. n_tokens: of the answer.
+    share all three. log_p: mean log p per token under its own system prompt; log_odds: mean log p per token under the
+    prompt for its own side minus that under the opposite one, in nats, of another pair of prompts where there is one:
+    nearly every answer is likely under the prompt that it was sampled from; contrasted: whether there are two such
+    prompts. n_tokens: of the answer.
     """
 
     pair: int
@@ -90,7 +92,7 @@ def elicit(
     """Ask each question under every system prompt of the trait, sample answers, keep pooled activations.
 
     Activations are pooled inside the graph while the answers are generated: no second pass. Each answer is then read
-    once more under the opposite prompt, for its log-odds. Questions under one system prompt share its computed text.
+    under the next pair of system prompts, for its log-odds. Questions under one system prompt share its computed text.
 
     Args:
         n_questions: how many of the trait's questions to ask, drawn by `seed`; all when None.
@@ -107,13 +109,13 @@ def elicit(
     questions = chosen_questions(trait, n_questions, seed)
     sampling = Sampling(temperature, top_k=0, top_p=1.0, min_p=MIN_P, seed=seed)
     per_part = 2 * len(questions) * n_rollouts
-    meter = Meter(progress, 2 * per_part * len(trait.system))
+    meter = Meter(progress, 3 * per_part * len(trait.system))
     parts = []
     for k in range(len(trait.system)):
 
         def compute(k: int = k) -> Part:
             plan = [(positive, q, draw) for positive in (True, False) for q in questions for draw in range(n_rollouts)]
-            texts = [_Given(k, q, draw, positive, *_prompts(trait, k, positive, q)) for positive, q, draw in plan]
+            texts = [_asked(trait, k, q, draw, positive) for positive, q, draw in plan]
             prompts = [_prompt(model, t.system, t.prompt) for t in texts]
             requests = [
                 Request(
@@ -130,12 +132,12 @@ def elicit(
             taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
             results = model.run_alone(requests, taps=taps, progress=meter.part(per_part), first=k * per_part)
             answers = [r["tokens"] for r in results]
-            opposite = score_answers(model, [t.opposite for t in texts], texts, answers, meter.part(per_part))
-            own = [np.mean(r["logprobs"][: len(a)]) if a else 0.0 for r, a in zip(results, answers, strict=True)]
+            own = [float(np.mean(r["logprobs"][: len(a)])) if a else 0.0 for r, a in zip(results, answers, strict=True)]
+            odds = _contrasted(model, texts, answers, own, meter.part(2 * per_part))
             decoded = [r["text"].decode("utf-8", "replace") for r in results]
-            return _part(texts, decoded, answers, own, opposite, results)
+            return _part(texts, decoded, answers, own, odds, results)
 
-        parts.append(_kept(work, f"answers-{k}", compute, meter, 2 * per_part))
+        parts.append(_kept(work, f"answers-{k}", compute, meter, 3 * per_part))
     options = {
         "n_questions": len(questions),
         "max_tokens": max_tokens,
@@ -183,23 +185,19 @@ def replay(
         if key in systems:
             raise ArgumentError(f"two answers to {r.prompt!r:.60} are the same side of the same pair and draw")
         systems[key] = r.system
-    texts = [
-        _Given(
-            r.pair,
-            questions[r.prompt],
-            r.draw,
-            r.positive,
-            r.system,
-            r.prompt,
-            systems.get((r.prompt, r.pair, r.draw, not r.positive), r.system),
-            r.text,
-        )
-        for r in responses
-    ]
+    whole = _pairs_of(responses)
+    texts = []
+    for r in responses:
+        opposite = systems.get((r.prompt, r.pair, r.draw, not r.positive), r.system)
+        both = (r.system, opposite) if r.positive else (opposite, r.system)
+        others = [p for p in whole if p > r.pair] + [p for p in whole if p < r.pair]
+        read = _sides(whole[others[0]] if others and r.system is not None else both, r.positive)
+        of_prompt = (r.pair, questions[r.prompt], r.draw, r.positive, r.system, r.prompt)
+        texts.append(_Given(*of_prompt, *read, answer=r.text))
     if not any((t.prompt, t.pair, t.draw, not t.positive) in systems for t in texts):
         raise ArgumentError("no question has an answer on either side: nothing to contrast")
     n_part = 64
-    meter = Meter(progress, 2 * len(texts))
+    meter = Meter(progress, 3 * len(texts))
     parts = []
     for begin in range(0, len(texts), n_part):
         chunk = texts[begin : begin + n_part]
@@ -224,11 +222,11 @@ def replay(
                 )
             taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
             results = model.run_alone(requests, taps=taps, progress=meter.part(len(chunk)))
-            opposite = score_answers(model, [t.opposite for t in chunk], chunk, answers, meter.part(len(chunk)))
             own = [float(r["scores"][: len(a)].mean()) for r, a in zip(results, answers, strict=True)]
-            return _part(chunk, [t.answer for t in chunk], answers, own, opposite, results)
+            odds = _contrasted(model, chunk, answers, own, meter.part(2 * len(chunk)))
+            return _part(chunk, [t.answer for t in chunk], answers, own, odds, results)
 
-        parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 2 * len(chunk)))
+        parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 3 * len(chunk)))
     return _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])})
 
 
@@ -302,45 +300,71 @@ def chosen_questions(trait: Trait, n_questions: int | None, seed: int) -> list[i
     return sorted(int(q) for q in np.random.default_rng(seed).permutation(n)[:n_questions])
 
 
-def score_answers(
-    model: Model,
-    systems: Sequence[str | None],
-    texts: Sequence[_Given],
-    answers: Sequence[Sequence[int]],
-    progress: Progress | None,
-) -> list[float]:
-    """Mean log p per token of answers under other system prompts; 0 for an empty one."""
-    requests, at = [], []
-    for i, (system, t, answer) in enumerate(zip(systems, texts, answers, strict=True)):
-        if answer:
-            prompt = _prompt(model, system, t.prompt)
-            requests.append(Request.scored([*prompt, *answer], len(prompt)))
-            at.append(i)
-    out = [0.0] * len(answers)
-    for i, result in zip(at, model.run_alone(requests, progress=progress), strict=True):
-        out[i] = float(result["scores"].mean())
-    return out
-
-
 @dataclass(frozen=True)
 class _Given:
+    """An answer to come, or one that is there; same, opposite: the prompts that its log-odds are taken under."""
+
     pair: int
     question: int
     draw: int
     positive: bool
     system: str | None
     prompt: str
+    same: str | None
     opposite: str | None
     answer: str = ""
 
 
-def _prompts(trait: Trait, pair: int, positive: bool, question: int) -> tuple[str, str, str]:
-    own, other = trait.system[pair] if positive else reversed(trait.system[pair])
-    return own, trait.derive_questions[question], other
+def _asked(trait: Trait, pair: int, question: int, draw: int, positive: bool) -> _Given:
+    own = trait.system[pair][0 if positive else 1]
+    read = _sides(trait.system[(pair + 1) % len(trait.system)], positive)
+    return _Given(pair, question, draw, positive, own, trait.derive_questions[question], *read)
+
+
+def _sides(prompts: tuple[str | None, str | None], positive: bool) -> tuple[str | None, str | None]:
+    """(same, opposite) of (for the trait, against it)."""
+    return (prompts[0], prompts[1]) if positive else (prompts[1], prompts[0])
+
+
+def _pairs_of(responses: Sequence[Response]) -> dict[int, tuple[str, str]]:
+    """The system prompts of each pair whose answers share one on either side, by pair."""
+    found: dict[int, tuple[set[str | None], set[str | None]]] = {}
+    for r in responses:
+        found.setdefault(r.pair, (set(), set()))[0 if r.positive else 1].add(r.system)
+    out = {}
+    for pair, (positive, negative) in sorted(found.items()):
+        both = (*positive, *negative)
+        if len(positive) == len(negative) == 1 and both[0] is not None and both[1] is not None:
+            out[pair] = (both[0], both[1])
+    return out
+
+
+def _contrasted(
+    model: Model,
+    texts: Sequence[_Given],
+    answers: Sequence[Sequence[int]],
+    own: Sequence[float],
+    progress: Progress | None,
+) -> list[float]:
+    """Mean log p per token of answers under `same` minus that under `opposite`; 0 for an empty one.
+
+    own: the same under the prompt that they were given under, which is not computed again.
+    """
+    means = {(i, t.system): p for i, (t, p) in enumerate(zip(texts, own, strict=True))}
+    wanted = [(i, s) for s in ("same", "opposite") for i in range(len(texts)) if answers[i]]
+    at = list(dict.fromkeys((i, getattr(texts[i], side)) for i, side in wanted))
+    at = [place for place in at if place not in means]
+    requests = []
+    for i, system in at:
+        prompt = _prompt(model, system, texts[i].prompt)
+        requests.append(Request.scored([*prompt, *answers[i]], len(prompt)))
+    results = model.run_alone(requests, progress=progress)
+    means |= {place: float(r["scores"].mean()) for place, r in zip(at, results, strict=True)}
+    return [means[i, t.same] - means[i, t.opposite] if answers[i] else 0.0 for i, t in enumerate(texts)]
 
 
 def _prompt(model: Model, system: str | None, question: str) -> list[int]:
-    return model.prompt_tokens(question, system=system, today=MEASURED_ON)
+    return model.pair_tokens(question, "", system)[0]
 
 
 def _answer_tokens(model: Model, text: str) -> list[int]:
@@ -362,12 +386,12 @@ def _part(
     decoded: Sequence[str],
     answers: Sequence[Sequence[int]],
     own: Sequence[float],
-    opposite: Sequence[float],
+    odds: Sequence[float],
     results: Sequence[dict[str, Any]],
 ) -> Part:
     rollouts = []
-    for t, text, a, p, o in zip(texts, decoded, answers, own, opposite, strict=True):
-        numbers = (len(a), float(p), float(p - o), t.system != t.opposite)
+    for t, text, a, p, o in zip(texts, decoded, answers, own, odds, strict=True):
+        numbers = (len(a), p, o, t.same != t.opposite)
         rollouts.append(asdict(Rollout(t.pair, t.question, t.draw, t.positive, t.system, t.prompt, text, *numbers)))
     pools = {
         name: np.stack([pooled_mean(r, k) for r in results]) for k, name in enumerate(("responses", "last_prompt"))

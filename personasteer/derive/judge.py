@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from personasteer.endpoint import Endpoint, Reply
 from personasteer.engine import Progress, Request
 from personasteer.errors import ArgumentError, TemplateError
-from personasteer.model import MEASURED_ON, Model
+from personasteer.model import Model
 from personasteer.statistics import auroc, spearman
 from personasteer.traits import Trait, find
 
@@ -29,13 +29,16 @@ LEAST = 0.25  # probability that the numbers must have together
 NUMBERS = range(101)
 SYSTEM = "You rate answers. You reply with one number from 0 to 100 and with nothing else."
 SCALE = 0.15  # nats per token, of LogOddsJudge
+THOUGHT = 2048  # tokens for a judge that thinks before it writes
 HIGH, LOW = 60.0, 20.0  # human scores from which, and up to which, an answer clearly shows the trait, or does not
 
 Pair = tuple[str, str]  # (question, answer)
 
 
 class Judge(Protocol):
-    """Whatever scores answers. Where it has a `name`, a vector's provenance says it."""
+    """Whatever scores answers. Where it has a `name`, a vector's provenance says it; what is kept of an interrupted
+    derivation is used again only under a judge of the same `identity` (its name without one).
+    """
 
     def score(self, trait: Trait, pairs: Sequence[Pair], *, progress: Progress | None = None) -> NDArray[np.float64]:
         """(len(pairs),) scores from 0 to 100 of (question, answer) pairs; NaN where the judge gave none."""
@@ -58,6 +61,7 @@ class LocalJudge:
         self._model = model
         self._system = model.template.takes_system()
         self.name = f"a number from {model.name}"
+        self.identity = f"{self.name} ({model.fingerprint})"
         self._trie = NumberTrie(_spellings(model))
         self._unit = max(1, 2**28 // (4 * model.n_vocab * self._trie.n_rows))  # answers whose logits fill 256 MB
 
@@ -84,19 +88,21 @@ class LocalJudge:
     def _prompt(self, trait: Trait, question: str, answer: str) -> list[int]:
         text = _task(trait, question, answer)
         if self._system:
-            return self._model.prompt_tokens(text, SYSTEM, today=MEASURED_ON)
-        return self._model.prompt_tokens(f"{SYSTEM}\n\n{text}", today=MEASURED_ON)
+            return self._model.pair_tokens(text, "", SYSTEM)[0]
+        return self._model.pair_tokens(f"{SYSTEM}\n\n{text}", "")[0]
 
 
 class EndpointJudge:
     """A model behind a server as the judge: the numbers among the 20 most probable first tokens.
 
     Where the server tells no probabilities, or its tokens are parts of numbers, the number that it writes is the score.
+    A model that thinks first is asked again, with 2048 tokens to think in, and the number after its thoughts counts.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self.name = f"a number from {endpoint.model}"
+        self.identity = f"a number from {endpoint!r}"
 
     def score(self, trait: Trait, pairs: Sequence[Pair], *, progress: Progress | None = None) -> NDArray[np.float64]:
         """As in Judge. Raises EndpointError."""
@@ -106,7 +112,11 @@ class EndpointJudge:
                 {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": _task(trait, question, answer)},
             ]
-            scores[i] = _score_of(self._endpoint.chat(messages, max_tokens=8, top_logprobs=20))
+            reply = self._endpoint.chat(messages, max_tokens=8, top_logprobs=20)
+            if math.isnan(score := _score_of(reply)) and (not reply.text.strip() or "<think" in reply.text):
+                reply = self._endpoint.chat(messages, max_tokens=THOUGHT)
+                score = _number_in(reply.text.rpartition("</think>")[2])
+            scores[i] = score
             if progress:
                 progress(i + 1, len(pairs))
         return scores
@@ -130,6 +140,7 @@ class LogOddsJudge:
             )
         self._model, self._n = model, n_prompts
         self.name = f"log-odds under {n_prompts} pairs of prompts of {model.name}"
+        self.identity = f"{self.name} ({model.fingerprint})"
 
     def score(self, trait: Trait, pairs: Sequence[Pair], *, progress: Progress | None = None) -> NDArray[np.float64]:
         """As in Judge; NaN for an empty answer."""
@@ -137,7 +148,7 @@ class LogOddsJudge:
         requests, places = [], []
         for i, (question, answer) in enumerate(pairs):
             for k, system in enumerate(systems):
-                tokens, n = self._model.pair_tokens(question, answer, system)
+                tokens, n = self._model.pair_tokens(question, answer.strip(), system)
                 if len(tokens) > n:
                     requests.append(Request.scored(tokens, n))
                     places.append((k, i))

@@ -93,6 +93,10 @@ class Work:
         atomic_write(file, save(arrays, {"json": json.dumps(rest)}))
         return arrays, rest
 
+    def value(self, name: str, compute: Callable[[], Any]) -> NDArray[Any]:
+        """A part that is one array of float64."""
+        return self.part(name, lambda: ({"value": np.asarray(compute(), np.float64)}, None))[0]["value"]
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.engine import Progress, Request, Sampling
-from personasteer.model import MEASURED_ON, Model
+from personasteer.model import Model
 from personasteer.steering import Steering, as_steering
 from personasteer.traits import neutral_pairs
 
@@ -64,7 +64,7 @@ def measure_coherence(
     """
     steerings = [*([Steering()] * N_OWN), *(as_steering(s) for s in steers)]
     systems = [*([()] * N_OWN), *(systems or [() for _ in steers])]
-    prompts = [model.prompt_tokens(q, today=MEASURED_ON) for q in questions]
+    prompts = [model.pair_tokens(q, "")[0] for q in questions]
     sampling = Sampling(TEMPERATURE, top_k=0, top_p=0.95, min_p=0.02, seed=seed)
     requests = [
         Request(prompt, len(prompt), s, max_tokens=max_tokens, sampling=sampling, share_prefix=True)
@@ -85,7 +85,7 @@ def measure_coherence(
             for j, system in enumerate((None, *given)):
                 if not tokens:
                     continue
-                prompt = prompts[i] if system is None else model.prompt_tokens(question, system, today=MEASURED_ON)
+                prompt = prompts[i] if system is None else model.pair_tokens(question, "", system)[0]
                 checks.append(Request.scored([*prompt, *tokens], len(prompt)))
                 scored.append((k, i, j))
     scores = model.run_alone(checks, progress=part(len(requests)))

@@ -51,7 +51,8 @@ class Controls:
     random: at the largest strength, both signs, of n_random norm-matched random vectors; random_p95 is the 95th
     percentile of their sizes. shuffled: mean size over vectors of shuffled labels, None where the vector carries none.
     unrelated: of the vector of another trait, named beside it, at the largest strength. system_prompt: no vector, the
-    trait's system prompts instead. steered: of the vector itself at -/+ the largest strength, on the controls' cells.
+    trait's system prompts instead, None without a system role or continuation pairs. steered: of the vector itself at
+    -/+ the largest strength, on the controls' cells.
     """
 
     n_random: int
@@ -242,7 +243,8 @@ def _evaluate_one(
     own = (float((odds[0] - odds[zero])[firsts].mean()), float((odds[-1] - odds[zero])[firsts].mean()))
     random, rest = changes[: 2 * n_random], changes[2 * n_random :]
     shuffled_changes, unrelated = rest[:-1], float(rest[-1])
-    prompted = _system_prompt_change(model, trait, cells, odds[zero])
+    # without continuations the comparisons are made by the system prompts themselves
+    prompted = _system_prompt_change(model, trait, cells, odds[zero]) if trait.continuations else None
 
     nonzero = [k for k in range(len(doses)) if k != zero]
     systems = [[trait.system[0][0 if doses[k] > 0 else 1]] if model.takes_system else [] for k in nonzero]

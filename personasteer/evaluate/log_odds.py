@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from personasteer.engine import Progress, Request, Sampling
 from personasteer.errors import ArgumentError
-from personasteer.model import MEASURED_ON, Model
+from personasteer.model import Model
 from personasteer.steering import as_steering
 from personasteer.traits import Trait
 
@@ -105,10 +105,17 @@ def answer_cells(model: Model, trait: Trait, questions: Sequence[str], *, n_toke
     requests = []
     for i, question in enumerate(questions):
         for system in trait.system[i % len(trait.system)]:
-            tokens = model.prompt_tokens(question, system, today=MEASURED_ON)
+            tokens = model.pair_tokens(question, "", system)[0]
             requests.append(
                 Request(tokens, len(tokens), max_tokens=n_tokens, sampling=Sampling(0.0), share_prefix=True)
             )
-    texts = [r["text"].decode("utf-8", "replace") for r in model.run_alone(requests)]
+    texts = [as_beginning(r["text"].decode("utf-8", "replace")) for r in model.run_alone(requests)]
     pairs = zip(questions, texts[::2], texts[1::2], strict=True)
-    return tuple(Cell(q, a, b) for q, a, b in pairs if a.strip() and b.strip() and a != b)
+    return tuple(Cell(q, a, b) for q, a, b in pairs if a and b and a != b)
+
+
+def as_beginning(text: str) -> str:
+    """A generated text, cut off somewhere, as the beginning of an answer: tokenizers with a space before every text put
+    it back, and the last character may have been cut, too.
+    """
+    return text.rstrip("\ufffd").strip()

@@ -47,6 +47,27 @@ def parse_toml(text: str, source: str) -> Trait:
         )
 
 
+def as_toml(trait: Trait) -> str:
+    """The trait in the library's file layout: `personasteer.traits.load` gives it back."""
+    lines = [f"{key} = {_quoted(getattr(trait, key))}" for key in ("name", "description", "rubric")]
+    lines.append(f"lexicon = [{', '.join(map(_quoted, trait.lexicon))}]")
+    if trait.declines:
+        lines.append(f"declines = {_quoted(trait.declines)}")
+    for positive, negative in trait.system:
+        lines += ["", "[[system]]", f"positive = {_quoted(positive)}", f"negative = {_quoted(negative)}"]
+    lines += ["", "[questions]"]
+    for key, questions in (("derive", trait.derive_questions), ("evaluate", trait.evaluate_questions)):
+        lines += [f"{key} = [", *(f"  {_quoted(q)}," for q in questions), "]"]
+    for shows, anti in trait.continuations:
+        lines += ["", "[[continuation]]", f"trait = {_quoted(shows)}", f"anti = {_quoted(anti)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    # JSON's escapes are TOML's, but for the one control character that JSON leaves alone
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def parse_json(text: str, source: str, name: str) -> Trait:
     """A trait in the layout of the published persona_vectors artefacts: "instruction", a list of {"pos", "neg"};
     "questions"; "eval_prompt", kept as the rubric.

@@ -88,27 +88,6 @@ def write_trait(
     return draft.trait(seed)
 
 
-def as_toml(trait: Trait) -> str:
-    """The trait in the library's file layout: `personasteer.traits.load` gives it back."""
-    lines = [f"{key} = {_quoted(getattr(trait, key))}" for key in ("name", "description", "rubric")]
-    lines.append(f"lexicon = [{', '.join(map(_quoted, trait.lexicon))}]")
-    if trait.declines:
-        lines.append(f"declines = {_quoted(trait.declines)}")
-    for positive, negative in trait.system:
-        lines += ["", "[[system]]", f"positive = {_quoted(positive)}", f"negative = {_quoted(negative)}"]
-    lines += ["", "[questions]"]
-    for key, questions in (("derive", trait.derive_questions), ("evaluate", trait.evaluate_questions)):
-        lines += [f"{key} = [", *(f"  {_quoted(q)}," for q in questions), "]"]
-    for shows, anti in trait.continuations:
-        lines += ["", "[[continuation]]", f"trait = {_quoted(shows)}", f"anti = {_quoted(anti)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, but for the one control character that JSON leaves alone
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def _ask(writer: Writer, prompts: Sequence[str], *, seed: int, temperature: float) -> list[str]:
     if isinstance(writer, Model):
         return writer.chat_batch(prompts, seed=seed, temperature=temperature, max_tokens=400, repeat_penalty=1.1)
