@@ -23,10 +23,10 @@ from personasteer import traits
 from personasteer.evaluate import evaluate
 from personasteer.files import atomic_write
 
-DERIVE = {"n_questions": 6, "max_tokens": 24}
-EVALUATE = {"n_questions": 6, "n_pairs": 2, "n_random": 20, "n_items": 20}
-READ_FREELY = ("archaic", "childlike", "evil", "pessimistic", "pirate", "poetic", "refusing", "warm")
-N_ANSWERS = 20  # free answers at each of three strengths, for these
+DERIVE = {"n_questions": 5, "max_tokens": 24}
+EVALUATE = {"n_questions": 6, "n_pairs": 1, "n_random": 20, "n_coherence": 3, "n_items": 12}
+READ_FREELY = ("evil", "formal", "pessimistic", "pirate", "poetic", "refusing", "warm")
+N_ANSWERS = 10  # free answers at each of three strengths, for these
 
 
 def one(model: ps.Model, name: str, folder: Path) -> dict[str, Any]:

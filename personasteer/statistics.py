@@ -1,4 +1,4 @@
-"""Small statistics: rank correlation, the area under the ROC curve, bootstrap intervals."""
+"""Small statistics: rank correlation, the area under the ROC curve, errors of a mean, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def auroc(high: NDArray[np.float64], low: NDArray[np.float64]) -> NDArray[np.flo
     sums = np.array([(_ranks(column)[:n]).sum() for column in both.T])  # Mann and Whitney's U
     out: NDArray[np.float64] = ((sums - n * (n + 1) / 2) / (n * m)).reshape(shape)
     return out
+
+
+def over_error(values: ArrayLike) -> float | None:
+    """Mean over its standard error; None for fewer than four values, or equal ones."""
+    known = np.asarray(values, np.float64)
+    spread = float(known.std(ddof=1)) if len(known) >= 4 else 0.0
+    return float(known.mean() / spread * np.sqrt(len(known))) if spread else None
 
 
 def bootstrap_interval(

@@ -234,7 +234,7 @@ def test_derive_reads_given_answers_and_writes_down_those_that_count(
     common = ["derive", "letters.toml", "-m", tiny_path, "-t", 1, "-o", "v.gguf", "--no-filter", "--no-calibrate"]
     data = result(cli(*common, "--responses", "answers.jsonl", "--save-responses", "kept.jsonl", "--json"))
     assert data["elicitation"] == {
-        "rate": 1.0, "n": 4, "kept": 4, "dropped": {}, "lexicon": {}, "scores": {},
+        "rate": 1.0, "n": 4, "kept": 4, "dropped": {}, "lexicon": {}, "scores": {}, "t": None,
     }  # fmt: skip
     kept = [json.loads(line) for line in Path("kept.jsonl").read_text("utf-8").splitlines()]
     assert sorted((k["question"], k["answer"], k["positive"]) for k in kept) == sorted(

@@ -21,9 +21,10 @@ from planted_model import MINUS, PLUS, planted_trait, write_planted_model
 
 import personasteer as ps
 from personasteer.cli.derive import summary
-from personasteer.derive import Elicited, Response, calibrate, derive, elicit, load_responses, replay, select
+from personasteer.derive import Elicited, Response, Selection, calibrate, derive, elicit, load_responses, replay, select
 from personasteer.derive.calibration import falling
 from personasteer.derive.directions import METHODS
+from personasteer.derive.selection import require_enough
 from personasteer.derive.work import Work
 from personasteer.engine import Request, Taps
 from personasteer.evaluate import log_odds, random_vectors
@@ -258,7 +259,7 @@ def test_a_trait_that_is_nearly_always_refused_ends_in_one_line_with_samples_and
     assert "--responses" in said
     # where refusing is not the reason, the advice is another
     swapped = changed(given(), {i: given()[i + 1].text for i in range(2, 16, 2)})
-    with pytest.raises(ps.ElicitationError, match=r"7 positive off-trait.*blunter system prompts"):
+    with pytest.raises(ps.ElicitationError, match=r"7 off-trait.*blunter system prompts"):
         derive(model, TRAIT, responses=swapped, calibrated=False)
 
 
@@ -290,8 +291,7 @@ def test_a_pair_drops_whichever_side_fails_and_for_the_first_reason(model: ps.Mo
     assert selection.dropped == {
         "positive refusal": 1,
         "negative refusal": 1,
-        "positive off-trait": 1,
-        "negative off-trait": 1,
+        "off-trait": 2,  # both answers the same
         "positive incoherent": 1,
         "negative empty": 1,
     }
@@ -300,6 +300,30 @@ def test_a_pair_drops_whichever_side_fails_and_for_the_first_reason(model: ps.Mo
     assert selection.examples["positive refusal"] == REFUSAL
     both_refuse = select(replay(model, changed(given(), {0: REFUSAL, 1: REFUSAL})), TRAIT)
     assert both_refuse.dropped == {"positive refusal": 1}
+
+
+def test_sides_that_differ_by_chance_are_no_trait(model: ps.Model) -> None:
+    found = replay(model, given())
+
+    def apart(*log_odds: float) -> Selection:
+        rows = tuple(
+            replace(r, log_odds=x if r.positive else 0.0)
+            for r, x in zip(found.rollouts, np.repeat(log_odds, 2), strict=True)
+        )
+        return select(replace(found, rollouts=rows), TRAIT)
+
+    by_chance = apart(0.5, -0.5, 0.6, -0.4, 0.3, -0.6, 0.2, -0.1)
+    assert len(by_chance.kept) == 4  # enough, were they sure
+    assert by_chance.t is not None
+    assert abs(by_chance.t) < 0.1
+    with pytest.raises(ps.ElicitationError, match=r"4 off-trait; that is chance.*t = -?0\.0"):
+        require_enough(by_chance, TRAIT, "a model")
+    sure = apart(0.5, 0.2, 0.6, -0.1, 0.3, 0.4, 0.2, 0.1)
+    assert len(sure.kept) == 7
+    require_enough(sure, TRAIT, "a model")
+    # what a pair's prompts make likelier whatever the answer says is in both answers, with either sign
+    moved = tuple(replace(r, log_odds=r.log_odds + (3.0 if r.positive else -3.0)) for r in found.rollouts)
+    assert select(replace(found, rollouts=moved), TRAIT).kept == select(found, TRAIT).kept
 
 
 @pytest.mark.parametrize(("declines", "dropped"), [("", 3), ("anti", 2), ("trait", 1)])

@@ -19,6 +19,7 @@ from personasteer.evaluate.coherence import LEAST, kl_on_neutral, measure_cohere
 from personasteer.evaluate.log_odds import Cell, answer_cells, as_beginning, cell_log_odds, make_cells
 from personasteer.model import Model
 from personasteer.progress import Meter
+from personasteer.statistics import over_error
 from personasteer.steering import Add
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
@@ -133,7 +134,7 @@ def sweep(
         {
             "layer": il,
             "effect": float(moved[k].mean()),
-            "t": _t(moved[k]),
+            "t": over_error(moved[k]),
             "kl": float(max(kl[2 * k], kl[2 * k + 1])),
             "coherence": float(min(coherence[2 * k], coherence[2 * k + 1])),
         }
@@ -169,12 +170,6 @@ def sweep(
     else:
         chosen = vector.at(best_window(np.where(usable, score, -np.inf), usable))
     return replace(chosen, effects=effects), {"rho": RHO, "blocks": table}
-
-
-def _t(values: NDArray[np.float64]) -> float | None:
-    """Mean over its standard error; None for fewer than four values, or equal ones."""
-    spread = float(values.std(ddof=1)) if len(values) >= 4 else 0.0
-    return float(values.mean() / spread * np.sqrt(len(values))) if spread else None
 
 
 def find_window(

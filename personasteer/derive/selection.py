@@ -14,10 +14,12 @@ from personasteer.derive.refusals import refuses
 from personasteer.errors import ElicitationError
 from personasteer.evaluate.coherence import repetition
 from personasteer.evaluate.generations import in_lexicon
+from personasteer.statistics import over_error
 from personasteer.traits import Trait
 
 MOST_REPETITION = 0.5  # share of repeated word triples
-LEAST_LOG_ODDS = 0.01  # nats per token; less is rounding
+LEAST_LOG_ODDS = 0.02  # nats per token, of both answers together; less is rounding
+LEAST_T = 1.5  # of their mean, over its standard error: below it the answers of either side do not differ
 MIDDLE = 50.0  # of a judge's 0 to 100
 REASONS = ("empty", "refusal", "incoherent", "off-trait")
 
@@ -28,7 +30,9 @@ class Selection:
 
     kept: (positive, negative) row numbers; n: contrasts before; dropped: contrasts by the first reason found, "positive
     refusal" and so on; examples: an answer for each reason; lexicon: share of answers with a word of the trait's
-    lexicon, on either side (a hint, not a reason); scores: mean score on either side.
+    lexicon, on either side (a hint, not a reason); scores: mean score on either side; t: how surely answers show their
+    own side, the mean of the two answers' log-odds together over its standard error, of the contrasts that are
+    answered; None for fewer than four, and with a judge.
     """
 
     kept: tuple[tuple[int, int], ...]
@@ -37,6 +41,7 @@ class Selection:
     examples: Mapping[str, str]
     lexicon: Mapping[str, float]
     scores: Mapping[str, float]
+    t: float | None = None
 
     @property
     def rate(self) -> float:
@@ -52,21 +57,22 @@ class Selection:
             "dropped": dict(self.dropped),
             "lexicon": {k: round(v, 4) for k, v in self.lexicon.items()},
             "scores": {k: round(v, 4) for k, v in self.scores.items()},
+            "t": None if self.t is None else round(self.t, 4),
         }
 
 
 def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None = None) -> Selection:
     """Keep the contrasts whose two answers both answer, on their own side of the trait, coherently.
 
-    An answer is off-trait where it is not likelier (by 0.01 nats per token) under its own system prompt than under the
-    opposite one, where it was given under one; or, with a judge's `scores` (0 to 100 for each rollout), where a
-    positive one scores below 50 or a negative one 50 and above. An answer without a score (NaN) is off-trait.
+    A contrast is off-trait where its answers are not told apart by another pair of system prompts: the log-odds of both
+    (see Rollout), each for its own side, must be 0.02 nats per token or more together. What a prompt makes likelier
+    whatever the answer says is in both, and cancels. With a judge's `scores` (0 to 100 for each rollout) a positive
+    answer below 50 is off-trait, a negative one of 50 and above, and one without a score (NaN).
     """
     skipped = int(found.options.get("skip_tokens", 0))
-    reasons = [
-        _reason(r, trait, None if scores is None else float(scores[i]), skipped) for i, r in enumerate(found.rollouts)
-    ]
-    kept, dropped, examples = [], Counter[str](), dict[str, str]()
+    rows = found.rollouts
+    reasons = [_reason(r, trait, None if scores is None else float(scores[i]), skipped) for i, r in enumerate(rows)]
+    kept, dropped, examples, together = [], Counter[str](), dict[str, str](), []
     contrasts = found.contrasts
     for positive, negative in contrasts:
         side, reason = next(
@@ -75,21 +81,27 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
         if reason:
             label = f"{side} {reason}"
             dropped[label] += 1
-            examples.setdefault(label, found.rollouts[positive if side == "positive" else negative].text)
-        else:
-            kept.append((positive, negative))
-    values = np.array([r.log_odds for r in found.rollouts]) if scores is None else scores
+            examples.setdefault(label, rows[positive if side == "positive" else negative].text)
+            continue
+        if scores is None and rows[positive].contrasted and rows[negative].contrasted:
+            together.append(rows[positive].log_odds + rows[negative].log_odds)
+            if together[-1] < LEAST_LOG_ODDS:
+                dropped["off-trait"] += 1
+                examples.setdefault("off-trait", rows[positive].text)
+                continue
+        kept.append((positive, negative))
+    values = np.array([r.log_odds for r in rows]) if scores is None else scores
     by_side = {
-        name: [i for i, r in enumerate(found.rollouts) if r.positive is positive]
+        name: [i for i, r in enumerate(rows) if r.positive is positive]
         for name, positive in (("positive", True), ("negative", False))
     }
-    hits = np.array([in_lexicon(r.text, trait) for r in found.rollouts], np.float64)
-    hints = {name: float(hits[rows].mean()) if rows else 0.0 for name, rows in by_side.items()}
+    hits = np.array([in_lexicon(r.text, trait) for r in rows], np.float64)
+    hints = {name: float(hits[at].mean()) if at else 0.0 for name, at in by_side.items()}
     means = {}
-    for name, rows in by_side.items():
-        known = values[rows][np.isfinite(values[rows])]
+    for name, at in by_side.items():
+        known = values[at][np.isfinite(values[at])]
         means[name] = float(known.mean()) if len(known) else 0.0
-    return Selection(tuple(kept), len(contrasts), dict(dropped), examples, hints, means)
+    return Selection(tuple(kept), len(contrasts), dict(dropped), examples, hints, means, over_error(together))
 
 
 def select_all(found: Elicited) -> Selection:
@@ -108,14 +120,17 @@ def _reason(r: Rollout, trait: Trait, score: float | None, skipped: int) -> str:
     if repetition(r.text) > MOST_REPETITION:
         return "incoherent"
     if score is None:
-        return "" if not r.contrasted or r.log_odds > LEAST_LOG_ODDS else "off-trait"
+        return ""
     on_side = score >= MIDDLE if r.positive else score < MIDDLE  # False for NaN
     return "" if on_side else "off-trait"
 
 
 def require_enough(selection: Selection, trait: Trait, model_name: str, *, least_rate: float = 0.25) -> None:
-    """Raise ElicitationError, with samples and what to try, where fewer than 2 contrasts or a quarter of all count."""
-    if len(selection.kept) >= max(2, least_rate * selection.n):
+    """Raise ElicitationError, with samples and what to try, where fewer than 2 contrasts or a quarter of all count, and
+    where those that count may do so by chance.
+    """
+    chance = selection.t is not None and selection.t < LEAST_T
+    if len(selection.kept) >= max(2, least_rate * selection.n) and not chance:
         return
     reasons = ", ".join(f"{n} {label}" for label, n in sorted(selection.dropped.items(), key=lambda x: -x[1]))
     samples = "; ".join(f'{label}: "{_short(text)}"' for label, text in selection.examples.items())
@@ -127,6 +142,8 @@ def require_enough(selection: Selection, trait: Trait, model_name: str, *, least
         else "try blunter system prompts, more or other questions, a larger model, given answers (--responses), or a "
         "judge (--judge)"
     )
+    if chance:
+        reasons += f"; that is chance: other system prompts hardly tell the two sides apart, t = {selection.t:.1f}"
     raise ElicitationError(
         f"trait {trait.name!r} could not be elicited from {model_name}: of {selection.n} contrasts "
         f"{len(selection.kept)} count ({reasons or 'no contrast was answered'}). Seen: {samples or 'nothing'}. "
