@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from work_folder import claim
 
 import personasteer as ps
 from personasteer import traits
@@ -78,11 +79,12 @@ def equal_kl(
 
 def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[str, Any]:
     """All methods on one trait; what is reported of it."""
-    result: dict[str, Any] = {"trait": trait.name, "settings": settings(model, n_questions), "target_kl": TARGET_KL}
+    result: dict[str, Any] = {"trait": trait.name, "model": model.name, "target_kl": TARGET_KL}
     found = elicit(model, trait, n_questions=n_questions, max_tokens=ANSWER_TOKENS, seed=0)
     selection = select(found, trait)
     result["elicitation"] = selection.summary()
     systems = trait.system[0] if model.takes_system else None
+    vectors: dict[str, ps.PersonaVector] = {}
     try:
         first, table = sweep(
             model,
@@ -90,12 +92,11 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
             selection_cells(model, trait, found, selection.kept)[::2],
             systems=systems,
         )
-        vectors = {
-            name: from_elicited(model, trait, found, selection, layers=first.layers, **options)
-            for name, options in METHODS.items()
-        }
+        for name, options in METHODS.items():
+            vectors[name] = from_elicited(model, trait, found, selection, layers=first.layers, **options)
     except ps.ElicitationError as e:
-        return result | {"rejected": str(e)}
+        failed = list(METHODS)[len(vectors)] if vectors else ""
+        return result | {"rejected": f"{failed}: {e}" if failed else str(e)}
     result |= {"layers": list(first.layers), "sweep": table}
 
     arms = [(name, sign) for name in METHODS for sign in SIGNS]
@@ -275,15 +276,13 @@ def main() -> None:
     if missing and not options.table:
         path = ps.model.demo_model_path() if options.model == "demo" else options.model
         with ps.Model(path, n_ctx=512, n_threads=options.threads) as model:
+            claim(options.work, settings(model, options.questions))
             for k, trait in enumerate(missing):
                 print(f"{trait.name} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
                 start = time.perf_counter()
                 result = compare(model, trait, options.questions) | {"seconds": time.perf_counter() - start}
                 atomic_write(files[trait.name], json.dumps(result, indent=1, ensure_ascii=False).encode())
-    results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]
-    if len({json.dumps(r["settings"], sort_keys=True) for r in results}) > 1:
-        sys.exit(f"{options.work} holds results of several models or settings: name another --work folder")
-    print(tables(results))
+    print(tables([json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]))
 
 
 def _beside(name: str) -> str:

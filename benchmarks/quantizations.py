@@ -24,6 +24,7 @@ from typing import Any
 import gguf
 import numpy as np
 from requantize import bits_per_weight, requantize, tensor_types, weights_of
+from work_folder import claim
 
 import personasteer as ps
 from personasteer import traits
@@ -150,12 +151,8 @@ class Folder:
     def __init__(self, path: Path, settings: dict[str, Any] | None = None) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        known = path / "settings.json"
         if settings is not None:
-            text = json.dumps(settings, indent=1, sort_keys=True)
-            if known.exists() and known.read_text("utf-8") != text:
-                sys.exit(f"{path} holds results of another source or other settings: name another --work folder")
-            atomic_write(known, text.encode())
+            claim(path, settings)
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.json").exists()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from work_folder import claim
 
 import personasteer as ps
 from personasteer import traits
@@ -32,7 +33,7 @@ N_ANSWERS = 10  # free answers at each of three strengths, for these
 def one(model: ps.Model, name: str, folder: Path) -> dict[str, Any]:
     """Derive and evaluate a trait; what is reported of it."""
     start = time.perf_counter()
-    result: dict[str, Any] = {"trait": name, "model": model.name, "settings": settings(model)}
+    result: dict[str, Any] = {"trait": name, "model": model.name}
     try:
         vector = ps.derive(model, name, seed=0, work=folder / "parts" / name, **DERIVE)
     except ps.ElicitationError as e:
@@ -140,13 +141,12 @@ def main() -> None:
     if missing and not options.table:
         path = ps.model.demo_model_path() if options.model == "demo" else options.model
         with ps.Model(path, n_ctx=512, n_threads=options.threads) as model:
+            claim(options.work, settings(model))
             for k, name in enumerate(missing):
                 print(f"{name} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
                 result = one(model, name, options.work)
                 atomic_write(files[name], json.dumps(result, indent=1, ensure_ascii=False).encode())
     results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]
-    if len({json.dumps(r["settings"], sort_keys=True) for r in results}) > 1:
-        sys.exit(f"{options.work} holds results of several models or settings: name another --work folder")
     print(table(results), "\n\n", free_answers(results), sep="")
 
 

@@ -489,7 +489,8 @@ class Model:
         """Block outputs of texts, as the next block sees them.
 
         Args:
-            items: plain texts; (prompt, answer) pairs; or messages that end with the assistant's.
+            items: plain texts; (prompt, answer) pairs; or messages that end with the assistant's. Templates that know
+                `enable_thinking` are asked for an answer without thinking.
             pool: "mean" over the span; "last", its last token; "raw", every token.
             span: "response", the answer's tokens t >= P without the end-of-turn token (default for pairs and
                 messages); "prompt", t < P; "all" (default and only span of plain texts).

@@ -269,7 +269,7 @@ def test_a_finished_ladder_computes_nothing_again(
     work, results = ladder
     monkeypatch.delattr(quantizations.ps, "Model")
     assert quantizations.run(tied_path, work, [LETTERS], ["Q8_0", "Q4_0"], n_threads=1) == results
-    with pytest.raises(SystemExit, match="another source or other settings"):
+    with pytest.raises(SystemExit, match="another model or other settings"):
         quantizations.run(tied_path, work, [LETTERS], ["Q8_0", "Q4_0"], n_threads=2)
 
 

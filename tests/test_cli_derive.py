@@ -289,12 +289,17 @@ def test_refused_answers_are_one_line_that_shows_one_and_no_file(cli: Command, f
 
 def test_a_served_judge_is_tested_and_then_asked(cli: Command, files: Path, tiny_path: Path, server: Server) -> None:
     server.answers = [says({"choices": [{"message": {"role": "assistant", "content": "80"}}]})]
-    code, _, err = cli("derive", "letters.toml", "-m", tiny_path, "-t", 1, "-n", 3, "--questions", 1, "-o", "v.gguf",
-                       "--no-filter", "--no-calibrate", "--judge", server.url, "--judge-model", "wise")  # fmt: skip
-    assert code == 0
-    assert re.fullmatch(r"the judge on \d+ labelled answers: .* not scored\n", err)
+    common = ["derive", "letters.toml", "-m", tiny_path, "-t", 1, "-n", 3, "--questions", 1, "-o", "v.gguf",
+              "--no-calibrate", "--judge", server.url, "--judge-model", "wise"]  # fmt: skip
+    code, _, err = cli(*common)
+    tested, refused = err.splitlines()
+    assert re.fullmatch(r"the judge on \d+ labelled answers: .* not scored", tested)
+    assert code == 1
+    assert re.search(r"of 2 contrasts 0 count \(2 negative off-trait\)", refused)  # what shows the trait everywhere
     assert {asked["body"]["model"] for asked in server.asked} == {"wise"}
-    assert PersonaVector.load("v.gguf").provenance["judge"]
+    asked = len(server.asked)
+    one_line(cli(*common, "--no-filter"), 2, "--judge scores answers for the filter")
+    assert len(server.asked) == asked
 
 
 def test_a_judge_that_cannot_be_had_is_one_line(
@@ -404,6 +409,7 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "an unknown form": (f"{DERIVE} --form triangle", USAGE, "form must be"),
     "nothing left of an answer": (f"{DERIVE} --skip-tokens 2", USAGE, "skip_tokens 2 leaves nothing"),
     "a length of given answers": (f"{DERIVE} --responses answers.jsonl", USAGE, "--predict goes with sampled"),
+    "a name for a judge without one": (f"{DERIVE} --judge-model wise", USAGE, "--judge-model goes with a URL"),
     "questions for given texts": ("derive pairs.jsonl -m TINY -o o.gguf --questions 3", USAGE, "--questions goes with"),
     "a position in given texts": ("derive pairs.jsonl -m TINY -o o.gguf --position response", USAGE, "--position goes"),
     "answers that are missing": (f"{READ} --responses missing.jsonl", USAGE, "missing.jsonl: cannot be read"),

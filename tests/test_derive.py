@@ -316,11 +316,15 @@ def test_sides_that_differ_by_chance_are_no_trait(model: ps.Model) -> None:
     assert len(by_chance.kept) == 4  # enough, were they sure
     assert by_chance.t is not None
     assert abs(by_chance.t) < 0.1
-    with pytest.raises(ps.ElicitationError, match=r"4 off-trait; that is chance.*t = -?0\.0"):
+    with pytest.raises(ps.ElicitationError, match=r"4 off-trait; system prompts hardly tell .*, t = -?0\.0"):
         require_enough(by_chance, TRAIT, "a model")
     sure = apart(0.5, 0.2, 0.6, -0.1, 0.3, 0.4, 0.2, 0.1)
     assert len(sure.kept) == 7
     require_enough(sure, TRAIT, "a model")
+    odd = apart(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0)  # one answer that stands out makes the others no chance
+    assert odd.t is not None
+    assert odd.t < 1.5
+    require_enough(odd, TRAIT, "a model")
     # what a pair's prompts make likelier whatever the answer says is in both answers, with either sign
     moved = tuple(replace(r, log_odds=r.log_odds + (3.0 if r.positive else -3.0)) for r in found.rollouts)
     assert select(replace(found, rollouts=moved), TRAIT).kept == select(found, TRAIT).kept

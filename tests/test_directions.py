@@ -15,7 +15,7 @@ from personasteer.derive.directions import (
     METHODS,
     Samples,
     best_window,
-    check_sign,
+    check_held_out,
     choose_layers,
     difference_of_means,
     energy_share,
@@ -161,7 +161,7 @@ def test_a_block_without_numbers_or_without_a_difference_has_no_direction(name: 
 def test_a_direction_that_points_the_wrong_way_on_held_out_samples_is_refused() -> None:
     samples, _ = planted(20)
     auroc = held_out_quality(samples).auroc
-    check_sign(auroc, range(N_LAYER), 20)
+    check_held_out(auroc, range(N_LAYER), 20)
     # groups whose contrasts point opposite ways: what one half teaches is wrong for the other
     even = samples.positive_groups % 2 == 0
     flip = np.where(even[:, None, None], 1, -1)
@@ -170,10 +170,10 @@ def test_a_direction_that_points_the_wrong_way_on_held_out_samples_is_refused() 
     torn = Samples(middle + apart, middle - apart, samples.positive_groups, samples.negative_groups)
     auroc = held_out_quality(torn).auroc
     with pytest.raises(ElicitationError, match=r"held-out positive texts from negative ones \(AUROC 0\.[0-4]"):
-        check_sign(auroc, range(N_LAYER), 20)
-    check_sign(auroc, range(N_LAYER), 7)  # too few to tell
+        check_held_out(auroc, range(N_LAYER), 20)
+    check_held_out(auroc, range(N_LAYER), 7)  # too few to tell
     auroc[1] = np.nan  # no direction, no sign
-    check_sign(auroc, [1], 20)
+    check_held_out(auroc, [1], 20)
 
 
 # ---- dimensions that are large whatever the text says

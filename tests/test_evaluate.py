@@ -487,7 +487,7 @@ def test_nothing_changes_at_dose_0(evaluation: ev.Evaluation) -> None:
 def test_the_random_band_is_the_95th_percentile_of_the_sizes(evaluation: ev.Evaluation) -> None:
     c = evaluation.controls
     assert c.n_random == 3
-    assert len(c.random) == 3
+    assert len(c.random) == 6
     assert c.random_p95 == pytest.approx(np.quantile(np.abs(c.random), 0.95))
     assert c.shuffled is None
     assert c.unrelated_trait == "pirate"

@@ -264,12 +264,13 @@ def test_a_judge_that_thinks_first_is_asked_again_and_its_thoughts_do_not_count(
     class Thinks(FakeEndpoint):
         def chat(self, messages: Any, **options: Any) -> Reply:
             super().chat(messages, **options)
-            whole = "<think>Between 10 and 20? No.</think>\n\n65"
-            return Reply(whole if options["max_tokens"] > 1000 else whole[:12])
+            return Reply(self.reply.text[: 12 if options["max_tokens"] == 8 else None])
 
-    endpoint = Thinks("")
+    endpoint = Thinks("<think>0 to 100? Between 10 and 20? No.</think>\n\n65")
     assert EndpointJudge(endpoint).score(TRAIT, PAIRS).tolist() == [65, 65]
     assert [options["max_tokens"] for _, options in endpoint.asked] == [8, 2048] * 2
+    endless = Thinks("<think>Is it 10, or is it 20, or")
+    assert np.isnan(EndpointJudge(endless).score(TRAIT, PAIRS)).all()
 
 
 def test_an_endpoint_is_asked_with_the_rubric_and_for_probabilities() -> None:

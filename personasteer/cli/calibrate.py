@@ -63,7 +63,7 @@ def calibrate(
     """
     target = out or file
     vector = PersonaVector.load(file, offset=offset)
-    if out is None and vector.provenance.get("method") == "imported":
+    if out is None and vector.provenance.get("method") == "imported" and "calibration" not in vector.provenance:
         raise ArgumentError(f"{file} is another tool's file: name the file to write with -o")
     check_output(target)
     found = find(trait) if trait else None

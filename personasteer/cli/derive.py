@@ -40,7 +40,13 @@ from personasteer.vectors import PersonaVector
 LOG_ODDS = "log-odds"
 # options that say how answers are sampled, and what is done with them
 OF_SAMPLING = {"questions": "--questions", "predict": "--predict", "temp": "--temp", "rollouts": "--rollouts"}
-OF_ANSWERS = {"skip": "--skip-tokens", "position": "--position", "no_filter": "--no-filter", "form": "--form"}
+OF_ANSWERS = {
+    "skip": "--skip-tokens",
+    "position": "--position",
+    "no_filter": "--no-filter",
+    "no_calibrate": "--no-calibrate",
+    "form": "--form",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -157,6 +163,10 @@ def derive(
         _refuse(_given(context, OF_SAMPLING), "goes with sampled answers, not with --responses")
     if not describe:
         _refuse(about_writing, "goes with --describe")
+    if no_filter:
+        _refuse({"--judge": judge}, "scores answers for the filter: it does not go with --no-filter")
+    if not any(_is_url(name) for name in (judge or "", writer or "")):
+        _refuse(_given(context, {"served": "--judge-model"}), "goes with a URL as --judge or --writer")
     found = None if texts or describe else find(trait)
     with open_model(model, **options) as m:
         if describe:
@@ -276,7 +286,11 @@ def _judge(name: str, served: str, model: Model, options: dict[str, Any], stage:
     if name == LOG_ODDS:
         judge = LogOddsJudge(model)
     else:
-        judge = EndpointJudge(Endpoint(name, served)) if _is_url(name) else LocalJudge(_other(name, model, options))
+        judge = (
+            EndpointJudge(Endpoint(name, served, timeout=300.0))
+            if _is_url(name)
+            else LocalJudge(_other(name, model, options))
+        )
     agreed = agreement(judge, labelled_examples(), progress=stage("testing the judge"))
     stderr.print(
         f"the judge on {agreed.n} labelled answers: Spearman {agreed.spearman:.2f}, AUROC {agreed.auroc:.2f}, mean "

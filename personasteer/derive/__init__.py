@@ -23,7 +23,7 @@ from personasteer.derive.calibration import (
     with_calibration,
 )
 from personasteer.derive.contrast import check_method, contrast, halfway, mean_reading, vector_from_samples
-from personasteer.derive.directions import Samples, check_sign, difference_of_means
+from personasteer.derive.directions import Samples, check_held_out, difference_of_means
 from personasteer.derive.elicit import (
     Elicited,
     Response,
@@ -121,11 +121,14 @@ def derive(
     Raises:
         TraitError: unknown trait, or a file that breaks the rules.
         TemplateError: no chat template or no system role.
-        ElicitationError: too few answers show the trait, or the vector does not steer.
+        ElicitationError: too few answers show the trait, or as many as by chance; the direction does not tell held-out
+            answers apart; the vector does not steer.
 
     Source: arXiv 2507.21509, section 2.2.
     """
     trait = find(trait) if isinstance(trait, str) else trait
+    if judge is not None and not filtered:
+        raise ArgumentError("a judge scores answers for the filter: give one of judge and filtered=False")
     seed = model.seed if seed is None else seed
     check_method(method)
     check_position(position)
@@ -211,7 +214,7 @@ def derive(
             vector, table = sweep(model, vector, cells, systems=systems, form=form, work=kept, progress=swept)
             vector = with_calibration(vector, sweep=table)
             if vector.aurocs is not None:
-                check_sign(vector.aurocs, vector.layers, len(selection.kept))
+                check_held_out(vector.aurocs, vector.layers, len(selection.kept))
         questions = list(dict.fromkeys(c.question for c in cells))
         dosed = meter.part(parts["window"])
         vector, doses = find_window(model, vector, questions, systems=systems, work=kept, progress=dosed)
@@ -302,7 +305,9 @@ def calibrate(
 
     Raises:
         TraitError: a vector without a trait. IncompatibleVector: a model of another shape.
-        ElicitationError: no block moves the trait the right way.
+        ElicitationError: no block moves the trait the right way; too few of the given answers show it; for a trait
+            without continuations, answers of either side that begin alike.
+        TemplateError: a trait without continuations, on a model without a system role.
     """
     check_fits(vector, model)
     trait = trait_of(vector, trait)

@@ -65,7 +65,7 @@ def own_cells(model: Model, found: Elicited, kept: Sequence[tuple[int, int]]) ->
             begin = [
                 as_beginning(model.detokenize(model.tokenize(r.text, add_special=False)[:REPLY_TOKENS])) for r in (a, b)
             ]
-            if begin[0] != begin[1]:
+            if all(begin) and begin[0] != begin[1]:
                 cells[a.question] = Cell(a.prompt, *begin)
     return tuple(cells.values())
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from personasteer.derive.directions import (
     METHODS,
     Samples,
-    check_sign,
+    check_held_out,
     choose_layers,
     difference_of_means,
     energy_share,
@@ -63,7 +63,7 @@ def vector_from_samples(
         chosen = choose_layers(quality.separation, quality.reliability, directions)
     else:
         chosen = model.check_layers(layers)
-    check_sign(quality.auroc, chosen, min(len(samples.positive), len(samples.negative)))
+    check_held_out(quality.auroc, chosen, min(len(samples.positive), len(samples.negative)))
     enough = min(len(samples.positive), len(samples.negative)) > 1
     control = difference_of_means if method == "pca" else make  # shuffled samples are in no pairs
     shuffled = [masked(control(samples.shuffled(seed + k))) for k in range(N_SHUFFLED)] if enough else []
@@ -153,7 +153,8 @@ def contrast(
 
     Raises:
         ArgumentError: an empty list.
-        ElicitationError: the activations of the two lists are equal.
+        ElicitationError: the activations of the two lists are equal, or the direction of one half of the texts does not
+            tell the other half apart.
     """
     for label, items in (("positive", positive), ("negative", negative)):
         if isinstance(items, str):

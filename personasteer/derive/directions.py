@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from personasteer.errors import ArgumentError, ElicitationError
 from personasteer.statistics import auroc
 
-LEAST_SAMPLES = 8  # a side, for a sign that is wrong by more than chance
+LEAST_SAMPLES = 8  # a side; fewer held-out samples say nothing
 MASSIVE = 20.0  # times the block's median |mean activation|
 
 
@@ -117,12 +117,11 @@ def logistic_regression() -> Any:
 METHODS: dict[str, Callable[[Samples], NDArray[np.float32]]] = {"mean": difference_of_means, "pca": pca, "probe": probe}
 
 
-def check_sign(auroc: NDArray[np.float32], layers: Sequence[int], n: int) -> None:
-    """Raise ElicitationError where the directions of one half do not read higher on the other half's positive samples
-    than on its negative ones: a mean AUROC over these blocks of at most 0.5. Not asked of fewer than eight samples a
-    side.
+def check_held_out(aurocs: NDArray[np.float32], layers: Sequence[int], n: int) -> None:
+    """Raise ElicitationError where directions are no better than chance on held-out samples, or point the wrong way: a
+    mean AUROC (see Quality) over these blocks of at most 0.5. Not asked of fewer than eight samples a side.
     """
-    known = auroc[list(layers)]
+    known = aurocs[list(layers)]
     if n >= LEAST_SAMPLES and np.isfinite(known).all() and len(known) and known.mean() <= 0.5:
         raise ElicitationError(
             f"the direction does not tell held-out positive texts from negative ones (AUROC {known.mean():.2f}): give "

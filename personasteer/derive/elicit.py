@@ -189,9 +189,9 @@ def replay(
     texts = []
     for r in responses:
         opposite = systems.get((r.prompt, r.pair, r.draw, not r.positive), r.system)
-        both = (r.system, opposite) if r.positive else (opposite, r.system)
-        others = [p for p in whole if p > r.pair] + [p for p in whole if p < r.pair]
-        read = _sides(whole[others[0]] if others and r.system is not None else both, r.positive)
+        own = (r.system, opposite) if r.positive else (opposite, r.system)
+        others = [whole[p] for p in sorted(whole, key=lambda p: (p <= r.pair, p)) if whole[p] != own]
+        read = _sides(others[0] if others and None not in own else own, r.positive)
         of_prompt = (r.pair, questions[r.prompt], r.draw, r.positive, r.system, r.prompt)
         texts.append(_Given(*of_prompt, *read, answer=r.text))
     if not any((t.prompt, t.pair, t.draw, not t.positive) in systems for t in texts):
@@ -227,7 +227,8 @@ def replay(
             return _part(chunk, [t.answer for t in chunk], answers, own, odds, results)
 
         parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 3 * len(chunk)))
-    return _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])})
+    skipped = {"skip_tokens": skip_tokens} if skip_tokens else {}
+    return _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])} | skipped)
 
 
 def load_responses(path: str | os.PathLike[str]) -> list[Response]:

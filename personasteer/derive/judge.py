@@ -113,10 +113,12 @@ class EndpointJudge:
                 {"role": "user", "content": _task(trait, question, answer)},
             ]
             reply = self._endpoint.chat(messages, max_tokens=8, top_logprobs=20)
-            if math.isnan(score := _score_of(reply)) and (not reply.text.strip() or "<think" in reply.text):
-                reply = self._endpoint.chat(messages, max_tokens=THOUGHT)
-                score = _number_in(reply.text.rpartition("</think>")[2])
-            scores[i] = score
+            if reply.text.strip() and "<think" not in reply.text:
+                scores[i] = _score_of(reply)
+            else:
+                text = self._endpoint.chat(messages, max_tokens=THOUGHT).text
+                unfinished = "<think" in text and "</think>" not in text
+                scores[i] = math.nan if unfinished else _number_in(text.rpartition("</think>")[2])
             if progress:
                 progress(i + 1, len(pairs))
         return scores

@@ -19,9 +19,9 @@ from personasteer.traits import Trait
 
 MOST_REPETITION = 0.5  # share of repeated word triples
 LEAST_LOG_ODDS = 0.02  # nats per token, of both answers together; less is rounding
-LEAST_T = 1.5  # of their mean, over its standard error: below it the answers of either side do not differ
+LEAST_T = 1.5  # of their mean over questions, over its standard error ...
+SURE = 0.75  # ... unless this share of the contrasts is told apart, which one odd answer does not change
 MIDDLE = 50.0  # of a judge's 0 to 100
-REASONS = ("empty", "refusal", "incoherent", "off-trait")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Selection:
     kept: (positive, negative) row numbers; n: contrasts before; dropped: contrasts by the first reason found, "positive
     refusal" and so on; examples: an answer for each reason; lexicon: share of answers with a word of the trait's
     lexicon, on either side (a hint, not a reason); scores: mean score on either side; t: how surely answers show their
-    own side, the mean of the two answers' log-odds together over its standard error, of the contrasts that are
-    answered; None for fewer than four, and with a judge.
+    own side, the two answers' log-odds together, mean over questions over its standard error, and told_apart: the share
+    of contrasts in which they are enough; of those that are answered under prompts, None for fewer than four questions,
+    and with a judge.
     """
 
     kept: tuple[tuple[int, int], ...]
@@ -42,6 +43,7 @@ class Selection:
     lexicon: Mapping[str, float]
     scores: Mapping[str, float]
     t: float | None = None
+    told_apart: float | None = None
 
     @property
     def rate(self) -> float:
@@ -64,15 +66,17 @@ class Selection:
 def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None = None) -> Selection:
     """Keep the contrasts whose two answers both answer, on their own side of the trait, coherently.
 
-    A contrast is off-trait where its answers are not told apart by another pair of system prompts: the log-odds of both
-    (see Rollout), each for its own side, must be 0.02 nats per token or more together. What a prompt makes likelier
-    whatever the answer says is in both, and cancels. With a judge's `scores` (0 to 100 for each rollout) a positive
-    answer below 50 is off-trait, a negative one of 50 and above, and one without a score (NaN).
+    A contrast is off-trait where its answers are not told apart by another pair of system prompts (their own where
+    there is one pair): the log-odds of both (see Rollout), each for its own side, must be 0.02 nats per token or more
+    together. What a prompt makes likelier whatever the answer says is in both, and cancels. Given answers without
+    prompts pass. With a judge's `scores` (0 to 100 for each rollout) a positive answer below 50 is off-trait, a
+    negative one of 50 and above, and one without a score (NaN).
     """
     skipped = int(found.options.get("skip_tokens", 0))
     rows = found.rollouts
     reasons = [_reason(r, trait, None if scores is None else float(scores[i]), skipped) for i, r in enumerate(rows)]
-    kept, dropped, examples, together = [], Counter[str](), dict[str, str](), []
+    kept, dropped, examples = [], Counter[str](), dict[str, str]()
+    together: dict[int, list[float]] = {}
     contrasts = found.contrasts
     for positive, negative in contrasts:
         side, reason = next(
@@ -84,8 +88,9 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
             examples.setdefault(label, rows[positive if side == "positive" else negative].text)
             continue
         if scores is None and rows[positive].contrasted and rows[negative].contrasted:
-            together.append(rows[positive].log_odds + rows[negative].log_odds)
-            if together[-1] < LEAST_LOG_ODDS:
+            both = rows[positive].log_odds + rows[negative].log_odds
+            together.setdefault(rows[positive].question, []).append(both)
+            if both < LEAST_LOG_ODDS:
                 dropped["off-trait"] += 1
                 examples.setdefault("off-trait", rows[positive].text)
                 continue
@@ -101,7 +106,10 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
     for name, at in by_side.items():
         known = values[at][np.isfinite(values[at])]
         means[name] = float(known.mean()) if len(known) else 0.0
-    return Selection(tuple(kept), len(contrasts), dict(dropped), examples, hints, means, over_error(together))
+    t = over_error([np.mean(of_one) for of_one in together.values()])
+    compared = [x for of_one in together.values() for x in of_one]
+    told_apart = float(np.mean(np.array(compared) >= LEAST_LOG_ODDS)) if t is not None else None
+    return Selection(tuple(kept), len(contrasts), dict(dropped), examples, hints, means, t, told_apart)
 
 
 def select_all(found: Elicited) -> Selection:
@@ -129,7 +137,8 @@ def require_enough(selection: Selection, trait: Trait, model_name: str, *, least
     """Raise ElicitationError, with samples and what to try, where fewer than 2 contrasts or a quarter of all count, and
     where those that count may do so by chance.
     """
-    chance = selection.t is not None and selection.t < LEAST_T
+    told = selection.told_apart
+    chance = selection.t is not None and told is not None and selection.t < LEAST_T and told < SURE
     if len(selection.kept) >= max(2, least_rate * selection.n) and not chance:
         return
     reasons = ", ".join(f"{n} {label}" for label, n in sorted(selection.dropped.items(), key=lambda x: -x[1]))
@@ -143,7 +152,7 @@ def require_enough(selection: Selection, trait: Trait, model_name: str, *, least
         "judge (--judge)"
     )
     if chance:
-        reasons += f"; that is chance: other system prompts hardly tell the two sides apart, t = {selection.t:.1f}"
+        reasons += f"; system prompts hardly tell the two sides apart, t = {selection.t:.1f}"
     raise ElicitationError(
         f"trait {trait.name!r} could not be elicited from {model_name}: of {selection.n} contrasts "
         f"{len(selection.kept)} count ({reasons or 'no contrast was answered'}). Seen: {samples or 'nothing'}. "

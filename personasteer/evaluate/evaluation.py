@@ -48,8 +48,8 @@ class Dose:
 class Controls:
     """Changes of the log-odds by what should do little, and by a system prompt.
 
-    random: at the largest strength, of n_random norm-matched random vectors, whose signs mean nothing; random_p95: the
-    95th percentile of their sizes. shuffled: mean size over vectors of shuffled labels, None where the vector carries
+    random: at the largest strength, both signs, of n_random norm-matched random vectors; random_p95: the 95th
+    percentile of their sizes. shuffled: mean size over vectors of shuffled labels, None where the vector carries
     none. unrelated: of the vector of another trait, named beside it, at the largest strength. system_prompt: no vector,
     the trait's system prompts instead, None without a system role or continuation pairs. steered: of the vector itself
     at -/+ the largest strength, on the controls' cells.
@@ -227,7 +227,7 @@ def _evaluate_one(
     randoms = random_vectors(quiet, n_random, seed=seed)
     other = unrelated_vector(model, quiet, trait)
     ends = (largest, -largest)
-    arms = [_response(r, largest) for r in randoms]
+    arms = [_response(r, s) for r in randoms for s in ends]
     shuffled = (
         [replace(quiet, directions=d, shuffled=None) for d in vector.shuffled] if vector.shuffled is not None else []
     )
@@ -241,7 +241,7 @@ def _evaluate_one(
     control = cell_log_odds(model, control_cells, [None, *arms], progress=meter.part(parts[1]))
     changes = (control[1:] - control[0]).mean(1)
     own = (float((odds[0] - odds[zero])[firsts].mean()), float((odds[-1] - odds[zero])[firsts].mean()))
-    random, rest = changes[:n_random], changes[n_random:]
+    random, rest = changes[: 2 * n_random], changes[2 * n_random :]
     shuffled_changes, unrelated = rest[:-1], float(rest[-1])
     # without continuations the comparisons are made by the system prompts themselves
     prompted = _system_prompt_change(model, trait, cells, odds[zero]) if trait.continuations else None
