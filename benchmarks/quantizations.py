@@ -5,7 +5,8 @@
 The source file answers the traits' questions once. Each file of the ladder (made by requantize.py in the work folder)
 reads these answers, teacher-forced, and has its own vector and its own sweep over blocks; held-out effects are measured
 with that vector and with the source file's. Every result is one JSON file in the work folder, so that the command can
-be stopped and started again. --table prints the Markdown tables of what is there.
+be stopped and started again. --widen first makes a copy of a llama whose rows are multiples of 256 long (zeros in
+between), so that K-quants fit. --table prints the Markdown tables of what is there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from requantize import bits_per_weight, requantize, tensor_types, weights_of
+from requantize import bits_per_weight, requantize, tensor_types, weights_of, widen
 from work_folder import claim
 
 import personasteer as ps
@@ -216,9 +217,15 @@ def run(
     *,
     n_threads: int | None = None,
     n_ctx: int = 512,
+    widened: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Compute whatever is not in the work folder yet; the results."""
-    folder = Folder(work, settings(source, n_threads))
+    folder = Folder(work, settings(source, n_threads) | {"widened": widened})
+    origin = source
+    if widened:
+        source = work / "widened.gguf"
+        if not source.exists():
+            widen(origin, source)
     for kind in (SOURCE, *kinds):
         units = [f"{kind}-{trait.name}" for trait in wanted]
         if all(map(folder.has, [f"{kind}-file", *units])):
@@ -227,7 +234,8 @@ def run(
         if not path.exists():
             requantize(source, path, kind)
         with ps.Model(path, n_ctx=n_ctx, n_threads=n_threads) as model:
-            folder.get(f"{kind}-file", lambda: on_file(model, kind, path, source, work))  # noqa: B023 (called at once)
+            more = {"origin": describe(origin, origin)} if widened and kind == SOURCE else {}
+            folder.get(f"{kind}-file", lambda: on_file(model, kind, path, source, work) | more)  # noqa: B023 (at once)
             for trait, unit in zip(wanted, units, strict=True):
                 folder.get(unit, lambda: on_trait(model, trait, kind, work))  # noqa: B023
     return folder.load()
@@ -290,14 +298,16 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         out.append(line + " |")
     halves = ", ".join(f"{r['split_half']:.3f} ({trait})" for trait, r in reference.items())
     out += ["", f"{label(SOURCE, files)} is the source file, from whose weights the others are made."]
-    if SOURCE in files and not {"F32", "F16", "BF16"} & set(files[SOURCE]["types"]):
+    origin = files[SOURCE].get("origin", files[SOURCE]) if SOURCE in files else None
+    if origin is not None and not {"F32", "F16", "BF16"} & set(origin["types"]):
+        copied = ", a widened float32 copy of whose weights is" if "origin" in files[SOURCE] else ": it is"
         out[-1] += (
-            f" It is quantized itself, to {files[SOURCE]['bits_per_weight']:.2f} bits per weight: it is the reference "
-            "here, and no row is the original float model."
+            f" It is quantized itself, to {origin['bits_per_weight']:.2f} bits per weight{copied} the reference here, "
+            "and no row is the original float model."
         )
     out[-1] += (
         " Where a type does not divide a matrix's rows, llama.cpp takes another (a K-quant needs a width that is a "
-        "multiple of 256, which SmolLM2's 576 is not): such a file is named by the types that it holds, with what was "
+        "multiple of 256): such a file is named by the types that it holds, with what was "
         "asked for in quotes. Cosines are with the source's vector; those of its own two halves of the answers are "
         f"{halves or 'not known'}. {sum(r['seconds'] for r in results.values()) / 60:.0f} minutes."
     )
@@ -310,7 +320,7 @@ def label(kind: str, files: dict[str, dict[str, Any]]) -> str:
     mostly = max(types, key=types.get, default=kind)
     if kind == SOURCE:
         return f"{mostly} (source)"
-    return kind if mostly == kind else f"{' + '.join(types)} (“{kind}”)"
+    return kind if kind.startswith(mostly) else f"{' + '.join(types)} (“{kind}”)"
 
 
 def with_interval(change: dict[str, Any]) -> str:
@@ -355,6 +365,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("quantizations-work"))
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--traits", default=",".join(TRAITS), help="names, or paths of .toml or .json files")
+    parser.add_argument(
+        "--widen", action="store_true", help="widen the matrices with zeros to multiples of 256 first, for K-quants"
+    )
     parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
@@ -367,7 +380,7 @@ def main() -> None:
     without = ", ".join(trait.name for trait in wanted if not trait.evaluation_pairs)
     if without:
         parser.error(f"these traits have no continuation pairs, which must be the same on every file: {without}")
-    print(tables(run(Path(source), options.work, wanted, kinds, n_threads=options.threads)))
+    print(tables(run(Path(source), options.work, wanted, kinds, n_threads=options.threads, widened=options.widen)))
 
 
 if __name__ == "__main__":

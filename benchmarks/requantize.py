@@ -60,21 +60,100 @@ def requantize(source: str | os.PathLike[str], target: str | os.PathLike[str], k
 def dequantize(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Write a copy whose tensors are all float32, by gguf's dequantization; llama.cpp's kind F32 agrees to rounding."""
     reader = gguf.GGUFReader(source)
+    return _write_f32(reader, target, {t.name: weights_of(t) for t in reader.tensors}, {})
+
+
+SUPERBLOCK = 256  # weights that share the scales of a K-quant
+
+
+def widen(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Write a float32 copy of a llama whose rows are multiples of 256 long, so that K-quants fit: the same function of
+    the tokens up to rounding, with zeros for the new dimensions, heads and neurons.
+
+    A norm over E numbers and E' - E zeros is sqrt(E / E') of the norm over E: its weights are scaled by that, and its
+    epsilon by E / E'. New heads join the groups of the old key-value heads, which keep theirs.
+
+    Raises ValueError for another architecture than llama, and for one with biases or rope factors.
+    """
+    reader = gguf.GGUFReader(source)
+    odd = [t.name for t in reader.tensors if "bias" in t.name or t.name == "rope_freqs.weight"]
+    if odd or reader.fields["general.architecture"].contents() != "llama":
+        raise ValueError(f"{source}: only a llama without biases and rope factors can be widened")
+
+    def number(key: str) -> int:
+        return int(reader.fields[f"llama.{key}"].contents())
+
+    n_embd, n_ff = number("embedding_length"), number("feed_forward_length")
+    n_head, n_kv = number("attention.head_count"), number("attention.head_count_kv")
+    head, group = n_embd // n_head, n_head // n_kv
+    wide_embd, wide_ff = (-(-n // SUPERBLOCK) * SUPERBLOCK for n in (n_embd, n_ff))
+    wide_group = next(g for g in range(group, SUPERBLOCK + group) if n_kv * g * head % SUPERBLOCK == 0)
+
+    def heads(weights: np.ndarray) -> np.ndarray:
+        """Rows by key-value head, query head and number in the head, with the new heads' zeros."""
+        by_group = weights.reshape(n_kv, group, head, -1)
+        return _padded(by_group, 1, wide_group).reshape(n_kv * wide_group * head, -1)
+
+    tensors = {}
+    for tensor in reader.tensors:
+        weights = weights_of(tensor)
+        if weights.ndim == 1:
+            tensors[tensor.name] = _padded(weights * np.float32(np.sqrt(n_embd / wide_embd)), 0, wide_embd)
+            continue
+        part = tensor.name.split(".")[-2]
+        if part == "attn_q":
+            weights = heads(weights)
+        elif part == "attn_output":
+            weights = heads(weights.T).T
+        elif part in ("ffn_gate", "ffn_up"):
+            weights = _padded(weights, 0, wide_ff)
+        elif part == "ffn_down":
+            weights = _padded(weights, 1, wide_ff)
+        writes = part in ("attn_output", "ffn_down")
+        tensors[tensor.name] = np.ascontiguousarray(_padded(weights, 0 if writes else 1, wide_embd))
+    epsilon = float(reader.fields["llama.attention.layer_norm_rms_epsilon"].contents())
+    values = {
+        "embedding_length": wide_embd,
+        "feed_forward_length": wide_ff,
+        "attention.head_count": n_kv * wide_group,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": epsilon * n_embd / wide_embd,
+    }
+    return _write_f32(reader, target, tensors, {f"llama.{key}": value for key, value in values.items()})
+
+
+def _padded(weights: np.ndarray, axis: int, n: int) -> np.ndarray:
+    widths = [(0, n - size if k == axis else 0) for k, size in enumerate(weights.shape)]
+    return np.pad(weights, widths)
+
+
+def _write_f32(
+    reader: gguf.GGUFReader,
+    target: str | os.PathLike[str],
+    tensors: dict[str, np.ndarray],
+    values: dict[str, int | float],
+) -> Path:
+    """A file of float32 tensors with the reader's key-values, but for `values`."""
+    values = {"general.file_type": 0} | values  # 0: all float32
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    writer = gguf.GGUFWriter(str(target), fields["general.architecture"].contents())
+    partial = f"{os.fspath(target)}.partial"
+    writer = gguf.GGUFWriter(partial, fields["general.architecture"].contents())
     for name, field in fields.items():
         if name == "general.architecture":  # the writer has put it there
             continue
         kind, *inner = field.types
-        value = 0 if name == "general.file_type" else field.contents()  # 0: all float32
-        writer.add_key_value(name, value, kind, inner[-1] if inner else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, weights_of(tensor))
+        writer.add_key_value(name, values.pop(name, field.contents()), kind, inner[-1] if inner else None)
+    for name, value in values.items():
+        if name != "general.file_type":
+            writer.add_uint32(name, int(value))
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Path(target)
+    return Path(partial).replace(target)
 
 
 def weights_of(tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -134,6 +134,30 @@ def test_a_dequantized_copy_says_that_it_is_float32(wide_path: Path, tmp_path: P
         assert np.isfinite(model.logits(["a b c"])[0]).all()
 
 
+def two_key_value_heads(source: Path, target: Path) -> Path:
+    """The model with four query heads and the first two of its key-value heads."""
+    reader = gguf.GGUFReader(source)
+    rows = {t.name: weights_of(t) for t in reader.tensors}
+    rows |= {n: w[: len(w) // 2] for n, w in rows.items() if n.endswith(("attn_k.weight", "attn_v.weight"))}
+    return rq._write_f32(reader, target, rows, {"llama.attention.head_count_kv": 2})
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["a key for each query", "grouped queries"])
+def test_a_widened_model_computes_the_same_and_takes_k_quants(tiny_path: Path, tmp_path: Path, grouped: bool) -> None:
+    if grouped:
+        tiny_path = two_key_value_heads(tiny_path, tmp_path / "grouped.gguf")
+    wide = rq.widen(tiny_path, tmp_path / "wide.gguf")
+    assert tensor_types(requantize(wide, tmp_path / "k.gguf", "Q4_K_M"))["Q4_K"] > 20
+    assert all(t.shape[0] % 256 == 0 for t in tensors(wide).values())
+    texts = ["a b c", "the quick brown fox jumps over it"]
+    with ps.Model(tiny_path, n_ctx=64) as narrow, ps.Model(wide, n_ctx=64) as model:
+        for before, after in zip(narrow.logits(texts), model.logits(texts), strict=True):
+            np.testing.assert_allclose(after, before, atol=2e-3)  # the cache is 16-bit
+        inside = [m.capture(texts, pool="last") for m in (narrow, model)]
+    assert not inside[1][:, :-1, 64:].any()  # nothing ever stands in the new dimensions
+    np.testing.assert_allclose(inside[1][:, :-1, :64], inside[0][:, :-1], atol=2e-3)
+
+
 def test_what_cannot_be_made_is_refused_and_leaves_no_file(tiny_path: Path, wide_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     with pytest.raises(ValueError, match=r"unknown kind 'Q9_0'; known: .*Q4_K_M.*Q8_0"):
