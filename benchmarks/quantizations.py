@@ -1,6 +1,6 @@
 """How a persona vector survives quantization: the same answers read on other quantizations of the same weights.
 
-    python benchmarks/quantizations.py [SOURCE.gguf] [--work DIR] [--kinds A,B] [--traits A,B] [--table]
+    python benchmarks/quantizations.py [SOURCE.gguf] [--work DIR] [--kinds A,B] [--traits A,B] [--widen] [--table]
 
 The source file answers the traits' questions once. Each file of the ladder (made by requantize.py in the work folder)
 reads these answers, teacher-forced, and has its own vector and its own sweep over blocks; held-out effects are measured

@@ -25,7 +25,7 @@ from personasteer.evaluate import evaluate
 from personasteer.files import atomic_write
 
 DERIVE = {"n_questions": 5, "max_tokens": 24}
-EVALUATE = {"n_questions": 6, "n_pairs": 1, "n_random": 20, "n_coherence": 3, "n_items": 12}
+EVALUATE = {"n_questions": 6, "n_pairs": 2, "n_random": 20, "n_coherence": 3, "n_items": 12}
 READ_FREELY = ("evil", "formal", "pessimistic", "pirate", "poetic", "refusing", "warm")
 N_ANSWERS = 10  # free answers at each of three strengths, for these
 

@@ -93,9 +93,10 @@ def sweep(
     Each candidate block is steered alone by rho = +-0.2 on the response. Its effect is half the difference of the
     log-odds, in nats per token; its KL the mean divergence from the unsteered model on everyday answers. Small edits
     move the log-odds in proportion to rho and the KL to rho^2, so effect / sqrt(KL) compares blocks at equal
-    disturbance. Blocks whose text falls apart (coherence below 0.25) do not count; between candidates the figure is
-    interpolated. Chosen is the window of a sixth of the blocks with its largest mean; with form="single" the one block
-    with the largest figure, with form="incremental" all blocks of PersonaVector.incremental, whatever the sweep says.
+    disturbance. Blocks whose text falls apart (coherence below 0.25, mean of both signs) do not count; between
+    candidates the figure is interpolated. Chosen is the window of a sixth of the blocks with its largest mean; with
+    form="single" the one block with the largest figure, with form="incremental" all blocks of
+    PersonaVector.incremental, whatever the sweep says.
 
     Raises ElicitationError where no block moves the trait the right way, by 1.5 standard errors over the
     comparisons.
@@ -136,7 +137,7 @@ def sweep(
             "effect": float(moved[k].mean()),
             "t": over_error(moved[k]),
             "kl": float(max(kl[2 * k], kl[2 * k + 1])),
-            "coherence": float(min(coherence[2 * k], coherence[2 * k + 1])),
+            "coherence": float(coherence[2 * k : 2 * k + 2].mean()),
         }
         for k, il in enumerate(blocks)
     ]

@@ -21,6 +21,7 @@ from personasteer.progress import Meter
 from personasteer.traits import Trait
 
 MIN_P = 0.02  # of sampling answers, the only cut
+N_SCORED = 24  # first tokens of an answer that its log-odds are taken of: reading costs as much as writing
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Rollout:
     """One answer.
 
     pair, question, draw: which system prompts, which question, which of several answers; both answers of a contrast
-    share all three. log_p: mean log p per token under its own system prompt; log_odds: mean log p per token under the
-    prompt for its own side minus that under the opposite one, in nats, of another pair of prompts where there is one:
-    nearly every answer is likely under the prompt that it was sampled from; contrasted: whether there are two such
-    prompts. n_tokens: of the answer.
+    share all three. log_p: mean log p per token under its own system prompt; log_odds: mean log p per token, of the
+    first 24, under the prompt for its own side minus that under the opposite one, in nats, of another pair of prompts
+    where there is one: nearly every answer is likely under the prompt that it was sampled from; contrasted: whether
+    there are two such prompts. n_tokens: of the answer.
     """
 
     pair: int
@@ -132,7 +133,7 @@ def elicit(
             taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
             results = model.run_alone(requests, taps=taps, progress=meter.part(per_part), first=k * per_part)
             answers = [r["tokens"] for r in results]
-            own = [float(np.mean(r["logprobs"][: len(a)])) if a else 0.0 for r, a in zip(results, answers, strict=True)]
+            own = [np.asarray(r["logprobs"][: len(a)]) for r, a in zip(results, answers, strict=True)]
             odds = _contrasted(model, texts, answers, own, meter.part(2 * per_part))
             decoded = [r["text"].decode("utf-8", "replace") for r in results]
             return _part(texts, decoded, answers, own, odds, results)
@@ -222,7 +223,7 @@ def replay(
                 )
             taps = Taps(pool_layers=tuple(range(model.n_layer)), n_pools=2)
             results = model.run_alone(requests, taps=taps, progress=meter.part(len(chunk)))
-            own = [float(r["scores"][: len(a)].mean()) for r, a in zip(results, answers, strict=True)]
+            own = [r["scores"][: len(a)] for r, a in zip(results, answers, strict=True)]
             odds = _contrasted(model, chunk, answers, own, meter.part(2 * len(chunk)))
             return _part(chunk, [t.answer for t in chunk], answers, own, odds, results)
 
@@ -344,21 +345,22 @@ def _contrasted(
     model: Model,
     texts: Sequence[_Given],
     answers: Sequence[Sequence[int]],
-    own: Sequence[float],
+    own: Sequence[NDArray[np.float64]],
     progress: Progress | None,
 ) -> list[float]:
-    """Mean log p per token of answers under `same` minus that under `opposite`; 0 for an empty one.
+    """Mean log p per token of the answers' first 24 tokens under `same` minus that under `opposite`; 0 for an empty
+    one.
 
-    own: the same under the prompt that they were given under, which is not computed again.
+    own: log p of the tokens under the prompt that they were given under, which are not computed again.
     """
-    means = {(i, t.system): p for i, (t, p) in enumerate(zip(texts, own, strict=True))}
+    means = {(i, t.system): _mean(p[:N_SCORED]) for i, (t, p) in enumerate(zip(texts, own, strict=True))}
     wanted = [(i, s) for s in ("same", "opposite") for i in range(len(texts)) if answers[i]]
     at = list(dict.fromkeys((i, getattr(texts[i], side)) for i, side in wanted))
     at = [place for place in at if place not in means]
     requests = []
     for i, system in at:
         prompt = _prompt(model, system, texts[i].prompt)
-        requests.append(Request.scored([*prompt, *answers[i]], len(prompt)))
+        requests.append(Request.scored([*prompt, *answers[i][:N_SCORED]], len(prompt)))
     results = model.run_alone(requests, progress=progress)
     means |= {place: float(r["scores"].mean()) for place, r in zip(at, results, strict=True)}
     return [means[i, t.same] - means[i, t.opposite] if answers[i] else 0.0 for i, t in enumerate(texts)]
@@ -386,18 +388,22 @@ def _part(
     texts: Sequence[_Given],
     decoded: Sequence[str],
     answers: Sequence[Sequence[int]],
-    own: Sequence[float],
+    own: Sequence[NDArray[np.float64]],
     odds: Sequence[float],
     results: Sequence[dict[str, Any]],
 ) -> Part:
     rollouts = []
     for t, text, a, p, o in zip(texts, decoded, answers, own, odds, strict=True):
-        numbers = (len(a), p, o, t.same != t.opposite)
+        numbers = (len(a), _mean(p), o, t.same != t.opposite)
         rollouts.append(asdict(Rollout(t.pair, t.question, t.draw, t.positive, t.system, t.prompt, text, *numbers)))
     pools = {
         name: np.stack([pooled_mean(r, k) for r in results]) for k, name in enumerate(("responses", "last_prompt"))
     }
     return pools, rollouts
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _kept(work: Work | None, name: str, compute: Any, meter: Meter, n: int) -> Part:
