@@ -1,6 +1,6 @@
 """Which of the library's traits can be derived on a model, and what their vectors do beside controls.
 
-    python benchmarks/traits.py [MODEL.gguf] [--work DIR] [--traits A,B] [--table]
+    python benchmarks/traits.py [MODEL.gguf] [--work DIR] [--traits A,B] [--questions 10] [--table]
 
 Each trait is derived and evaluated; its result is one JSON file in the work folder, so that the command can be stopped
 and started again. --table prints the Markdown table of what is there.
@@ -24,18 +24,18 @@ from personasteer import traits
 from personasteer.evaluate import evaluate
 from personasteer.files import atomic_write
 
-DERIVE = {"n_questions": 5, "max_tokens": 24}
-EVALUATE = {"n_questions": 6, "n_pairs": 2, "n_random": 20, "n_coherence": 3, "n_items": 12}
+DERIVE = {"n_questions": 10, "max_tokens": 24}
+EVALUATE = {"n_questions": 12, "n_pairs": 1, "n_random": 20, "n_coherence": 3, "n_items": 12}
 READ_FREELY = ("evil", "formal", "pessimistic", "pirate", "poetic", "refusing", "warm")
 N_ANSWERS = 10  # free answers at each of three strengths, for these
 
 
-def one(model: ps.Model, name: str, folder: Path) -> dict[str, Any]:
+def one(model: ps.Model, name: str, folder: Path, n_questions: int) -> dict[str, Any]:
     """Derive and evaluate a trait; what is reported of it."""
     start = time.perf_counter()
     result: dict[str, Any] = {"trait": name, "model": model.name}
     try:
-        vector = ps.derive(model, name, seed=0, work=folder / "parts" / name, **DERIVE)
+        vector = ps.derive(model, name, seed=0, work=folder / "parts" / name, **DERIVE | {"n_questions": n_questions})
     except ps.ElicitationError as e:
         return result | {"rejected": str(e), "seconds": time.perf_counter() - start}
     vector.save(folder / f"{name}.gguf")
@@ -53,9 +53,14 @@ def one(model: ps.Model, name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def settings(model: ps.Model) -> dict[str, Any]:
+def settings(model: ps.Model, n_questions: int) -> dict[str, Any]:
     """What results must share to stand in one table."""
-    return {"fingerprint": model.fingerprint, "threads": model.n_threads, "derive": DERIVE, "evaluate": EVALUATE}
+    return {
+        "fingerprint": model.fingerprint,
+        "threads": model.n_threads,
+        "derive": DERIVE | {"n_questions": n_questions},
+        "evaluate": EVALUATE,
+    }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -131,6 +136,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--work", type=Path, default=Path("traits-work"))
     parser.add_argument("--traits", default="")
+    parser.add_argument("--questions", type=int, default=DERIVE["n_questions"], help="derived from, of each prompt")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
@@ -141,10 +147,10 @@ def main() -> None:
     if missing and not options.table:
         path = ps.model.demo_model_path() if options.model == "demo" else options.model
         with ps.Model(path, n_ctx=512, n_threads=options.threads) as model:
-            claim(options.work, settings(model))
+            claim(options.work, settings(model, options.questions))
             for k, name in enumerate(missing):
                 print(f"{name} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
-                result = one(model, name, options.work)
+                result = one(model, name, options.work, options.questions)
                 atomic_write(files[name], json.dumps(result, indent=1, ensure_ascii=False).encode())
     results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]
     print(table(results), "\n\n", free_answers(results), sep="")

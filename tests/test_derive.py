@@ -137,7 +137,7 @@ def test_the_window_and_the_strength_are_those_of_the_table_of_doses(vector: ps.
         expected = np.interp(0.5, curve[::-1], [0.6, 0.45, 0.3, 0.15, 0.0]) if min(curve) < 0.5 else 0.6
         assert end == pytest.approx(expected, abs=1e-3)  # rounded to three places
     nearer = min(-vector.window[0], vector.window[1])
-    assert vector.strength == pytest.approx(max(0.05, min(0.3, 0.75 * nearer)), abs=0.0051)  # two places
+    assert vector.strength == pytest.approx(max(0.05, min(0.3, 0.6 * nearer)), abs=0.0051)  # two places
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from personasteer.vectors import PersonaVector
 RHO = 0.2  # of the sweep over blocks
 DOSES = (0.15, 0.3, 0.45, 0.6)  # tried on either side for the window
 RECOMMENDED = 0.3  # strength, where the window allows it
-MARGIN = 0.75  # of the window's nearer end that the strength may take: both are measured on few answers
+MARGIN = 0.6  # of the window's nearer end that the strength may take: both are measured on few answers
 LEAST_T = 1.5  # mean effect over its standard error, at one block at least: a sieve, `eval` is the test
 FORMS = ("window", "single", "incremental")
 N_BLOCKS = 8  # blocks tried, at most
@@ -185,8 +185,7 @@ def find_window(
     """The vector with its usable window of rho and a strength inside it, and the table of the doses tried.
 
     Coherence (see personasteer.evaluate.coherence) is taken to fall from dose to dose, going out from 0 (isotonic fit);
-    the window ends where it crosses 0.5. The strength is 0.3, or three quarters of the window's nearer
-    end if that is less.
+    the window ends where it crosses 0.5. The strength is 0.3, or 0.6 of the window's nearer end if that is less.
     """
     doses = [s * d for s in (1.0, -1.0) for d in DOSES]
     tried = replace(vector, window=(-1.0, 1.0))  # the question is where it ends
