@@ -50,7 +50,7 @@ class DemoReport:
             "shuffled": dict(self.shuffled),
             "system_prompt": {"delta": self.system_prompt_delta},
             "answers": [{"question": q, "strengths": list(SHOWN), "texts": list(a)} for q, a in self.answers],
-            "per_layer": [dict(r) for r in self.layer_rows],
+            "per_layer": [{k: x if np.isfinite(x) else None for k, x in r.items()} for r in self.layer_rows],
             "vector": str(self.vector_path),
             "plot": str(self.plot_path),
             "seconds": dict(self.seconds),

@@ -358,6 +358,7 @@ def prepare(tiny_path: Path) -> None:
 FAILED, USAGE = 1, 2
 GENERATE = "generate -m TINY -t 1 -c 512 -n 4 -p hello"
 DERIVE = "derive dry.toml -m TINY -t 1 -n 2 --no-filter --no-calibrate"
+READ = "derive dry.toml -m TINY -t 1 -o o.gguf"
 CAPTURE = "capture -m TINY -t 1 -f t.txt"
 EXPORT = "export control-vector -m TINY -t 1 -o o.gguf"
 MISTAKES: dict[str, tuple[str, int, str]] = {
@@ -415,8 +416,8 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "an unknown method": (f"{DERIVE} -o o.gguf --method median", USAGE, "mean, pca, probe"),
     "an unknown position": (f"{DERIVE} -o o.gguf --position first", USAGE, "response or last-prompt"),
     "answers shorter than what is skipped": (f"{DERIVE} -o o.gguf --skip-tokens 2", USAGE, "skip_tokens 2 leaves"),
-    "given answers that are missing": (f"{DERIVE} -o o.gguf --responses missing.jsonl", USAGE, "missing.jsonl"),
-    "given answers that are none": (f"{DERIVE} -o o.gguf --responses number.jsonl", USAGE, "number.jsonl, line 1"),
+    "given answers that are missing": (f"{READ} --responses missing.jsonl", USAGE, "missing.jsonl"),
+    "given answers that are none": (f"{READ} --responses number.jsonl", USAGE, "number.jsonl, line 1"),
     "given answers to be written nowhere": (f"{DERIVE} -o o.gguf --save-responses missing/r.jsonl", USAGE, "missing"),
     "a file for the work's folder": (f"{DERIVE} -o o.gguf --work file", USAGE, "file: cannot work here"),
     "positive texts alone": (f"{DERIVE} -o o.gguf --positive t.txt", USAGE, "belong together"),
