@@ -121,7 +121,10 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
     odds = cell_log_odds(model, cells, [None, *steers]).reshape(1 + len(steers), n, -1).mean(2)
     given = [[systems[0 if sign == "plus" else 1]] for _, sign in arms] if systems else ()
     sound = measure_coherence(model, questions, steers, systems=given)
-    judge = LogOddsJudge(model) if systems else None
+    judged = None
+    if systems:
+        read = LogOddsJudge(model).score(trait, [pair for s in sound for pair in zip(questions, s.texts, strict=True)])
+        judged = read.reshape(len(arms), -1)
     result["methods"] = {}
     chosen = list(first.layers)
     for name, vector in vectors.items():
@@ -144,9 +147,9 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
                 "coherence": sound[k].coherence,
                 "lexicon": float(np.mean([in_lexicon(text, trait) for text in sound[k].texts])),
             }
-            if judge:
-                asked = [(q, t) for q, t in zip(questions, sound[k].texts, strict=True) if t.strip()]
-                row[sign]["judged"] = float(np.nanmean(judge.score(trait, asked))) if asked else None
+            if judged is not None:
+                known = judged[k][np.isfinite(judged[k])]
+                row[sign]["judged"] = float(known.mean()) if len(known) else None
         result["methods"][name] = row
     return result
 

@@ -354,9 +354,8 @@ def _contrasted(
     own: log p of the tokens under the prompt that they were given under, which are not computed again.
     """
     means = {(i, t.system): _mean(p[:N_SCORED]) for i, (t, p) in enumerate(zip(texts, own, strict=True))}
-    wanted = [(i, s) for s in ("same", "opposite") for i in range(len(texts)) if answers[i]]
-    at = list(dict.fromkeys((i, getattr(texts[i], side)) for i, side in wanted))
-    at = [place for place in at if place not in means]
+    sides = [(i, t.same) for i, t in enumerate(texts)] + [(i, t.opposite) for i, t in enumerate(texts)]
+    at = [(i, system) for i, system in dict.fromkeys(sides) if answers[i] and (i, system) not in means]
     requests = []
     for i, system in at:
         prompt = _prompt(model, system, texts[i].prompt)

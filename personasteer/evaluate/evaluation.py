@@ -243,8 +243,7 @@ def _evaluate_one(
     own = (float((odds[0] - odds[zero])[firsts].mean()), float((odds[-1] - odds[zero])[firsts].mean()))
     random, rest = changes[: 2 * n_random], changes[2 * n_random :]
     shuffled_changes, unrelated = rest[:-1], float(rest[-1])
-    # without continuations the comparisons are made by the system prompts themselves
-    prompted = _system_prompt_change(model, trait, cells, odds[zero]) if trait.continuations else None
+    prompted = _system_prompt_change(model, trait, cells, odds[zero])
 
     nonzero = [k for k in range(len(doses)) if k != zero]
     systems = [[trait.system[0][0 if doses[k] > 0 else 1]] if model.takes_system else [] for k in nonzero]
@@ -315,8 +314,10 @@ def _evaluate_one(
 def _system_prompt_change(
     model: Model, trait: Trait, cells: Sequence[Cell], unsteered: NDArray[np.float64]
 ) -> float | None:
-    """Mean change of the log-odds by the trait's first two system prompts; None without a system role."""
-    if not model.takes_system:
+    """Mean change of the log-odds by the trait's first two system prompts; None without a system role, and without
+    continuations, where the comparisons are made by these prompts themselves.
+    """
+    if not model.takes_system or not trait.continuations:
         return None
     changes = [(cell_log_odds(model, cells, [None], system=pair[0])[0] - unsteered).mean() for pair in trait.system[:2]]
     return float(np.mean(changes))
