@@ -1,9 +1,11 @@
 """Which of the library's traits can be derived on a model, and what their vectors do beside controls.
 
-    python benchmarks/traits.py [MODEL.gguf] [--work DIR] [--traits A,B] [--questions 10] [--table]
+    python benchmarks/traits.py [MODEL.gguf] [--work DIR] [--traits A,B] [--questions 10] [--held-out 12] [--table]
 
-Each trait is derived and evaluated; its result is one JSON file in the work folder, so that the command can be stopped
-and started again. --table prints the Markdown table of what is there.
+Each trait is derived and evaluated; what the tool rejects is derived once more from the trait's continuation pairs, as
+its message says. A trait's result is one JSON file in the work folder, so that the command can be stopped
+and started again. --table prints the Markdown table of what is there. --judge MODEL.gguf has the free answers that are
+there read by another model (log-odds under the trait's prompts), once.
 """
 
 from __future__ import annotations
@@ -21,30 +23,34 @@ from work_folder import claim
 
 import personasteer as ps
 from personasteer import traits
-from personasteer.evaluate import evaluate
+from personasteer.derive.judge import LogOddsJudge
+from personasteer.evaluate import bootstrap_interval, evaluate
 from personasteer.files import atomic_write
 
 DERIVE = {"n_questions": 10, "max_tokens": 24}
 EVALUATE = {"n_questions": 12, "n_pairs": 1, "n_random": 20, "n_coherence": 3, "n_items": 12}
 READ_FREELY = ("evil", "formal", "pessimistic", "pirate", "poetic", "refusing", "warm")
+CONTINUATIONS = "-continuations"  # of the names of the files of what is derived from them
 N_ANSWERS = 10  # free answers at each of three strengths, for these
 
 
-def one(model: ps.Model, name: str, folder: Path, n_questions: int) -> dict[str, Any]:
-    """Derive and evaluate a trait; what is reported of it."""
-    start = time.perf_counter()
+def one(model: ps.Model, name: str, file: Path, n_questions: int, n_held_out: int) -> dict[str, Any]:
+    """Derive and evaluate a trait, from its continuation pairs where the file is named so; what is reported of it."""
+    again = file.stem.endswith(CONTINUATIONS)
+    how = {"n_questions": n_questions} if again else DERIVE | {"n_questions": n_questions}
     result: dict[str, Any] = {"trait": name, "model": model.name}
+    start = time.perf_counter()
     try:
-        vector = ps.derive(model, name, seed=0, work=folder / "parts" / name, **DERIVE | {"n_questions": n_questions})
+        vector = ps.derive(model, name, seed=0, continuations=again, work=file.parent / "parts" / file.stem, **how)
     except ps.ElicitationError as e:
         return result | {"rejected": str(e), "seconds": time.perf_counter() - start}
-    vector.save(folder / f"{name}.gguf")
+    vector.save(file.with_suffix(".gguf"))
     derived = time.perf_counter() - start
     answers = N_ANSWERS if name in READ_FREELY else 0
-    found = evaluate(model, [vector], seed=0, n_generations=answers, **EVALUATE)[0]
-    elicitation = vector.provenance["elicitation"]
+    sizes = EVALUATE | {"n_questions": n_held_out}
+    found = evaluate(model, [vector], seed=0, n_generations=answers, **sizes)[0]
     return result | {
-        "elicitation": elicitation,
+        "elicitation": vector.provenance["elicitation"],
         "window": list(vector.window),
         "sweep": vector.provenance["calibration"]["sweep"],
         "evaluation": found.summary(),
@@ -53,14 +59,35 @@ def one(model: ps.Model, name: str, folder: Path, n_questions: int) -> dict[str,
     }
 
 
-def settings(model: ps.Model, n_questions: int) -> dict[str, Any]:
+def settings(model: ps.Model, n_questions: int, n_held_out: int) -> dict[str, Any]:
     """What results must share to stand in one table."""
     return {
         "fingerprint": model.fingerprint,
         "threads": model.n_threads,
         "derive": DERIVE | {"n_questions": n_questions},
-        "evaluate": EVALUATE,
+        "evaluate": EVALUATE | {"n_questions": n_held_out},
     }
+
+
+def _row(r: dict[str, Any]) -> str:
+    if "rejected" in r:
+        return f"| {r['trait']} |" + " |" * 15 + f" rejected: {_why(r['rejected'])} |"
+    e, c = r["evaluation"], r["evaluation"]["controls"]
+    low, high = e["dose"][0], e["dose"][-1]
+    failed = [word for word, held in e["verdict"].items() if not held]
+    base = high["log_odds"] - high["delta"]
+    shuffled = "" if c["shuffled"] is None else f"{c['shuffled']:.2f}"
+    prompt = "" if c["system_prompt"] is None else f"{c['system_prompt']:+.2f}"
+    known = e["capability"]
+    cells = [
+        r["trait"], f"{r['elicitation']['rate']:.2f}", f"{e['layers'][0]}-{e['layers'][-1]}", f"{e['strength']:.2f}",
+        f"{r['window'][0]:.2f} … {r['window'][1]:.2f}", f"{low['delta']:+.2f}", f"{high['delta']:+.2f}",
+        f"{high['ci_low'] - base:.2f} … {high['ci_high'] - base:.2f}",
+        f"{c['random_p95']:.2f}", shuffled, f"{c['unrelated']:+.2f}", prompt, f"{e['spearman']:.2f}",
+        f"{low['coherence']:.2f} / {high['coherence']:.2f}", f"{e['kl_neutral']:.2f}",
+        f"{known['base']:.2f} / {known['steered']:.2f}", "passes" if e["passes"] else "not " + ", ".join(failed),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -70,27 +97,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "unrelated | system prompt | Spearman | coherence -ρ / +ρ | KL at +ρ | known: base / +ρ | verdict |"
     )
     rows = [head, "| --- " * 17 + "|"]
-    for r in results:
-        if "rejected" in r:
-            rows.append(f"| {r['trait']} |" + " |" * 15 + f" rejected: {_why(r['rejected'])} |")
-            continue
-        e, c = r["evaluation"], r["evaluation"]["controls"]
-        low, high = e["dose"][0], e["dose"][-1]
-        failed = [word for word, held in e["verdict"].items() if not held]
-        base = high["log_odds"] - high["delta"]
-        interval = f"{high['ci_low'] - base:.2f} … {high['ci_high'] - base:.2f}"
-        shuffled = "" if c["shuffled"] is None else f"{c['shuffled']:.2f}"
-        prompt = "" if c["system_prompt"] is None else f"{c['system_prompt']:+.2f}"
-        known = e["capability"]
-        cells = [
-            r["trait"], f"{r['elicitation']['rate']:.2f}", f"{e['layers'][0]}-{e['layers'][-1]}",
-            f"{e['strength']:.2f}",
-            f"{r['window'][0]:.2f} … {r['window'][1]:.2f}", f"{low['delta']:+.2f}", f"{high['delta']:+.2f}", interval,
-            f"{c['random_p95']:.2f}", shuffled, f"{c['unrelated']:+.2f}", prompt, f"{e['spearman']:.2f}",
-            f"{low['coherence']:.2f} / {high['coherence']:.2f}", f"{e['kl_neutral']:.2f}",
-            f"{known['base']:.2f} / {known['steered']:.2f}", "passes" if e["passes"] else "not " + ", ".join(failed),
-        ]  # fmt: skip
-        rows.append("| " + " | ".join(cells) + " |")
+    rows += [_row(r) for r in results]
     passing = [r["trait"] for r in results if "evaluation" in r and r["evaluation"]["passes"]]
     rejected = [r["trait"] for r in results if "rejected" in r]
     failing = [r["trait"] for r in results if "evaluation" in r and not r["evaluation"]["passes"]]
@@ -103,8 +110,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def judge_answers(model: ps.Model, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with scores of its free answers, 0 to 100, by strength and question."""
+    found = result["evaluation"]["generations"]
+    pairs = [pair for texts in found["texts"] for pair in zip(found["questions"], texts, strict=True)]
+    judge = LogOddsJudge(model)
+    scores = judge.score(traits.find(result["trait"]), pairs).reshape(len(found["texts"]), -1)
+    return result | {"judged": {"by": judge.name, "scores": scores.tolist()}}
+
+
 def free_answers(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the second scorers on free answers."""
+    """Markdown: the second scorers on free answers, each at -ρ, 0 and +ρ."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -112,9 +128,10 @@ def free_answers(results: Sequence[dict[str, Any]]) -> str:
     except ImportError:
         valence = None
     rows = [
-        "| trait | answers with a word of the lexicon at -ρ, 0, +ρ | VADER valence at -ρ, 0, +ρ |",
-        "| --- " * 3 + "|",
+        "| trait | words of the lexicon | VADER valence | judge | judge, +ρ less -ρ |",
+        "| --- " * 5 + "|",
     ]
+    judges = set()
     for r in results:
         found = r.get("evaluation", {}).get("generations")
         if not found:
@@ -122,9 +139,29 @@ def free_answers(results: Sequence[dict[str, Any]]) -> str:
         tone = (
             [float(np.mean([valence(t)["compound"] for t in of_one])) for of_one in found["texts"]] if valence else []
         )
-        rates = ", ".join(f"{x:.2f}" for x in found["rates"])
-        rows.append(f"| {r['trait']} | {rates} | {', '.join(f'{x:+.2f}' for x in tone)} |")
+        cells = [
+            r["trait"],
+            " / ".join(f"{x:.2f}" for x in found["rates"]),
+            " / ".join(f"{x:+.2f}" for x in tone),
+            "",
+            "",
+        ]
+        if "judged" in r:
+            judges.add(r["judged"]["by"])
+            scores = np.array(r["judged"]["scores"])
+            cells[3] = " / ".join(f"{np.nanmean(of_one):.0f}" for of_one in scores)
+            apart = scores[-1] - scores[0]
+            apart = apart[np.isfinite(apart)]
+            low, high = bootstrap_interval(apart)
+            cells[4] = f"{apart.mean():+.0f} ({low:+.0f} … {high:+.0f})"
+        rows.append("| " + " | ".join(cells) + " |")
+    if judges:
+        rows += ["", f"Judge: {', '.join(sorted(judges))}."]
     return "\n".join(rows)
+
+
+def _path(model: str) -> str | Path:
+    return ps.model.demo_model_path() if model == "demo" else model
 
 
 def _why(message: str) -> str:
@@ -137,23 +174,50 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("traits-work"))
     parser.add_argument("--traits", default="")
     parser.add_argument("--questions", type=int, default=DERIVE["n_questions"], help="derived from, of each prompt")
+    parser.add_argument("--held-out", type=int, default=EVALUATE["n_questions"], help="questions evaluated on")
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--judge", default=None, help="a GGUF file that reads the free answers")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
     wanted = options.traits.split(",") if options.traits else traits.names()
     options.work.mkdir(parents=True, exist_ok=True)
-    files = {name: options.work / f"{name}.json" for name in wanted}
-    missing = [name for name in wanted if not files[name].exists()]
-    if missing and not options.table:
-        path = ps.model.demo_model_path() if options.model == "demo" else options.model
-        with ps.Model(path, n_ctx=512, n_threads=options.threads) as model:
-            claim(options.work, settings(model, options.questions))
-            for k, name in enumerate(missing):
-                print(f"{name} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
-                result = one(model, name, options.work, options.questions)
-                atomic_write(files[name], json.dumps(result, indent=1, ensure_ascii=False).encode())
-    results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.exists()]
-    print(table(results), "\n\n", free_answers(results), sep="")
+    if not options.table and not options.judge:
+        with ps.Model(_path(options.model), n_ctx=512, n_threads=options.threads) as model:
+            claim(options.work, settings(model, options.questions, options.held_out))
+            for k, name in enumerate(wanted):
+                for file in _files(options.work, name):
+                    if file.exists() or (file.stem != name and "rejected" not in _read(_files(options.work, name)[0])):
+                        continue
+                    print(f"{file.stem} ({k + 1} of {len(wanted)})", file=sys.stderr, flush=True)
+                    _write(file, one(model, name, file, options.questions, options.held_out))
+    own, again = (
+        [file for file in files if file.exists()]
+        for files in zip(*(_files(options.work, n) for n in wanted), strict=True)
+    )
+    unread = [f for f in own + again if _read(f).get("evaluation", {}).get("generations") and "judged" not in _read(f)]
+    if unread and options.judge:
+        with ps.Model(_path(options.judge), n_ctx=512, n_threads=options.threads) as model:
+            for file in unread:
+                _write(file, judge_answers(model, _read(file)))
+    print(table([_read(f) for f in own]))
+    if again:
+        print("\nThe rejected ones, derived from their continuation pairs:\n")
+        print(table([_read(f) for f in again]))
+    print("\nFree answers:\n")
+    print(free_answers([_read(f) for f in own + again]))
+
+
+def _files(work: Path, name: str) -> tuple[Path, Path]:
+    return work / f"{name}.json", work / f"{name}{CONTINUATIONS}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False).encode())
 
 
 if __name__ == "__main__":

@@ -314,6 +314,10 @@ class Model:
         pair = self._pair(prompt, answer, system)
         return pair.tokens, pair.n_prompt or 0
 
+    def measured_prompt(self, prompt: Conversation, system: str | None = None) -> list[int]:
+        """The tokens that `pair_tokens` puts before an answer."""
+        return self.pair_tokens(prompt, "", system)[0]
+
     def _pair(self, prompt: Conversation, answer: str, system: str | None = None, *, roles: bool = False) -> Prompt:
         if self._template is None and isinstance(prompt, str) and system is None:
             given = self.tokenize(prompt + "\n")

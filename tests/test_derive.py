@@ -20,20 +20,34 @@ from numpy.typing import NDArray
 from planted_model import MINUS, PLUS, planted_trait, write_planted_model
 
 import personasteer as ps
+from personasteer import traits
 from personasteer.cli.derive import summary
-from personasteer.derive import Elicited, Response, Selection, calibrate, derive, elicit, load_responses, replay, select
+from personasteer.derive import (
+    Elicited,
+    Response,
+    Selection,
+    calibrate,
+    continuation_responses,
+    derive,
+    difference_of_means,
+    elicit,
+    load_responses,
+    replay,
+    select,
+)
 from personasteer.derive.calibration import falling
 from personasteer.derive.directions import METHODS
 from personasteer.derive.selection import require_enough
 from personasteer.derive.work import Work
 from personasteer.engine import Request, Taps
-from personasteer.evaluate import log_odds, random_vectors
+from personasteer.evaluate import cell_log_odds, log_odds, make_cells, random_vectors
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
 
 BLOCK = 4  # where the model of most tests has its direction
 TRAIT = planted_trait()
 SHORT: dict[str, Any] = {"max_tokens": 10}
 RAW: dict[str, Any] = {"max_tokens": 6, "calibrated": False}
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
@@ -499,8 +513,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(model: ps.Model, option:
 
 
 def test_answers_under_system_prompts_need_a_template_that_takes_them(tmp_path: Path) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
-    with opened(write_tiny_model(tmp_path / "m.gguf", chat_template=refusing)) as m:
+    with opened(write_tiny_model(tmp_path / "m.gguf", chat_template=NO_SYSTEM)) as m:
         for responses in (None, given()):
             with pytest.raises(ps.TemplateError, match="takes no system message"):
                 derive(m, TRAIT, responses=responses, **RAW)
@@ -714,6 +727,72 @@ def test_given_answers_without_system_prompts_are_not_taken_for_off_trait(model:
     plain = [replace(r, system=None) for r in given()]
     v = derive(model, TRAIT, responses=plain, calibrated=False)
     assert v.provenance["elicitation"]["kept"] == 8
+
+
+def test_the_continuations_read_as_answers_are_those_that_nothing_is_evaluated_on() -> None:
+    trait = traits.get("confident")
+    found = continuation_responses(trait, 3)
+    texts = {r.text for r in found}
+    assert texts == {text for pair in trait.selection_pairs for text in pair}
+    assert not texts & {text for pair in trait.evaluation_pairs for text in pair}
+    assert {r.prompt for r in found} < set(trait.derive_questions)
+    assert len(found) == 2 * 3 * len(trait.selection_pairs)
+    assert all(r.positive == any(r.text == pair[0] for pair in trait.selection_pairs) for r in found)
+    assert {r.system for r in found} == {None}
+    assert continuation_responses(trait, 3, seed=1) != found
+
+
+def test_a_trait_can_be_derived_from_its_continuations(model: ps.Model, tmp_path: Path) -> None:
+    texts = [r.text for r in given(36)]
+    trait = replace(TRAIT, continuations=tuple(zip(texts[::2], texts[1::2], strict=True)))
+    read: dict[str, Any] = {"continuations": True, "n_questions": 4, "calibrated": False, "seed": 0}
+    v = derive(model, trait, **read)
+    found = replay(model, continuation_responses(trait, 4), group="pair")
+    assert np.array_equal(v.directions, difference_of_means(found.samples(found.contrasts)))
+    # halves that share no words tell each other's sides apart
+    assert v.aurocs is not None
+    assert v.aurocs[list(v.layers)].min() > 0.9
+    groups = found.samples(found.contrasts).positive_groups
+    assert len(set(groups.tolist())) == len(trait.selection_pairs) == 12
+    assert v.provenance["answers"] == "continuations"
+    again = derive(model, trait, work=tmp_path / "w", **read)
+    assert saved(v, tmp_path / "a.gguf") == saved(again, tmp_path / "b.gguf")
+
+
+def test_a_vector_of_continuations_moves_those_held_out_on_the_bundled_model(smollm2_path: Path) -> None:
+    with ps.Model(smollm2_path, n_ctx=512) as m:
+        v = derive(m, "formal", continuations=True, n_questions=2, layers=range(18, 23), calibrated=False)
+        arms = [v, *random_vectors(v, 4, seed=0)]
+        steers = [replace(a * s, scope="response") for a in arms for s in (-0.2, 0.2)]
+        trait = traits.get("formal")
+        cells = make_cells(trait.evaluate_questions[:4], trait.evaluation_pairs, 1)
+        odds = cell_log_odds(m, cells, [None, *steers]).mean(1)
+    low, high, *noise = odds[1:] - odds[0]
+    assert low < -2 * np.abs(noise).max()
+    assert high > 2 * np.abs(noise).max()
+
+
+@pytest.mark.parametrize("template", [None, NO_SYSTEM])
+def test_continuations_need_no_system_prompt(tmp_path: Path, template: str | None) -> None:
+    with opened(write_tiny_model(tmp_path / "m.gguf", chat_template=template)) as m:
+        v = derive(m, TRAIT, continuations=True, calibrated=False, filtered=False)
+        assert np.isfinite(v.directions[list(v.layers)]).all()
+
+
+@pytest.mark.parametrize(
+    ("trait", "option", "message"),
+    [
+        (replace(TRAIT, continuations=TRAIT.continuations[:5]), {}, "has 5 continuation pairs"),
+        (TRAIT, {"responses": given()}, "one of responses and continuations"),
+        (TRAIT, {"n_questions": 0}, "n_questions must be at least 1"),
+        (TRAIT, {"position": "last-prompt"}, "the same for either side"),
+    ],
+)
+def test_continuations_that_cannot_be_are_refused(
+    model: ps.Model, trait: ps.Trait, option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ps.ArgumentError, match=message):
+        derive(model, trait, continuations=True, **option)
 
 
 def test_half_a_surrogate_pair_in_given_answers_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ class Certain:
     def detokenize(self, tokens: Sequence[int]) -> str:
         return "".join(map(str, tokens))
 
-    def pair_tokens(self, text: str, *_: Any) -> tuple[list[int], int]:
+    def measured_prompt(self, text: str, *_: Any) -> list[int]:
         self.prompt = text
-        return [10, 10, 10], 3
+        return [10, 10, 10]
 
     def run_requests(self, requests: Sequence[Request], **_: Any) -> list[dict[str, Any]]:
         self.n_requests += len(requests)

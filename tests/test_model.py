@@ -580,6 +580,7 @@ CALLS: dict[str, Callable[[ps.Model], Any]] = {
     "detokenize": lambda m: m.detokenize([65]),
     "prompt_tokens": lambda m: m.prompt_tokens("a"),
     "pair_tokens": lambda m: m.pair_tokens("a", "b"),
+    "measured_prompt": lambda m: m.measured_prompt("a"),
     "chat": lambda m: m.chat("a"),
     "chat_batch": lambda m: m.chat_batch(["a"]),
     "generate": lambda m: m.generate("a"),

@@ -74,6 +74,14 @@ def derive(
     responses: Annotated[
         Path | None, typer.Option("--responses", metavar="FILE", help="Read these answers (JSONL) instead of sampling.")
     ] = None,
+    continuations: Annotated[
+        bool,
+        typer.Option(
+            "--continuations",
+            help="Read the trait's own continuation pairs instead of sampling: where the model refuses the trait, "
+            "cannot act it or takes no system prompt.",
+        ),
+    ] = False,
     save_responses: Annotated[
         Path | None, typer.Option("--save-responses", metavar="FILE", help="Write the answers, for --responses.")
     ] = None,
@@ -153,14 +161,18 @@ def derive(
     options = {"n_ctx": ctx, "n_parallel": 1, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
     texts = _given_texts(trait, positive, negative)
     about_answers = {
-        "--responses": responses, "--save-responses": save_responses, "--judge": judge, "--work": work,
-        "--describe": describe,
+        "--responses": responses, "--continuations": continuations, "--save-responses": save_responses,
+        "--judge": judge, "--work": work, "--describe": describe,
     }  # fmt: skip
     about_writing = {"--writer": writer, "--save-trait": save_trait, "--yes": yes}
     if texts:
         _refuse(about_answers | _given(context, OF_SAMPLING | OF_ANSWERS), "goes with a trait, not with given texts")
     if responses:
-        _refuse(_given(context, OF_SAMPLING), "goes with sampled answers, not with --responses")
+        given = _given(context, OF_SAMPLING) | {"--continuations": continuations}
+        _refuse(given, "goes with sampled answers, not with --responses")
+    if continuations:
+        sampling = {name: option for name, option in OF_SAMPLING.items() if name != "questions"}
+        _refuse(_given(context, sampling), "goes with sampled answers, not with --continuations")
     if not describe:
         _refuse(about_writing, "goes with --describe")
     if no_filter:
@@ -194,6 +206,7 @@ def derive(
                     n_rollouts=rollouts,
                     skip_tokens=skip,
                     responses=responses,
+                    continuations=continuations,
                     method=method,
                     position=position,
                     exclude_massive=exclude_massive,

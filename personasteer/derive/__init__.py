@@ -29,6 +29,7 @@ from personasteer.derive.elicit import (
     Response,
     check_elicitation,
     chosen_questions,
+    continuation_responses,
     elicit,
     load_responses,
     replay,
@@ -52,6 +53,7 @@ __all__ = [
     "Samples",
     "Selection",
     "calibrate",
+    "continuation_responses",
     "contrast",
     "derive",
     "difference_of_means",
@@ -74,6 +76,7 @@ def derive(
     n_rollouts: int = 1,
     skip_tokens: int = 0,
     responses: Sequence[Response] | str | os.PathLike[str] | None = None,
+    continuations: bool = False,
     method: str = "mean",
     position: str = "response",
     exclude_massive: bool = False,
@@ -104,6 +107,9 @@ def derive(
         n_rollouts: answers to each question under each prompt.
         skip_tokens: first tokens of an answer that its mean leaves out.
         responses: given answers (or a JSONL file of them, see load_responses) to read instead of sampling any.
+        continuations: read the trait's own continuation pairs as answers to its questions instead of sampling any,
+            for a model that refuses the trait, cannot act it or takes no system prompt. Every third pair is read, the
+            ones that layers and strengths are chosen on; `evaluate` uses the others.
         method: "mean" (difference of means), "pca" (of paired differences) or "probe" (logistic regression).
         position: "response", or "last-prompt": the direction at token P - 1 becomes the vector's own.
         exclude_massive: leave out dimensions whose activation is large whatever the text says.
@@ -120,7 +126,7 @@ def derive(
 
     Raises:
         TraitError: unknown trait, or a file that breaks the rules.
-        TemplateError: no chat template or no system role.
+        TemplateError: no chat template or no system role, and nothing given to read.
         ElicitationError: too few answers show the trait, or as many as by chance; the direction does not tell held-out
             answers apart; the vector does not steer.
 
@@ -136,6 +142,12 @@ def derive(
     if layers is not None:
         layers = model.check_layers(layers)  # before the work
     given = load_responses(responses) if isinstance(responses, (str, os.PathLike)) else responses
+    if continuations:
+        if given is not None:
+            raise ArgumentError("give one of responses and continuations")
+        if position != "response":
+            raise ArgumentError("continuations follow the same prompt: its last token is the same for either side")
+        given = continuation_responses(trait, n_questions, seed)
     if given is None:
         check_elicitation(model, n_questions, max_tokens, n_rollouts, skip_tokens)
         n_texts = 4 * n_rollouts * len(chosen_questions(trait, n_questions, seed)) * len(trait.system)
@@ -150,6 +162,8 @@ def derive(
     else:
         n_texts = 2 * len(given)
         options = {"responses": digest([asdict(r) for r in given]), "skip_tokens": skip_tokens}
+        if continuations:
+            options["continuations"] = True
     parts = {"elicit": n_texts, "judge": n_texts // 2 if judge else 0}
     parts |= {"sweep": 36 * N_BLOCKS if calibrated and layers is None else 0, "window": 100 if calibrated else 0}
     meter = Meter(progress, sum(parts.values()))
@@ -184,7 +198,11 @@ def derive(
                 progress=meter.part(parts["elicit"]),
             )
         else:
-            found = replay(model, given, skip_tokens=skip_tokens, work=kept, progress=meter.part(parts["elicit"]))
+            group = "pair" if continuations else "question"
+            read = meter.part(parts["elicit"])
+            found = replay(model, given, skip_tokens=skip_tokens, group=group, work=kept, progress=read)
+            if continuations:
+                found = replace(found, options={**found.options, "answers": "continuations"})
         scores = None
         if judge is not None:
             scores = _judged(judge, trait, found, kept, meter.part(parts["judge"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from personasteer.progress import Meter
 from personasteer.traits import Trait
 
 MIN_P = 0.02  # of sampling answers, the only cut
+LEAST_CONTINUATIONS = 6
 N_SCORED = 24  # first tokens of an answer that its log-odds are taken of: reading costs as much as writing
 
 
@@ -53,13 +54,15 @@ class Elicited:
     """Answers under both kinds of system prompts with what they did inside.
 
     responses: mean block outputs over the answer's tokens, row i of rollout i, (n, n_layer, n_embd) float32;
-    last_prompt: at token P - 1; options: how they were elicited.
+    last_prompt: at token P - 1; options: how they were elicited; group: what splits into halves keep together, answers
+    to one "question" or of one "pair".
     """
 
     rollouts: tuple[Rollout, ...]
     responses: NDArray[np.float32]
     last_prompt: NDArray[np.float32]
     options: Mapping[str, Any]
+    group: str = "question"
 
     @property
     def contrasts(self) -> list[tuple[int, int]]:
@@ -70,10 +73,10 @@ class Elicited:
         return [(both[True], both[False]) for both in places.values() if len(both) == 2]
 
     def samples(self, contrasts: Sequence[tuple[int, int]], *, last_prompt: bool = False) -> Samples:
-        """The activations of these contrasts, pair by pair; a question is a group."""
+        """The activations of these contrasts, pair by pair."""
         acts = self.last_prompt if last_prompt else self.responses
         positive, negative = (list(side) for side in zip(*contrasts, strict=True))
-        groups = np.array([self.rollouts[i].question for i in positive])
+        groups = np.array([getattr(self.rollouts[i], self.group) for i in positive])
         return Samples(acts[positive], acts[negative], groups, groups)
 
 
@@ -117,7 +120,7 @@ def elicit(
         def compute(k: int = k) -> Part:
             plan = [(positive, q, draw) for positive in (True, False) for q in questions for draw in range(n_rollouts)]
             texts = [_asked(trait, k, q, draw, positive) for positive, q, draw in plan]
-            prompts = [_prompt(model, t.system, t.prompt) for t in texts]
+            prompts = [model.measured_prompt(t.prompt, t.system) for t in texts]
             requests = [
                 Request(
                     tokens,
@@ -166,12 +169,14 @@ def replay(
     responses: Sequence[Response],
     *,
     skip_tokens: int = 0,
+    group: str = "question",
     work: Work | None = None,
     progress: Progress | None = None,
 ) -> Elicited:
     """The activations of given answers, teacher-forced: the same text on any file, quantization or fine-tune.
 
-    Answers to one question of the same `pair` and `draw` are a contrast, and need one on either side.
+    Answers to one question of the same `pair` and `draw` are a contrast, and need one on either side. group: see
+    Elicited; "pair" where the same words answer several questions.
 
     Raises:
         TemplateError: answers have system prompts, and the template takes no system message.
@@ -207,7 +212,7 @@ def replay(
             answers = [_answer_tokens(model, t.answer) for t in chunk]
             requests = []
             for t, answer in zip(chunk, answers, strict=True):
-                prompt = _prompt(model, t.system, t.prompt)
+                prompt = model.measured_prompt(t.prompt, t.system)
                 if len(answer) <= skip_tokens:
                     raise ArgumentError(f"the answer {t.answer!r:.60} has no tokens to average over")
                 n = len(prompt)
@@ -229,7 +234,30 @@ def replay(
 
         parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 3 * len(chunk)))
     skipped = {"skip_tokens": skip_tokens} if skip_tokens else {}
-    return _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])} | skipped)
+    joined = _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])} | skipped)
+    return replace(joined, group=group)
+
+
+def continuation_responses(trait: Trait, n_questions: int | None = None, seed: int = 0) -> list[Response]:
+    """The trait's selection pairs of continuations as answers to each of its questions, without a system prompt.
+
+    Raises ArgumentError for a trait of fewer than six continuation pairs: every third is read, and the vector is
+    evaluated on the others.
+    """
+    if n_questions is not None and n_questions < 1:
+        raise ArgumentError(f"n_questions must be at least 1, not {n_questions}")
+    if len(trait.continuations) < LEAST_CONTINUATIONS:
+        raise ArgumentError(
+            f"trait {trait.name!r} has {len(trait.continuations)} continuation pairs: deriving from them takes "
+            f"{LEAST_CONTINUATIONS}"
+        )
+    questions = [trait.derive_questions[q] for q in chosen_questions(trait, n_questions, seed)]
+    return [
+        Response(question, text, side == 0, pair=k)
+        for k, pair in enumerate(trait.selection_pairs)
+        for question in questions
+        for side, text in enumerate(pair)
+    ]
 
 
 def load_responses(path: str | os.PathLike[str]) -> list[Response]:
@@ -358,15 +386,11 @@ def _contrasted(
     at = [(i, system) for i, system in dict.fromkeys(sides) if answers[i] and (i, system) not in means]
     requests = []
     for i, system in at:
-        prompt = _prompt(model, system, texts[i].prompt)
+        prompt = model.measured_prompt(texts[i].prompt, system)
         requests.append(Request.scored([*prompt, *answers[i][:N_SCORED]], len(prompt)))
     results = model.run_alone(requests, progress=progress)
     means |= {place: float(r["scores"].mean()) for place, r in zip(at, results, strict=True)}
     return [means[i, t.same] - means[i, t.opposite] if answers[i] else 0.0 for i, t in enumerate(texts)]
-
-
-def _prompt(model: Model, system: str | None, question: str) -> list[int]:
-    return model.pair_tokens(question, "", system)[0]
 
 
 def _answer_tokens(model: Model, text: str) -> list[int]:
@@ -378,8 +402,9 @@ def _answer_tokens(model: Model, text: str) -> list[int]:
 def _check_system(model: Model) -> None:
     if not model.template.takes_system():
         raise TemplateError(
-            f"the chat template of {model.path.name} takes no system message, which derive needs; "
-            "use contrast with prompts that carry the instruction themselves"
+            f"the chat template of {model.path.name} takes no system message, which eliciting needs; "
+            "derive from the trait's continuations (--continuations), or contrast prompts that carry the instruction "
+            "themselves"
         )
 
 

@@ -88,8 +88,8 @@ class LocalJudge:
     def _prompt(self, trait: Trait, question: str, answer: str) -> list[int]:
         text = _task(trait, question, answer)
         if self._system:
-            return self._model.pair_tokens(text, "", SYSTEM)[0]
-        return self._model.pair_tokens(f"{SYSTEM}\n\n{text}", "")[0]
+            return self._model.measured_prompt(text, SYSTEM)
+        return self._model.measured_prompt(f"{SYSTEM}\n\n{text}")
 
 
 class EndpointJudge:

@@ -145,11 +145,11 @@ def require_enough(selection: Selection, trait: Trait, model_name: str, *, least
     samples = "; ".join(f'{label}: "{_short(text)}"' for label, text in selection.examples.items())
     refused = sum(n for label, n in selection.dropped.items() if label.endswith("refusal"))
     advice = (
-        "the model refuses to enact it: try system prompts that ask for a character in a story, given answers "
-        "(--responses), or another model"
+        "the model refuses to enact it: try system prompts that ask for a character in a story, answers that are "
+        "given (--continuations, --responses), or another model"
         if 2 * refused > selection.n - len(selection.kept)
-        else "try blunter system prompts, more or other questions, a larger model, given answers (--responses), or a "
-        "judge (--judge)"
+        else "try blunter system prompts, more or other questions, a larger model, answers that are given "
+        "(--continuations, --responses), or a judge (--judge)"
     )
     if chance:
         reasons += f"; system prompts hardly tell the two sides apart, t = {selection.t:.1f}"

@@ -64,7 +64,7 @@ def measure_coherence(
     """
     steerings = [*([Steering()] * N_OWN), *(as_steering(s) for s in steers)]
     systems = [*([()] * N_OWN), *(systems or [() for _ in steers])]
-    prompts = [model.pair_tokens(q, "")[0] for q in questions]
+    prompts = [model.measured_prompt(q) for q in questions]
     sampling = Sampling(TEMPERATURE, top_k=0, top_p=0.95, min_p=0.02, seed=seed)
     requests = [
         Request(prompt, len(prompt), s, max_tokens=max_tokens, sampling=sampling, share_prefix=True)
@@ -85,7 +85,7 @@ def measure_coherence(
             for j, system in enumerate((None, *given)):
                 if not tokens:
                     continue
-                prompt = prompts[i] if system is None else model.pair_tokens(question, "", system)[0]
+                prompt = prompts[i] if system is None else model.measured_prompt(question, system)
                 checks.append(Request.scored([*prompt, *tokens], len(prompt)))
                 scored.append((k, i, j))
     scores = model.run_alone(checks, progress=part(len(requests)))

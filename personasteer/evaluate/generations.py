@@ -41,7 +41,7 @@ def generate(
     """Answers of up to 48 tokens (temperature 0.7) under each strength on the response, [strength][question]."""
     sampling = Sampling(0.7, seed=seed)
     steerings = [as_steering(replace(vector * s, scope="response")) if s else Steering() for s in strengths]
-    prompts = [model.pair_tokens(q, "")[0] for q in questions]
+    prompts = [model.measured_prompt(q) for q in questions]
     requests = [
         Request(p, len(p), s, max_tokens=TOKENS, sampling=sampling, share_prefix=True)
         for p in prompts

@@ -105,7 +105,7 @@ def answer_cells(model: Model, trait: Trait, questions: Sequence[str], *, n_toke
     requests = []
     for i, question in enumerate(questions):
         for system in trait.system[i % len(trait.system)]:
-            tokens = model.pair_tokens(question, "", system)[0]
+            tokens = model.measured_prompt(question, system)
             requests.append(
                 Request(tokens, len(tokens), max_tokens=n_tokens, sampling=Sampling(0.0), share_prefix=True)
             )
