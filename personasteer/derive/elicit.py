@@ -400,11 +400,11 @@ def _answer_tokens(model: Model, text: str) -> list[int]:
 
 
 def _check_system(model: Model) -> None:
-    if not model.template.takes_system():
+    if not model.takes_system:
+        has = "a chat template that takes no system message" if model.has_template else "no chat template"
         raise TemplateError(
-            f"the chat template of {model.path.name} takes no system message, which eliciting needs; "
-            "derive from the trait's continuations (--continuations), or contrast prompts that carry the instruction "
-            "themselves"
+            f"{model.path.name} has {has}, which eliciting needs; derive from the trait's continuations "
+            "(--continuations), or contrast prompts that carry the instruction themselves"
         )
 
 
