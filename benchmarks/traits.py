@@ -165,7 +165,9 @@ def _path(model: str) -> str | Path:
 
 
 def _why(message: str) -> str:
-    return message.split(". Seen:")[0].split("count ")[-1] if ". Seen:" in message else message.split(";")[0]
+    if ". Seen:" in message:
+        return message.split(". Seen:")[0].split("count ")[-1].strip("()")
+    return message.split(":")[0].split("' ")[-1]  # "vector 'evil' does not steer: ..."
 
 
 def main() -> None:
