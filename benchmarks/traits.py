@@ -30,18 +30,20 @@ from personasteer.files import atomic_write
 DERIVE = {"n_questions": 10, "max_tokens": 24}
 EVALUATE = {"n_questions": 12, "n_pairs": 1, "n_random": 20, "n_coherence": 3, "n_items": 12}
 READ_FREELY = ("evil", "formal", "pessimistic", "pirate", "poetic", "refusing", "warm")
-CONTINUATIONS = "-continuations"  # of the names of the files of what is derived from them
 N_ANSWERS = 10  # free answers at each of three strengths, for these
 
 
-def one(model: ps.Model, name: str, file: Path, n_questions: int, n_held_out: int) -> dict[str, Any]:
-    """Derive and evaluate a trait, from its continuation pairs where the file is named so; what is reported of it."""
-    again = file.stem.endswith(CONTINUATIONS)
-    how = {"n_questions": n_questions} if again else DERIVE | {"n_questions": n_questions}
+def one(
+    model: ps.Model, name: str, file: Path, n_questions: int, n_held_out: int, *, continuations: bool
+) -> dict[str, Any]:
+    """Derive a trait, by answers or continuation pairs, and evaluate it; what is reported of it."""
+    how = DERIVE | {"n_questions": n_questions}  # the length of answers is not read with continuations
     result: dict[str, Any] = {"trait": name, "model": model.name}
     start = time.perf_counter()
     try:
-        vector = ps.derive(model, name, seed=0, continuations=again, work=file.parent / "parts" / file.stem, **how)
+        vector = ps.derive(
+            model, name, seed=0, continuations=continuations, work=file.parent / "parts" / file.stem, **how
+        )
     except ps.ElicitationError as e:
         return result | {"rejected": str(e), "seconds": time.perf_counter() - start}
     vector.save(file.with_suffix(".gguf"))
@@ -184,33 +186,49 @@ def main() -> None:
     wanted = options.traits.split(",") if options.traits else traits.names()
     options.work.mkdir(parents=True, exist_ok=True)
     if not options.table and not options.judge:
-        with ps.Model(_path(options.model), n_ctx=512, n_threads=options.threads) as model:
-            claim(options.work, settings(model, options.questions, options.held_out))
-            for k, name in enumerate(wanted):
-                for file in _files(options.work, name):
-                    if file.exists() or (file.stem != name and "rejected" not in _read(_files(options.work, name)[0])):
-                        continue
-                    print(f"{file.stem} ({k + 1} of {len(wanted)})", file=sys.stderr, flush=True)
-                    _write(file, one(model, name, file, options.questions, options.held_out))
-    own, again = (
-        [file for file in files if file.exists()]
-        for files in zip(*(_files(options.work, n) for n in wanted), strict=True)
-    )
-    unread = [f for f in own + again if _read(f).get("evaluation", {}).get("generations") and "judged" not in _read(f)]
+        _measure(options, wanted)
+    files = [_files(options.work, name) for name in wanted]
+    own, again = ({f: _read(f) for f in column if f.exists()} for column in zip(*files, strict=True))
+    unread = [
+        (of, file) for of in (own, again) for file, r in of.items()
+        if r.get("evaluation", {}).get("generations") and "judged" not in r
+    ]  # fmt: skip
     if unread and options.judge:
         with ps.Model(_path(options.judge), n_ctx=512, n_threads=options.threads) as model:
-            for file in unread:
-                _write(file, judge_answers(model, _read(file)))
-    print(table([_read(f) for f in own]))
+            for of, file in unread:
+                of[file] = judge_answers(model, of[file])
+                _write(file, of[file])
+    print(table(list(own.values())))
     if again:
         print("\nThe rejected ones, derived from their continuation pairs:\n")
-        print(table([_read(f) for f in again]))
+        print(table(list(again.values())))
     print("\nFree answers:\n")
-    print(free_answers([_read(f) for f in own + again]))
+    print(free_answers([*own.values(), *again.values()]))
+
+
+def _measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
+    """Write what is missing: every trait's result, then that of its continuations where it was rejected."""
+
+    def is_done(name: str) -> bool:
+        own, again = _files(options.work, name)
+        return own.exists() and (again.exists() or "rejected" not in _read(own))
+
+    missing = [name for name in wanted if not is_done(name)]
+    if not missing:
+        return
+    with ps.Model(_path(options.model), n_ctx=512, n_threads=options.threads) as model:
+        claim(options.work, settings(model, options.questions, options.held_out))
+        for k, name in enumerate(missing):
+            for file, continuations in zip(_files(options.work, name), (False, True), strict=True):
+                if file.exists() or is_done(name):
+                    continue
+                print(f"{file.stem} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
+                sizes = (options.questions, options.held_out)
+                _write(file, one(model, name, file, *sizes, continuations=continuations))
 
 
 def _files(work: Path, name: str) -> tuple[Path, Path]:
-    return work / f"{name}.json", work / f"{name}{CONTINUATIONS}.json"
+    return work / f"{name}.json", work / f"{name}-continuations.json"
 
 
 def _read(file: Path) -> dict[str, Any]:

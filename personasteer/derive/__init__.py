@@ -149,7 +149,7 @@ def derive(
             raise ArgumentError("continuations follow the same prompt: its last token is the same for either side")
         given = continuation_responses(trait, n_questions, seed)
     if given is None:
-        check_elicitation(model, n_questions, max_tokens, n_rollouts, skip_tokens)
+        check_elicitation(model, max_tokens, n_rollouts, skip_tokens)
         n_texts = 4 * n_rollouts * len(chosen_questions(trait, n_questions, seed)) * len(trait.system)
         options: dict[str, Any] = {
             "n_questions": n_questions,

@@ -109,7 +109,7 @@ def elicit(
     Raises:
         TemplateError: no chat template, or one that takes no system message.
     """
-    check_elicitation(model, n_questions, max_tokens, n_rollouts, skip_tokens)
+    check_elicitation(model, max_tokens, n_rollouts, skip_tokens)
     questions = chosen_questions(trait, n_questions, seed)
     sampling = Sampling(temperature, top_k=0, top_p=1.0, min_p=MIN_P, seed=seed)
     per_part = 2 * len(questions) * n_rollouts
@@ -244,8 +244,6 @@ def continuation_responses(trait: Trait, n_questions: int | None = None, seed: i
     Raises ArgumentError for a trait of fewer than six continuation pairs: every third is read, and the vector is
     evaluated on the others.
     """
-    if n_questions is not None and n_questions < 1:
-        raise ArgumentError(f"n_questions must be at least 1, not {n_questions}")
     if len(trait.continuations) < LEAST_CONTINUATIONS:
         raise ArgumentError(
             f"trait {trait.name!r} has {len(trait.continuations)} continuation pairs: deriving from them takes "
@@ -304,9 +302,7 @@ def responses_text(found: Elicited, rows: Sequence[int] | None = None) -> str:
     return "".join(line + "\n" for line in out)
 
 
-def check_elicitation(
-    model: Model, n_questions: int | None, max_tokens: int, n_rollouts: int, skip_tokens: int
-) -> None:
+def check_elicitation(model: Model, max_tokens: int, n_rollouts: int, skip_tokens: int) -> None:
     """Raise what is wrong with the arguments, or the model's template, before the work."""
     for name, value, low in (
         ("max_tokens", max_tokens, 1),
@@ -317,13 +313,13 @@ def check_elicitation(
             raise ArgumentError(f"{name} must be at least {low}, not {value}")
     if skip_tokens >= max_tokens:
         raise ArgumentError(f"skip_tokens {skip_tokens} leaves nothing of answers of {max_tokens} tokens")
-    if n_questions is not None and n_questions < 1:
-        raise ArgumentError(f"n_questions must be at least 1, not {n_questions}")
     _check_system(model)
 
 
 def chosen_questions(trait: Trait, n_questions: int | None, seed: int) -> list[int]:
-    """Which of the trait's derive questions are asked."""
+    """Which of the trait's derive questions are asked. Raises ArgumentError for less than one."""
+    if n_questions is not None and n_questions < 1:
+        raise ArgumentError(f"n_questions must be at least 1, not {n_questions}")
     n = len(trait.derive_questions)
     if n_questions is None or n_questions >= n:
         return list(range(n))
