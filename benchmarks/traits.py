@@ -2,19 +2,21 @@
 
     python benchmarks/traits.py [MODEL.gguf] [--work DIR] [--traits A,B] [--questions 10] [--held-out 12] [--table]
 
-Each trait is derived and evaluated; what the tool rejects is derived once more from the trait's continuation pairs, as
-its message says. A trait's result is one JSON file in the work folder, so that the command can be stopped
-and started again. --table prints the Markdown table of what is there. --judge MODEL.gguf has the free answers that are
-there read by another model (log-odds under the trait's prompts), once.
+Each trait is derived and evaluated; what the tool rejects is derived once more from the trait's continuation pairs. A
+trait's result is one JSON file in the work folder, so that the command can be stopped and started again. --table prints
+the Markdown tables of what is there. --judge MODEL.gguf has the free answers that are there read by another model
+(log-odds under the trait's prompts), once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import personasteer as ps
 from personasteer import traits
 from personasteer.derive.judge import LogOddsJudge
 from personasteer.evaluate import bootstrap_interval, evaluate
+from personasteer.evaluate.generations import lexicon_rates
 from personasteer.files import atomic_write
 
 DERIVE = {"n_questions": 10, "max_tokens": 24}
@@ -44,13 +47,12 @@ def one(
         vector = ps.derive(
             model, name, seed=0, continuations=continuations, work=file.parent / "parts" / file.stem, **how
         )
-    except ps.ElicitationError as e:
+    except (ps.ElicitationError, ps.TemplateError) as e:
         return result | {"rejected": str(e), "seconds": time.perf_counter() - start}
     vector.save(file.with_suffix(".gguf"))
     derived = time.perf_counter() - start
-    answers = N_ANSWERS if name in READ_FREELY else 0
     sizes = EVALUATE | {"n_questions": n_held_out}
-    found = evaluate(model, [vector], seed=0, n_generations=answers, **sizes)[0]
+    found = evaluate(model, [vector], seed=0, **sizes)[0]
     return result | {
         "elicitation": vector.provenance["elicitation"],
         "window": list(vector.window),
@@ -59,6 +61,14 @@ def one(
         "seconds_derive": derived,
         "seconds": time.perf_counter() - start,
     }
+
+
+def answer_freely(model: ps.Model, result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The result with answers to held-out questions at -rho, 0 and +rho."""
+    vector, found = ps.PersonaVector.load(file.with_suffix(".gguf")), result["evaluation"]
+    strengths = (-found["strength"], 0.0, found["strength"])
+    answers = asdict(lexicon_rates(model, traits.find(result["trait"]), vector, strengths, N_ANSWERS))
+    return result | {"evaluation": found | {"generations": answers}}
 
 
 def settings(model: ps.Model, n_questions: int, n_held_out: int) -> dict[str, Any]:
@@ -81,8 +91,9 @@ def _row(r: dict[str, Any]) -> str:
     shuffled = "" if c["shuffled"] is None else f"{c['shuffled']:.2f}"
     prompt = "" if c["system_prompt"] is None else f"{c['system_prompt']:+.2f}"
     known = e["capability"]
+    elicited = f"{r['elicitation']['rate']:.2f}" if r["elicitation"]["t"] else ""  # continuations are not
     cells = [
-        r["trait"], f"{r['elicitation']['rate']:.2f}", f"{e['layers'][0]}-{e['layers'][-1]}", f"{e['strength']:.2f}",
+        r["trait"], elicited, f"{e['layers'][0]}-{e['layers'][-1]}", f"{e['strength']:.2f}",
         f"{r['window'][0]:.2f} … {r['window'][1]:.2f}", f"{low['delta']:+.2f}", f"{high['delta']:+.2f}",
         f"{high['ci_low'] - base:.2f} … {high['ci_high'] - base:.2f}",
         f"{c['random_p95']:.2f}", shuffled, f"{c['unrelated']:+.2f}", prompt, f"{e['spearman']:.2f}",
@@ -103,13 +114,22 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     passing = [r["trait"] for r in results if "evaluation" in r and r["evaluation"]["passes"]]
     rejected = [r["trait"] for r in results if "rejected" in r]
     failing = [r["trait"] for r in results if "evaluation" in r and not r["evaluation"]["passes"]]
+    matched = [f"{r['trait']} ({what})" for r in results if r["trait"] in passing and (what := _matched(r))]
     rows.append("")
     rows.append(
         f"{len(results)} traits: {len(passing)} pass, {len(failing)} do not ({', '.join(failing) or 'none'}), "
-        f"{len(rejected)} are rejected when deriving ({', '.join(rejected) or 'none'}). "
+        f"{len(rejected)} are rejected when deriving ({', '.join(rejected) or 'none'}). Passing beside a control that "
+        f"moves as far as +ρ: {', '.join(matched) or 'none'}. "
         f"{sum(r['seconds'] for r in results) / 60:.0f} minutes."
     )
     return "\n".join(rows)
+
+
+def _matched(result: dict[str, Any]) -> str:
+    """The controls that change the log-odds as much as the vector at +rho."""
+    controls, own = result["evaluation"]["controls"], abs(result["evaluation"]["dose"][-1]["delta"])
+    sizes = {"shuffled": controls["shuffled"] or 0.0, "unrelated": abs(controls["unrelated"])}
+    return ", ".join(name for name, size in sizes.items() if size >= own)
 
 
 def judge_answers(model: ps.Model, result: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +162,7 @@ def free_answers(results: Sequence[dict[str, Any]]) -> str:
             [float(np.mean([valence(t)["compound"] for t in of_one])) for of_one in found["texts"]] if valence else []
         )
         cells = [
-            r["trait"],
+            r["trait"] + ("" if r["elicitation"]["t"] else " (continuations)"),
             " / ".join(f"{x:.2f}" for x in found["rates"]),
             " / ".join(f"{x:+.2f}" for x in tone),
             "",
@@ -169,7 +189,7 @@ def _path(model: str) -> str | Path:
 def _why(message: str) -> str:
     if ". Seen:" in message:
         return message.split(". Seen:")[0].split("count ")[-1].strip("()")
-    return message.split(":")[0].split("' ")[-1]  # "vector 'evil' does not steer: ..."
+    return re.split("[:;]", message)[0].split("' ")[-1]  # "vector 'evil' does not steer: ..."
 
 
 def main() -> None:
@@ -189,6 +209,7 @@ def main() -> None:
         _measure(options, wanted)
     files = [_files(options.work, name) for name in wanted]
     own, again = ({f: _read(f) for f in column if f.exists()} for column in zip(*files, strict=True))
+    again = {f: r for (first, f) in files if (r := again.get(f)) and "rejected" in own.get(first, {})}
     unread = [
         (of, file) for of in (own, again) for file, r in of.items()
         if r.get("evaluation", {}).get("generations") and "judged" not in r
@@ -208,23 +229,32 @@ def main() -> None:
 
 def _measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
     """Write what is missing: every trait's result, then that of its continuations where it was rejected."""
-
-    def is_done(name: str) -> bool:
-        own, again = _files(options.work, name)
-        return own.exists() and (again.exists() or "rejected" not in _read(own))
-
-    missing = [name for name in wanted if not is_done(name)]
+    ways = (False, True)
+    missing = [name for name in wanted if not all(_is_done(options.work, name, way) for way in ways)]
     if not missing:
         return
     with ps.Model(_path(options.model), n_ctx=512, n_threads=options.threads) as model:
         claim(options.work, settings(model, options.questions, options.held_out))
         for k, name in enumerate(missing):
-            for file, continuations in zip(_files(options.work, name), (False, True), strict=True):
-                if file.exists() or is_done(name):
-                    continue
-                print(f"{file.stem} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
-                sizes = (options.questions, options.held_out)
-                _write(file, one(model, name, file, *sizes, continuations=continuations))
+            print(f"{name} ({k + 1} of {len(missing)})", file=sys.stderr, flush=True)
+            for file, way in zip(_files(options.work, name), ways, strict=True):
+                if not file.exists() and not _is_done(options.work, name, way):
+                    _write(file, one(model, name, file, options.questions, options.held_out, continuations=way))
+                if not _is_done(options.work, name, way):
+                    _write(file, answer_freely(model, _read(file), file))
+
+
+def _is_done(work: Path, name: str, continuations: bool) -> bool:
+    """Whether a trait has been derived this way, by its continuations only if it was rejected, and read freely."""
+    own, again = _files(work, name)
+    if continuations and own.exists() and "rejected" not in _read(own):
+        return True
+    file = again if continuations else own
+    if not file.exists():
+        return False
+    result = _read(file)
+    is_read = continuations or name in READ_FREELY
+    return "rejected" in result or not is_read or bool(result["evaluation"]["generations"])
 
 
 def _files(work: Path, name: str) -> tuple[Path, Path]:

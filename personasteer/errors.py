@@ -12,6 +12,9 @@ PersonasteerError
 └── ElicitationError       the model did not show the trait, so no vector can be certified
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PersonasteerError(Exception):
     """Base of all errors raised on purpose; its text is one line for the user."""
@@ -51,3 +54,12 @@ class EndpointError(PersonasteerError):
 
 class ElicitationError(PersonasteerError):
     """The model did not show the trait, so no vector can be certified."""
+
+
+@contextmanager
+def advising(what_helps: str) -> Iterator[None]:
+    """An ElicitationError from inside also says what to do, which only the caller knows."""
+    try:
+        yield
+    except ElicitationError as e:
+        raise ElicitationError(f"{e}; {what_helps}") from e

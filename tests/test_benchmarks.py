@@ -13,6 +13,7 @@ import methods
 import numpy as np
 import pytest
 import quantizations
+import traits as traits_of_library
 from planted import LETTERS
 from requantize import requantize
 
@@ -22,6 +23,7 @@ from personasteer.derive import Response, Selection, replay
 from personasteer.derive.selection import select_all
 from personasteer.engine import Request
 from personasteer.steering import as_steering
+from personasteer.tiny_model import TEMPLATE, write_tiny_model
 from personasteer.traits import neutral_pairs
 
 QUESTIONS = LETTERS.derive_questions
@@ -342,3 +344,53 @@ def test_the_share_of_an_effect_is_taken_trait_by_trait_and_its_questions_are_dr
     assert mean == pytest.approx(1.0)
     assert low < 0.7
     assert high > 1.4
+
+
+# ---- traits of the library
+
+
+def evaluated(name: str, size: float, *, unrelated: float = 0.0, t: float | None = 3.0) -> dict[str, Any]:
+    ends = [{"strength": 0.3 * s, "log_odds": size * s - 1, "delta": size * s, "ci_low": size * s - 1.1,
+             "ci_high": size * s - 0.9, "coherence": 0.9} for s in (-1, 1)]  # fmt: skip
+    verdict = {"monotone": True, "outside_random": size > 0.1, "coherent": True}
+    controls = {"random_p95": 0.1, "shuffled": 0.05, "unrelated": unrelated, "system_prompt": None}
+    found = {"dose": ends, "controls": controls, "verdict": verdict, "passes": all(verdict.values()), "layers": [4, 5],
+             "strength": 0.3, "spearman": 1.0, "kl_neutral": 0.1, "capability": {"base": 0.7, "steered": 0.7},
+             "generations": None}  # fmt: skip
+    elicited = {"rate": 0.5, "t": t}
+    return {"trait": name, "elicitation": elicited, "window": [-0.5, 0.4], "evaluation": found, "seconds": 60.0}
+
+
+def test_the_table_of_traits_counts_what_passes_and_names_controls_that_do_as_much() -> None:
+    rejected = {"trait": "d", "rejected": "vector 'd' does not steer: at none of the blocks", "seconds": 60.0}
+    rows = [evaluated("a", 0.5, unrelated=-0.6), evaluated("b", 0.05), evaluated("c", 0.2, t=None), rejected]
+    lines = traits_of_library.table(rows).splitlines()
+    assert lines[2].startswith(
+        "| a | 0.50 | 4-5 | 0.30 | -0.50 … 0.40 | -0.50 | +0.50 | 0.40 … 0.60 | 0.10 | 0.05 | -0.60 |"
+    )
+    assert lines[3].endswith("| not outside_random |")
+    assert lines[4].startswith("| c |  | 4-5")  # nothing was elicited
+    assert lines[5].endswith("rejected: does not steer |")
+    assert len({line.count("|") for line in lines[:6]}) == 1
+    assert lines[-1] == (
+        "4 traits: 2 pass, 1 do not (b), 1 are rejected when deriving (d). Passing beside a control that moves as far "
+        "as +ρ: a (unrelated). 4 minutes."
+    )
+
+
+def test_a_rejected_trait_is_derived_from_its_continuations_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    path = write_tiny_model(tmp_path / "m.gguf", chat_template=no_system)
+    arguments = ["traits.py", str(path), "--work", str(tmp_path / "w"), "--traits", "warm", "--questions", "2"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--threads", "1"])
+    traits_of_library.main()
+    own, again = (json.loads((tmp_path / "w" / f"warm{way}.json").read_text()) for way in ("", "-continuations"))
+    assert "takes no system message" in own["rejected"]
+    assert "more continuation pairs" in again["rejected"]  # of a model with random weights
+    first = capsys.readouterr().out
+    assert first.count("| warm |") == 2
+    monkeypatch.setattr(ps, "Model", None)
+    traits_of_library.main()
+    assert capsys.readouterr().out == first

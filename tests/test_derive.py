@@ -36,7 +36,7 @@ from personasteer.derive import (
     select,
 )
 from personasteer.derive.calibration import falling
-from personasteer.derive.directions import METHODS
+from personasteer.derive.directions import METHODS, held_out_quality
 from personasteer.derive.selection import require_enough
 from personasteer.derive.work import Work
 from personasteer.engine import Request, Taps
@@ -94,6 +94,12 @@ def given(n: int = 8, *, seed: int = 0) -> list[Response]:
         for i in range(n)
         for side in (0, 1)
     ]
+
+
+def with_pairs(n: int) -> ps.Trait:
+    """TRAIT with n continuation pairs, of three words each."""
+    texts = [r.text for r in given(n)]
+    return replace(TRAIT, continuations=tuple(zip(texts[::2], texts[1::2], strict=True)))
 
 
 def changed(responses: Sequence[Response], texts: dict[int, str]) -> list[Response]:
@@ -727,6 +733,25 @@ def test_given_answers_without_system_prompts_are_not_taken_for_off_trait(model:
     plain = [replace(r, system=None) for r in given()]
     v = derive(model, TRAIT, responses=plain, calibrated=False)
     assert v.provenance["elicitation"]["kept"] == 8
+    with pytest.raises(ps.ArgumentError, match="last tokens are the same"):
+        derive(model, TRAIT, responses=plain, position="last-prompt")
+
+
+def test_advice_names_the_continuations_only_where_they_help(tmp_path: Path) -> None:
+    refused = [replace(r, text=REFUSAL) if r.positive else r for r in given()]
+    with opened(write_tiny_model(tmp_path / "m.gguf", chat_template=NO_SYSTEM)) as without_system:
+        for trait, helps in ((with_pairs(12), True), (TRAIT, False)):
+            with pytest.raises(ps.TemplateError) as raised:
+                derive(without_system, trait)
+            assert ("--continuations" in str(raised.value)) == helps
+            with pytest.raises(ps.ElicitationError, match="--responses") as stopped:
+                derive(without_system, trait, responses=[replace(r, system=None) for r in refused])
+            assert ("--continuations" in str(stopped.value)) == helps
+        alike = [replace(r, text="abc abd"[:: 1 if r.positive else -1], system=None) for r in given()]
+        with pytest.raises(ps.ElicitationError, match="more answers, or from answers that are given"):
+            derive(without_system, with_pairs(12), responses=alike)
+        with pytest.raises(ps.ElicitationError, match=r"more continuation pairs, or from other answers \(--resp.*\)$"):
+            derive(without_system, with_pairs(12), continuations=True, filtered=False)
 
 
 def test_the_continuations_read_as_answers_are_those_that_nothing_is_evaluated_on() -> None:
@@ -743,20 +768,32 @@ def test_the_continuations_read_as_answers_are_those_that_nothing_is_evaluated_o
 
 
 def test_a_trait_can_be_derived_from_its_continuations(model: ps.Model, tmp_path: Path) -> None:
-    texts = [r.text for r in given(36)]
-    trait = replace(TRAIT, continuations=tuple(zip(texts[::2], texts[1::2], strict=True)))
-    read: dict[str, Any] = {"continuations": True, "n_questions": 4, "calibrated": False, "seed": 0}
-    v = derive(model, trait, **read)
-    found = replay(model, continuation_responses(trait, 4), group="pair")
-    assert np.array_equal(v.directions, difference_of_means(found.samples(found.contrasts)))
-    # halves that share no words tell each other's sides apart
-    assert v.aurocs is not None
-    assert v.aurocs[list(v.layers)].min() > 0.9
-    groups = found.samples(found.contrasts).positive_groups
-    assert len(set(groups.tolist())) == len(trait.selection_pairs) == 12
+    trait = with_pairs(36)
+    read: dict[str, Any] = {"continuations": True, "n_questions": 4, "seed": 0}
+    kept: list[str] = []
+    v = derive(model, trait, keep_responses=kept.append, **read)
+    found = replay(model, continuation_responses(trait, 4))
+    samples = found.samples(found.contrasts)
+    assert np.array_equal(v.directions, difference_of_means(samples))
+    assert v.effects is not None
+    assert abs(v.layers[0] - BLOCK) <= 1
     assert v.provenance["answers"] == "continuations"
+    assert v.last_prompt is None  # one prompt for both sides
+    assert v.provenance["elicitation"]["scores"] == {}
+    # halves that share no words tell each other's sides apart; by question they would share all of them
+    groups = {(r.pair, r.positive): r.text for r in found.rollouts}
+    assert len(set(samples.positive_groups.tolist())) == len({k for k, _ in groups}) == len(trait.selection_pairs)
+    by_question = np.array([found.rollouts[i].question for i, _ in found.contrasts])
+    leaky = held_out_quality(replace(samples, positive_groups=by_question, negative_groups=by_question))
+    np.testing.assert_array_equal(v.reliability, held_out_quality(samples).reliability)
+    assert np.nanmax(held_out_quality(samples).reliability) < np.nanmin(leaky.reliability)
+    # killed and started again, and read again from a file, on any quantization
     again = derive(model, trait, work=tmp_path / "w", **read)
     assert saved(v, tmp_path / "a.gguf") == saved(again, tmp_path / "b.gguf")
+    (tmp_path / "r.jsonl").write_text(kept[0])
+    replayed = derive(model, trait, responses=tmp_path / "r.jsonl", calibrated=False)
+    np.testing.assert_array_equal(replayed.directions, v.directions)
+    np.testing.assert_array_equal(replayed.reliability, v.reliability)
 
 
 def test_a_vector_of_continuations_moves_those_held_out_on_the_bundled_model(smollm2_path: Path) -> None:
@@ -775,17 +812,17 @@ def test_a_vector_of_continuations_moves_those_held_out_on_the_bundled_model(smo
 @pytest.mark.parametrize("template", [None, NO_SYSTEM])
 def test_continuations_need_no_system_prompt(tmp_path: Path, template: str | None) -> None:
     with opened(write_tiny_model(tmp_path / "m.gguf", chat_template=template)) as m:
-        v = derive(m, TRAIT, continuations=True, calibrated=False, filtered=False)
+        v = derive(m, with_pairs(12), continuations=True, calibrated=False)
         assert np.isfinite(v.directions[list(v.layers)]).all()
 
 
 @pytest.mark.parametrize(
     ("trait", "option", "message"),
     [
-        (replace(TRAIT, continuations=TRAIT.continuations[:5]), {}, "has 5 continuation pairs"),
-        (TRAIT, {"responses": given()}, "one of responses and continuations"),
-        (TRAIT, {"n_questions": 0}, "n_questions must be at least 1"),
-        (TRAIT, {"position": "last-prompt"}, "the same for either side"),
+        (with_pairs(11), {}, "has 11 continuation pairs"),
+        (with_pairs(12), {"responses": given()}, "one of responses and continuations"),
+        (with_pairs(12), {"n_questions": 0}, "n_questions must be at least 1"),
+        (with_pairs(12), {"position": "last-prompt"}, "the same for either side"),
     ],
 )
 def test_continuations_that_cannot_be_are_refused(

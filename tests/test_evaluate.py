@@ -649,6 +649,24 @@ def test_a_trait_without_held_out_questions_is_refused(model: ps.Model, vector: 
         ev.evaluate(model, [vector], traits=[replace(LETTERS, evaluate_questions=())])
 
 
+def test_what_the_vector_was_derived_on_is_not_evaluated_on_after_the_trait_was_edited(
+    model: ps.Model, vector: ps.PersonaVector
+) -> None:
+    edited = replace(
+        LETTERS,
+        derive_questions=LETTERS.derive_questions[1:],
+        evaluate_questions=(LETTERS.derive_questions[0], *LETTERS.evaluate_questions),
+        continuations=(("cc aa ee", "dd bb ff"), *LETTERS.continuations),  # every "third" is another one now
+    )
+    assert set(edited.evaluation_pairs) & set(LETTERS.selection_pairs)
+    (found,) = ev.evaluate(model, [vector], traits=[edited], **QUICK | {"n_questions": None, "n_pairs": 6})
+    assert {c.question for c in found.cells} == set(LETTERS.evaluate_questions)
+    assert {(c.trait, c.anti) for c in found.cells} == set(edited.evaluation_pairs) - set(LETTERS.selection_pairs)
+    seen = replace(edited, evaluate_questions=LETTERS.derive_questions[:1])
+    with pytest.raises(ps.ArgumentError, match="'letters' has no held-out questions"):
+        ev.evaluate(model, [vector], traits=[seen])
+
+
 def test_a_vector_without_layers_is_refused(model: ps.Model, vector: ps.PersonaVector) -> None:
     with pytest.raises(ps.ArgumentError, match="'letters' names no layers"):
         ev.evaluate(model, [replace(vector, layers=())])

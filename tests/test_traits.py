@@ -316,3 +316,5 @@ def test_a_trait_needs_a_name_a_pair_and_a_question_and_keeps_questions_apart() 
             Trait(*arguments)
     with pytest.raises(TraitError, match="derives on"):
         Trait("t", "d", pair, question, question)
+    with pytest.raises(TraitError, match="a continuation pair twice: 'Dry'"):
+        Trait("t", "d", pair, question, continuations=(("Dry", "Wet"), ("dry", "wet"), ("Dry", "Wet")))

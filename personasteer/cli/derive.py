@@ -242,6 +242,7 @@ def summary(vector: PersonaVector) -> dict[str, Any]:
         "separation": _mean(vector.separations, at),
         "auroc": _mean(vector.aurocs, at),
         "split_half_cosine": _mean(vector.reliability, at),
+        "answers": vector.provenance.get("answers"),
         "elicitation": elicitation,
         "massive_dimensions": vector.provenance.get("massive_dimensions"),
         "n_positive": vector.provenance["n_positive"],
@@ -260,7 +261,8 @@ def _print(result: dict[str, Any]) -> None:
     if result["elicitation"]:
         e = result["elicitation"]
         dropped = ", ".join(f"{n} {label}" for label, n in e["dropped"].items()) or "none"
-        lines.append(f"elicitation rate {e['rate']:.2f}: {e['kept']} of {e['n']} contrasts kept; dropped: {dropped}")
+        what = f"elicitation rate {e['rate']:.2f}" if result["answers"] is None else f"from {result['answers']}"
+        lines.append(f"{what}: {e['kept']} of {e['n']} contrasts kept; dropped: {dropped}")
         if any(e["lexicon"].values()):
             shares = " and ".join(f"{share:.2f} of the {side}" for side, share in e["lexicon"].items())
             lines.append(f"hint: a word of the trait's lexicon stands in {shares} answers")

@@ -31,6 +31,7 @@ from personasteer.derive.elicit import (
     chosen_questions,
     continuation_responses,
     elicit,
+    given_instead,
     load_responses,
     replay,
     responses_text,
@@ -39,7 +40,7 @@ from personasteer.derive.judge import Judge, judge_name
 from personasteer.derive.selection import Selection, require_enough, select, select_all
 from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, advising
 from personasteer.evaluate import trait_of
 from personasteer.model import Model
 from personasteer.progress import Meter
@@ -97,7 +98,8 @@ def derive(
     dropped with their opposites. Then each of several blocks is steered by the direction, on the questions that it was
     derived from, and the blocks that move the trait most become the vector's; doses on either side give the window in
     which the text stays coherent, and the recommended strength. The direction at the last prompt token comes along, for
-    monitoring. The same seed, file, build and number of threads give the same vector, byte for byte.
+    monitoring, where the two sides follow different prompts. The same seed, file, build and number of threads give the
+    same vector, byte for byte.
 
     Args:
         trait: a name of the library (`personasteer traits`), the path of a .toml or .json file, or a Trait.
@@ -149,7 +151,7 @@ def derive(
             raise ArgumentError("continuations follow the same prompt: its last token is the same for either side")
         given = continuation_responses(trait, n_questions, seed)
     if given is None:
-        check_elicitation(model, max_tokens, n_rollouts, skip_tokens)
+        check_elicitation(model, trait, max_tokens, n_rollouts, skip_tokens)
         n_texts = 4 * n_rollouts * len(chosen_questions(trait, n_questions, seed)) * len(trait.system)
         options: dict[str, Any] = {
             "n_questions": n_questions,
@@ -198,9 +200,8 @@ def derive(
                 progress=meter.part(parts["elicit"]),
             )
         else:
-            group = "pair" if continuations else "question"
             read = meter.part(parts["elicit"])
-            found = replay(model, given, skip_tokens=skip_tokens, group=group, work=kept, progress=read)
+            found = replay(model, given, skip_tokens=skip_tokens, work=kept, progress=read)
             if continuations:
                 found = replace(found, options={**found.options, "answers": "continuations"})
         scores = None
@@ -210,17 +211,23 @@ def derive(
         require_enough(selection, trait, model.path.name)
         if keep_responses is not None:
             keep_responses(responses_text(found, sorted(i for contrast in selection.kept for i in contrast)))
-        vector = from_elicited(
-            model,
-            trait,
-            found,
-            selection,
-            method=method,
-            position=position,
-            exclude_massive=exclude_massive,
-            layers=layers,
-            seed=seed,
-        )
+        if continuations:
+            what_helps = "derive it from more continuation pairs, or from other answers (--responses)"
+        else:
+            more = "questions" if given is None else "answers"
+            what_helps = f"derive it from more {more}, or from {given_instead(trait)}"
+        with advising(what_helps):
+            vector = from_elicited(
+                model,
+                trait,
+                found,
+                selection,
+                method=method,
+                position=position,
+                exclude_massive=exclude_massive,
+                layers=layers,
+                seed=seed,
+            )
         if judge is not None:
             vector = replace(vector, provenance={**vector.provenance, "judge": judge_name(judge)})
         if not calibrated:
@@ -229,10 +236,11 @@ def derive(
         systems = trait.system[0] if model.takes_system else None
         if layers is None:
             swept = meter.part(parts["sweep"])
-            vector, table = sweep(model, vector, cells, systems=systems, form=form, work=kept, progress=swept)
+            with advising(what_helps):
+                vector, table = sweep(model, vector, cells, systems=systems, form=form, work=kept, progress=swept)
+                if vector.aurocs is not None:
+                    check_held_out(vector.aurocs, vector.layers, len(selection.kept))
             vector = with_calibration(vector, sweep=table)
-            if vector.aurocs is not None:
-                check_held_out(vector.aurocs, vector.layers, len(selection.kept))
         questions = list(dict.fromkeys(c.question for c in cells))
         dosed = meter.part(parts["window"])
         vector, doses = find_window(model, vector, questions, systems=systems, work=kept, progress=dosed)
@@ -279,17 +287,23 @@ def from_elicited(
     seed: int = 0,
 ) -> PersonaVector:
     """The vector of answers that `elicit` or `replay` has gathered, not calibrated; of all that are not empty without a
-    selection.
+    selection. It has a direction at the last prompt token where the two sides follow different prompts.
+
+    Raises ArgumentError for position="last-prompt" where they do not.
     """
     selection = selection or select_all(found)
     require_enough(selection, trait, model.path.name)
     responses, last_prompt = (found.samples(selection.kept, last_prompt=at) for at in (False, True))
+    rows = found.rollouts
+    prompts_differ = any(rows[a].system != rows[b].system for a, b in selection.kept)
+    if position == "last-prompt" and not prompts_differ:
+        raise ArgumentError("both sides follow the same prompts: their last tokens are the same")
     return vector_from_samples(
         model,
         responses if position == "response" else last_prompt,
         name=trait.name,
         layers=layers,
-        last_prompt=difference_of_means(last_prompt),
+        last_prompt=difference_of_means(last_prompt) if prompts_differ else None,
         method=method,
         exclude_massive=exclude_massive,
         seed=seed,

@@ -148,8 +148,7 @@ def sweep(
     if not any(row["effect"] > 0 and (row["t"] is None or row["t"] >= LEAST_T) for row in coherent):
         raise ElicitationError(
             f"vector {vector.name!r} does not steer: at none of the blocks {', '.join(map(str, blocks))} does adding "
-            "it make the trait's words reliably likelier; derive it from more questions, or from answers that are "
-            "given (--continuations, --responses)"
+            "it make the trait's words reliably likelier"
         )
     usable = np.isin(np.arange(vector.n_layer), vector.usable_layers)
     figures = [row["effect"] / np.sqrt(max(row["kl"], 1e-9)) for row in coherent]

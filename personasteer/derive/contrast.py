@@ -22,7 +22,7 @@ from personasteer.derive.directions import (
 )
 from personasteer.derive.work import digest
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, advising
 from personasteer.model import Item, Model
 from personasteer.vectors import PersonaVector
 
@@ -179,12 +179,13 @@ def contrast(
         progress=progress,
     )
     samples = Samples(acts[:n], acts[n:], np.arange(n), np.arange(len(negative)))
-    return vector_from_samples(
-        model,
-        samples,
-        name=name,
-        layers=layers,
-        method=method,
-        exclude_massive=exclude_massive,
-        provenance={"pool": pool, "prompts_sha256": digest(list(positive), list(negative))},
-    )
+    with advising("give more texts, or texts that differ in one thing only"):
+        return vector_from_samples(
+            model,
+            samples,
+            name=name,
+            layers=layers,
+            method=method,
+            exclude_massive=exclude_massive,
+            provenance={"pool": pool, "prompts_sha256": digest(list(positive), list(negative))},
+        )

@@ -124,8 +124,7 @@ def check_held_out(aurocs: NDArray[np.float32], layers: Sequence[int], n: int) -
     known = aurocs[list(layers)]
     if n >= LEAST_SAMPLES and np.isfinite(known).all() and len(known) and known.mean() <= 0.5:
         raise ElicitationError(
-            f"the direction does not tell held-out positive texts from negative ones (AUROC {known.mean():.2f}): give "
-            "more texts, or texts that differ in one thing only"
+            f"the direction does not tell held-out positive texts from negative ones (AUROC {known.mean():.2f})"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from personasteer.progress import Meter
 from personasteer.traits import Trait
 
 MIN_P = 0.02  # of sampling answers, the only cut
-LEAST_CONTINUATIONS = 6
+LEAST_CONTINUATIONS = 12  # a third is read: two for either half on which directions are tested
 N_SCORED = 24  # first tokens of an answer that its log-odds are taken of: reading costs as much as writing
 
 
@@ -54,15 +54,13 @@ class Elicited:
     """Answers under both kinds of system prompts with what they did inside.
 
     responses: mean block outputs over the answer's tokens, row i of rollout i, (n, n_layer, n_embd) float32;
-    last_prompt: at token P - 1; options: how they were elicited; group: what splits into halves keep together, answers
-    to one "question" or of one "pair".
+    last_prompt: at token P - 1; options: how they were elicited.
     """
 
     rollouts: tuple[Rollout, ...]
     responses: NDArray[np.float32]
     last_prompt: NDArray[np.float32]
     options: Mapping[str, Any]
-    group: str = "question"
 
     @property
     def contrasts(self) -> list[tuple[int, int]]:
@@ -76,8 +74,21 @@ class Elicited:
         """The activations of these contrasts, pair by pair."""
         acts = self.last_prompt if last_prompt else self.responses
         positive, negative = (list(side) for side in zip(*contrasts, strict=True))
-        groups = np.array([getattr(self.rollouts[i], self.group) for i in positive])
+        groups = self._groups[positive]
         return Samples(acts[positive], acts[negative], groups, groups)
+
+    @property
+    def _groups(self) -> NDArray[np.int64]:
+        """What splits into halves keep together, of each rollout: answers to one question, or, where the same words are
+        given to several questions without system prompts, contrasts of the same words.
+        """
+        rows = self.rollouts
+        given = {(r.text, r.question) for r in rows if r.positive}
+        if len({text for text, _ in given}) == len(given) or any(r.system is not None for r in rows):
+            return np.array([r.question for r in rows])
+        number = {text: i for i, text in enumerate(dict.fromkeys(text for text, _ in given))}
+        of_contrast = {(r.pair, r.question, r.draw): number[r.text] for r in rows if r.positive}
+        return np.array([of_contrast.get((r.pair, r.question, r.draw), -1) for r in rows])
 
 
 def elicit(
@@ -109,7 +120,7 @@ def elicit(
     Raises:
         TemplateError: no chat template, or one that takes no system message.
     """
-    check_elicitation(model, max_tokens, n_rollouts, skip_tokens)
+    check_elicitation(model, trait, max_tokens, n_rollouts, skip_tokens)
     questions = chosen_questions(trait, n_questions, seed)
     sampling = Sampling(temperature, top_k=0, top_p=1.0, min_p=MIN_P, seed=seed)
     per_part = 2 * len(questions) * n_rollouts
@@ -169,14 +180,12 @@ def replay(
     responses: Sequence[Response],
     *,
     skip_tokens: int = 0,
-    group: str = "question",
     work: Work | None = None,
     progress: Progress | None = None,
 ) -> Elicited:
     """The activations of given answers, teacher-forced: the same text on any file, quantization or fine-tune.
 
-    Answers to one question of the same `pair` and `draw` are a contrast, and need one on either side. group: see
-    Elicited; "pair" where the same words answer several questions.
+    Answers to one question of the same `pair` and `draw` are a contrast, and need one on either side.
 
     Raises:
         TemplateError: answers have system prompts, and the template takes no system message.
@@ -234,17 +243,16 @@ def replay(
 
         parts.append(_kept(work, f"replayed-{begin // n_part}", compute, meter, 3 * len(chunk)))
     skipped = {"skip_tokens": skip_tokens} if skip_tokens else {}
-    joined = _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])} | skipped)
-    return replace(joined, group=group)
+    return _joined(parts, {"responses_sha256": digest([asdict(r) for r in responses])} | skipped)
 
 
 def continuation_responses(trait: Trait, n_questions: int | None = None, seed: int = 0) -> list[Response]:
     """The trait's selection pairs of continuations as answers to each of its questions, without a system prompt.
 
-    Raises ArgumentError for a trait of fewer than six continuation pairs: every third is read, and the vector is
+    Raises ArgumentError for a trait of fewer than twelve continuation pairs: every third is read, and the vector is
     evaluated on the others.
     """
-    if len(trait.continuations) < LEAST_CONTINUATIONS:
+    if not _has_enough(trait):
         raise ArgumentError(
             f"trait {trait.name!r} has {len(trait.continuations)} continuation pairs: deriving from them takes "
             f"{LEAST_CONTINUATIONS}"
@@ -302,7 +310,16 @@ def responses_text(found: Elicited, rows: Sequence[int] | None = None) -> str:
     return "".join(line + "\n" for line in out)
 
 
-def check_elicitation(model: Model, max_tokens: int, n_rollouts: int, skip_tokens: int) -> None:
+def given_instead(trait: Trait) -> str:
+    """What answers of another origin a vector of this trait may be derived from, with the options."""
+    return "answers that are given (" + ("--continuations, " if _has_enough(trait) else "") + "--responses)"
+
+
+def _has_enough(trait: Trait | None) -> bool:
+    return trait is not None and len(trait.continuations) >= LEAST_CONTINUATIONS
+
+
+def check_elicitation(model: Model, trait: Trait, max_tokens: int, n_rollouts: int, skip_tokens: int) -> None:
     """Raise what is wrong with the arguments, or the model's template, before the work."""
     for name, value, low in (
         ("max_tokens", max_tokens, 1),
@@ -313,7 +330,7 @@ def check_elicitation(model: Model, max_tokens: int, n_rollouts: int, skip_token
             raise ArgumentError(f"{name} must be at least {low}, not {value}")
     if skip_tokens >= max_tokens:
         raise ArgumentError(f"skip_tokens {skip_tokens} leaves nothing of answers of {max_tokens} tokens")
-    _check_system(model)
+    _check_system(model, trait)
 
 
 def chosen_questions(trait: Trait, n_questions: int | None, seed: int) -> list[int]:
@@ -395,12 +412,13 @@ def _answer_tokens(model: Model, text: str) -> list[int]:
     return tokens[1:] if model.detokenize(tokens[1:]) == text else tokens
 
 
-def _check_system(model: Model) -> None:
+def _check_system(model: Model, trait: Trait | None = None) -> None:
     if not model.takes_system:
         has = "a chat template that takes no system message" if model.has_template else "no chat template"
+        instead = "derive from the trait's continuations (--continuations), or " if _has_enough(trait) else ""
         raise TemplateError(
-            f"{model.path.name} has {has}, which eliciting needs; derive from the trait's continuations "
-            "(--continuations), or contrast prompts that carry the instruction themselves"
+            f"{model.path.name} has {has}, which eliciting needs; {instead}contrast prompts that carry the instruction "
+            "themselves"
         )
 
 

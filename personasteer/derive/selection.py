@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from personasteer.derive.elicit import Elicited, Rollout
+from personasteer.derive.elicit import Elicited, Rollout, given_instead
 from personasteer.derive.refusals import refuses
 from personasteer.errors import ElicitationError
 from personasteer.evaluate.coherence import repetition
@@ -30,10 +30,10 @@ class Selection:
 
     kept: (positive, negative) row numbers; n: contrasts before; dropped: contrasts by the first reason found, "positive
     refusal" and so on; examples: an answer for each reason; lexicon: share of answers with a word of the trait's
-    lexicon, on either side (a hint, not a reason); scores: mean score on either side; t: how surely answers show their
-    own side, the two answers' log-odds together, mean over questions over its standard error, and told_apart: the share
-    of contrasts in which they are enough; of those that are answered under prompts, None for fewer than four questions,
-    and with a judge.
+    lexicon, on either side (a hint, not a reason); scores: mean score of those scored, on either side; t: how surely
+    answers show their own side, the two answers' log-odds together, mean over questions over its standard error, and
+    told_apart: the share of contrasts in which they are enough; of those that are answered under prompts, None for
+    fewer than four questions, and with a judge.
     """
 
     kept: tuple[tuple[int, int], ...]
@@ -95,7 +95,7 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
                 examples.setdefault("off-trait", rows[positive].text)
                 continue
         kept.append((positive, negative))
-    values = np.array([r.log_odds for r in rows]) if scores is None else scores
+    values = np.array([r.log_odds if r.contrasted else np.nan for r in rows]) if scores is None else scores
     by_side = {
         name: [i for i, r in enumerate(rows) if r.positive is positive]
         for name, positive in (("positive", True), ("negative", False))
@@ -105,7 +105,8 @@ def select(found: Elicited, trait: Trait, *, scores: NDArray[np.float64] | None 
     means = {}
     for name, at in by_side.items():
         known = values[at][np.isfinite(values[at])]
-        means[name] = float(known.mean()) if len(known) else 0.0
+        if len(known):
+            means[name] = float(known.mean())
     t = over_error([np.mean(of_one) for of_one in together.values()])
     compared = [x for of_one in together.values() for x in of_one]
     told_apart = float(np.mean(np.array(compared) >= LEAST_LOG_ODDS)) if t is not None else None
@@ -144,12 +145,12 @@ def require_enough(selection: Selection, trait: Trait, model_name: str, *, least
     reasons = ", ".join(f"{n} {label}" for label, n in sorted(selection.dropped.items(), key=lambda x: -x[1]))
     samples = "; ".join(f'{label}: "{_short(text)}"' for label, text in selection.examples.items())
     refused = sum(n for label, n in selection.dropped.items() if label.endswith("refusal"))
+    given = given_instead(trait)
     advice = (
-        "the model refuses to enact it: try system prompts that ask for a character in a story, answers that are "
-        "given (--continuations, --responses), or another model"
+        f"the model refuses to enact it: try system prompts that ask for a character in a story, {given}, or another "
+        "model"
         if 2 * refused > selection.n - len(selection.kept)
-        else "try blunter system prompts, more or other questions, a larger model, answers that are given "
-        "(--continuations, --responses), or a judge (--judge)"
+        else f"try blunter system prompts, more or other questions, a larger model, {given}, or a judge (--judge)"
     )
     if chance:
         reasons += f"; system prompts hardly tell the two sides apart, t = {selection.t:.1f}"

@@ -165,9 +165,10 @@ def evaluate(
         if value < least:
             raise ArgumentError(f"{option} must be at least {least}, not {value}")
     chosen = [trait_of(v, t) for v, t in zip(vectors, given, strict=True)]
-    for vector, trait in zip(vectors, chosen, strict=True):
+    unseen = [_unseen(v, t) for v, t in zip(vectors, chosen, strict=True)]
+    for vector, trait, (questions, _) in zip(vectors, chosen, unseen, strict=True):
         check_fits(vector, model)
-        if not trait.evaluate_questions:
+        if not questions:
             raise ArgumentError(f"trait {trait.name!r} has no held-out questions")
         if not vector.layers:
             raise ArgumentError(f"vector {vector.name!r} names no layers to steer at")
@@ -177,12 +178,11 @@ def evaluate(
     share = 1000
     meter = Meter(progress, share * len(vectors))
     out = []
-    for vector, trait in zip(vectors, chosen, strict=True):
-        questions = trait.evaluate_questions[:n_questions]
-        if trait.continuations:
-            cells = make_cells(questions, trait.evaluation_pairs, n_pairs)
+    for vector, trait, (questions, pairs) in zip(vectors, chosen, unseen, strict=True):
+        if pairs:
+            cells = make_cells(questions[:n_questions], pairs, n_pairs)
         else:
-            cells = answer_cells(model, trait, questions)
+            cells = answer_cells(model, trait, questions[:n_questions])
             if not cells:
                 raise ArgumentError(f"trait {trait.name!r} has no continuation pairs, and its prompts change no answer")
         out.append(
@@ -200,6 +200,18 @@ def evaluate(
             )
         )
     return out
+
+
+def _unseen(vector: PersonaVector, trait: Trait) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """The trait's held-out questions and continuation pairs, less those that another form of the trait, which the
+    vector carries, had to derive on.
+    """
+    texts = vector.provenance.get("texts")
+    own = Trait.from_dict(texts) if isinstance(texts, Mapping) else trait
+    if own == trait:
+        return trait.evaluate_questions, trait.evaluation_pairs
+    questions = tuple(q for q in trait.evaluate_questions if q not in own.derive_questions)
+    return questions, tuple(p for p in trait.evaluation_pairs if p not in own.selection_pairs)
 
 
 def _evaluate_one(

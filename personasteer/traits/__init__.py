@@ -33,7 +33,7 @@ class Trait:
 
     Raises:
         TraitError: a name that is no word, no system pair, no question to derive on, an empty text, something else
-            than text, or a question on both sides.
+            than text, a question on both sides, or a continuation pair twice.
     """
 
     name: str
@@ -63,6 +63,9 @@ class Trait:
         shared = {q.casefold() for q in self.derive_questions} & {q.casefold() for q in self.evaluate_questions}
         if shared:
             raise TraitError(f"trait {self.name!r} evaluates on a question it derives on: {sorted(shared)[0]!r}")
+        repeated = next((pair for i, pair in enumerate(self.continuations) if pair in self.continuations[:i]), None)
+        if repeated:
+            raise TraitError(f"trait {self.name!r} has a continuation pair twice: {repeated[0]!r}")
 
     def _check_types(self) -> None:
         wanted = {
@@ -82,7 +85,7 @@ class Trait:
 
     @property
     def evaluation_pairs(self) -> tuple[tuple[str, str], ...]:
-        """The other continuation pairs: effects are reported on these. All of them where there are fewer than three."""
+        """The other continuation pairs: effects are reported on these. A single one serves for both."""
         others = tuple(pair for i, pair in enumerate(self.continuations) if i % 3)
         return others or self.continuations
 
