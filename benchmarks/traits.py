@@ -132,11 +132,10 @@ def _matched(result: dict[str, Any]) -> str:
     return ", ".join(name for name, size in sizes.items() if size >= own)
 
 
-def judge_answers(model: ps.Model, result: dict[str, Any]) -> dict[str, Any]:
+def judge_answers(judge: LogOddsJudge, result: dict[str, Any]) -> dict[str, Any]:
     """The result with scores of its free answers, 0 to 100, by strength and question."""
     found = result["evaluation"]["generations"]
     pairs = [pair for texts in found["texts"] for pair in zip(found["questions"], texts, strict=True)]
-    judge = LogOddsJudge(model)
     scores = judge.score(traits.find(result["trait"]), pairs).reshape(len(found["texts"]), -1)
     return result | {"judged": {"by": judge.name, "scores": scores.tolist()}}
 
@@ -210,15 +209,15 @@ def main() -> None:
     files = [_files(options.work, name) for name in wanted]
     own, again = ({f: _read(f) for f in column if f.exists()} for column in zip(*files, strict=True))
     again = {f: r for (first, f) in files if (r := again.get(f)) and "rejected" in own.get(first, {})}
-    unread = [
-        (of, file) for of in (own, again) for file, r in of.items()
-        if r.get("evaluation", {}).get("generations") and "judged" not in r
-    ]  # fmt: skip
-    if unread and options.judge:
+    if options.judge:
         with ps.Model(_path(options.judge), n_ctx=512, n_threads=options.threads) as model:
-            for of, file in unread:
-                of[file] = judge_answers(model, of[file])
-                _write(file, of[file])
+            judge = LogOddsJudge(model)
+            for of in (own, again):
+                for file, r in of.items():
+                    is_read = r.get("judged", {}).get("by") == judge.name
+                    if r.get("evaluation", {}).get("generations") and not is_read:
+                        of[file] = judge_answers(judge, r)
+                        _write(file, of[file])
     print(table(list(own.values())))
     if again:
         print("\nThe rejected ones, derived from their continuation pairs:\n")

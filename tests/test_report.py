@@ -131,6 +131,15 @@ def test_a_report_is_these_files_and_no_other(tmp_path: Path) -> None:
             assert path.read_bytes().startswith(PNG)
 
 
+def test_a_report_says_where_a_vector_is_made_of_the_same_trait_s_continuations(
+    tmp_path: Path, plain: dict[str, Path], no_drawing: None
+) -> None:
+    told = write(tmp_path / "told", (vector(), evaluation(from_continuations=True)))
+    for name in ("report.md", "report.html"):
+        assert "made of other continuations of the same trait." in told[name].read_text("utf-8")
+        assert "made of other" not in plain[name].read_text("utf-8")
+
+
 def test_the_json_is_the_summary(plain: dict[str, Path]) -> None:
     assert json.loads(plain["report.json"].read_text("utf-8")) == json.loads(json.dumps(evaluation().summary()))
 

@@ -67,7 +67,10 @@ class Controls:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evidence for one vector on one model."""
+    """The evidence for one vector on one model.
+
+    from_continuations: the vector is made of other continuation pairs of the trait that it is evaluated on.
+    """
 
     vector: str
     trait: str
@@ -82,6 +85,7 @@ class Evaluation:
     spearman: float
     verdict: Mapping[str, bool]
     generations: Generations | None = None
+    from_continuations: bool = False
     cells: tuple[Cell, ...] = field(default=(), repr=False)
 
     @property
@@ -319,6 +323,7 @@ def _evaluate_one(
         generations=lexicon_rates(model, trait, quiet, (-largest, 0.0, largest), n_generations, seed)
         if n_generations
         else None,
+        from_continuations=vector.provenance.get("answers") == "continuations",
         cells=cells,
     )
 
