@@ -191,7 +191,7 @@ def test_derive_inspect_export_chat_generate_and_capture_work_together(
     derived = result(cli("derive", "dry.toml", "-m", tiny_path, "-o", "dry.gguf", "-n", 4, "-t", 1, *raw, "--json"))
     assert set(derived) == {
         "vector", "trait", "layers", "strength", "window", "separation", "auroc", "split_half_cosine", "elicitation",
-        "massive_dimensions", "n_positive", "n_negative", "calibrated",
+        "massive_dimensions", "n_positive", "n_negative", "calibrated", "answers",
     }  # fmt: skip
     assert (derived["vector"], derived["trait"]) == ("dry.gguf", "dry")
     v = PersonaVector.load("dry.gguf")
