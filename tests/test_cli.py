@@ -358,6 +358,7 @@ def prepare(tiny_path: Path) -> None:
 FAILED, USAGE = 1, 2
 GENERATE = "generate -m TINY -t 1 -c 512 -n 4 -p hello"
 DERIVE = "derive dry.toml -m TINY -t 1 -n 2 --no-filter --no-calibrate"
+READ = "derive dry.toml -m TINY -t 1 -o o.gguf"
 CAPTURE = "capture -m TINY -t 1 -f t.txt"
 EXPORT = "export control-vector -m TINY -t 1 -o o.gguf"
 MISTAKES: dict[str, tuple[str, int, str]] = {
@@ -405,13 +406,16 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "the response of a plain text": (f"{CAPTURE} -o o.st --span response", USAGE, "no response"),
     "a prompt longer than the context": ("generate -m TINY -t 1 -c 8 -p hellohello", FAILED, "10|11|12"),
     "a text longer than the context": ("capture -m TINY -t 1 -c 64 -f long.txt -o o.st", FAILED, "64"),
+    "a layer out of range": (f"{DERIVE} -o o.gguf --layers 4", USAGE, "layer 4 is out of range"),
     "a layer of no number": (f"{DERIVE} -o o.gguf --layers x", USAGE, "--layers|layers must look"),
     "a trait that the model does not show": (
         "derive dry.toml -m TINY -t 1 -n 2 -o o.gguf",
         FAILED,
         "does not steer|not be elicited",
     ),
+    "given answers that are none": (f"{READ} --responses number.jsonl", USAGE, "number.jsonl, line 1"),
     "positive texts alone": (f"{DERIVE} -o o.gguf --positive t.txt", USAGE, "belong together"),
+    "chat pairs that are none": ("derive number.jsonl -m TINY -t 1 -o o.gguf", USAGE, "number.jsonl, line 1"),
     "texts that are alike": ("derive n -m TINY -t 1 -o o.gguf --positive t.txt --negative t.txt", FAILED, "equal"),
     "an output in a missing folder": (f"{DERIVE} -o missing/o.gguf", USAGE, "missing/o.gguf"),
     "a folder for an output": (f"{DERIVE} -o folder.gguf", USAGE, "folder.gguf"),
