@@ -784,6 +784,8 @@ def test_a_trait_can_be_derived_from_its_continuations(model: ps.Model, tmp_path
     assert v.aurocs is not None
     assert v.aurocs[list(v.layers)].min() > 0.9
     assert len(set(samples.positive_groups.tolist())) == len(trait.selection_pairs) == 12
+    pairs = [found.rollouts[i].pair for i, _ in found.contrasts]
+    np.testing.assert_array_equal(samples.positive_groups, pairs)  # in their order, whatever strings hash to
     by_question = np.array([found.rollouts[i].question for i, _ in found.contrasts])
     leaky = held_out_quality(replace(samples, positive_groups=by_question, negative_groups=by_question))
     np.testing.assert_array_equal(v.reliability, held_out_quality(samples).reliability)

@@ -74,21 +74,20 @@ class Elicited:
         """The activations of these contrasts, pair by pair."""
         acts = self.last_prompt if last_prompt else self.responses
         positive, negative = (list(side) for side in zip(*contrasts, strict=True))
-        groups = self._groups[positive]
+        groups = self._groups(positive)
         return Samples(acts[positive], acts[negative], groups, groups)
 
-    @property
-    def _groups(self) -> NDArray[np.int64]:
-        """What splits into halves keep together, of each rollout: answers to one question, or, where the same words are
-        given to several questions without system prompts, contrasts of the same words.
+    def _groups(self, positive: Sequence[int]) -> NDArray[np.int64]:
+        """What splits into halves keep together, of these positive answers: those to one question, or, where the same
+        words are given to several questions without system prompts, those of the same words.
         """
         rows = self.rollouts
-        given = {(r.text, r.question) for r in rows if r.positive}
-        if len({text for text, _ in given}) == len(given) or any(r.system is not None for r in rows):
-            return np.array([r.question for r in rows])
-        number = {text: i for i, text in enumerate(dict.fromkeys(text for text, _ in given))}
-        of_contrast = {(r.pair, r.question, r.draw): number[r.text] for r in rows if r.positive}
-        return np.array([of_contrast.get((r.pair, r.question, r.draw), -1) for r in rows])
+        places = {(r.text, r.question) for r in rows if r.positive}
+        texts = list(dict.fromkeys(r.text for r in rows if r.positive))  # in order: the split is the same in each run
+        if len(texts) == len(places) or any(r.system is not None for r in rows):
+            return np.array([rows[i].question for i in positive])
+        number = {text: k for k, text in enumerate(texts)}
+        return np.array([number[rows[i].text] for i in positive])
 
 
 def elicit(
