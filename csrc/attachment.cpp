@@ -46,7 +46,8 @@ void attachment::arm(std::vector<token> tokens, bool embedded, const readout_ptr
     const size_t n_layers = wanted_layers.size();
     for (const token & t : tokens) {
         if (t.edit) {
-            if (t.edit->n_embd() != llama_model_n_embd(mdl) || t.edit->layers().back() >= llama_model_n_layer(mdl)) {
+            if (t.edit->n_embd() != llama_model_n_embd(mdl) ||
+                t.edit->layers().back() >= n_sites(llama_model_n_layer(mdl))) {
                 throw vector_error("a mix does not fit the model");
             }
             wanted_layers.insert(t.edit->layers().begin(), t.edit->layers().end());

@@ -11,16 +11,36 @@
 
 namespace personasteer {
 
-// "l_out-12" -> 12; anything else, "l_out-12 (view)" included -> -1
-static int block_of(const char * name) {
-    static const char prefix[] = "l_out-";
-    if (std::strncmp(name, prefix, sizeof prefix - 1) != 0) {
+// ("l_out-12", "l_out-") -> 12; anything else, "l_out-12 (view)" included -> -1
+static int block_of(const char * name, const char * prefix) {
+    const size_t length = std::strlen(prefix);
+    if (std::strncmp(name, prefix, length) != 0) {
         return -1;
     }
     char * end = nullptr;
-    const char * digits = name + sizeof prefix - 1;
+    const char * digits = name + length;
     const long il = std::strtol(digits, &end, 10);
     return end != digits && *end == '\0' && il >= 0 && il < 1 << 16 ? int(il) : -1;
+}
+
+int graph_edit::site_of(const char * name) const {
+    if (const int il = block_of(name, "l_out-"); il >= 0 && il < n_layer) {
+        return il;
+    }
+    if (const int il = block_of(name, "ffn_inp-"); il >= 0 && il < n_layer) {
+        return n_layer + il;
+    }
+    // some architectures scale what the token table gives
+    return std::strcmp(name, "embd") == 0 || std::strcmp(name, "inp_scaled") == 0 ? 2 * n_layer : -1;
+}
+
+std::string graph_edit::describe(int site) const {
+    if (site < n_layer) {
+        return "the output of block " + std::to_string(site) + " (l_out-" + std::to_string(site) + ")";
+    }
+    const std::string il = std::to_string(site - n_layer);
+    return site < 2 * n_layer ? "the stream after the attention of block " + il + " (ffn_inp-" + il + ")"
+                              : "the token embeddings (embd)";
 }
 
 graph_edit::graph_edit(int n_layer_, int n_embd_, int n_columns_, edit_bank * bank_, taps * tap_)
@@ -66,7 +86,7 @@ void graph_edit::fill_probe(ggml_context * ctx, ggml_cgraph * gf) const {
 
 // A block runs where its norm weights live (big matrices may sit in a repacked CPU buffer of another type).
 placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & output_at) const {
-    placement where(size_t(n_layer), nullptr);
+    placement where(size_t(n_sites(n_layer)), nullptr);
     ggml_tensor ** nodes = ggml_graph_nodes(gf);
     int begin = 0;
     for (int il = 0; il < n_layer; ++il) {
@@ -90,8 +110,10 @@ placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & 
         if (!where[size_t(il)]) {
             where[size_t(il)] = ggml_backend_cpu_buffer_type();
         }
+        where[size_t(n_layer + il)] = where[size_t(il)];
         begin = std::max(begin, end);
     }
+    where.back() = ggml_backend_cpu_buffer_type(); // llama.cpp looks tokens up on the CPU
     return where;
 }
 
@@ -105,11 +127,10 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     failure.clear();
 
     ggml_tensor ** nodes = ggml_graph_nodes(gf);
-    std::vector<int> output_at(size_t(n_layer), -1); // node index of each block's output
+    std::vector<int> output_at(size_t(n_sites(n_layer)), -1); // node index of each site
     for (int i = 0; i < n_before; ++i) {
-        const int il = block_of(nodes[i]->name);
-        if (il >= 0 && il < n_layer) {
-            output_at[size_t(il)] = i;
+        if (const int site = site_of(nodes[i]->name); site >= 0) {
+            output_at[size_t(site)] = i;
         }
     }
     graph_inputs in;
@@ -149,9 +170,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     for (const ggml_tensor * node : before) {
         viewed.insert(node->view_src);
     }
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> edited;       // a block's output -> what replaces it
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> edited;       // a site -> what replaces it
     std::unordered_map<const ggml_tensor *, std::pair<int, int>> behind; // -> its new nodes [begin, end)
-    for (int il = 0; il < n_layer; ++il) {
+    for (int il = 0; il < n_sites(n_layer); ++il) {
         const bool wants_edit = bank && position_in(bank->layers(), il) >= 0;
         const bool wants_tap =
             tap && (position_in(tap->config().pool_layers, il) >= 0 || position_in(tap->config().raw_layers, il) >= 0);
@@ -159,12 +180,12 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             continue;
         }
         if (output_at[size_t(il)] < 0) {
-            throw model_error("this architecture does not name the output of block " + std::to_string(il) + " (l_out-" +
-                              std::to_string(il) + "), so the block cannot be steered or captured");
+            throw model_error("this architecture does not name " + describe(il) +
+                              ", so it cannot be steered or captured");
         }
         ggml_tensor * h = before[size_t(output_at[size_t(il)])];
         if (h->type != GGML_TYPE_F32 || h->ne[0] != n_embd || h->ne[2] != 1 || h->ne[3] != 1) {
-            throw model_error("the output of block " + std::to_string(il) + " is no plain residual stream");
+            throw model_error(describe(il) + " is no plain residual stream");
         }
         if (h->ne[1] == 0) { // a decode without outputs leaves the last block no rows
             if (wants_edit) {
@@ -176,7 +197,7 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             continue;
         }
         if (h->ne[1] != in.n_tokens && (!in.out_ids || in.out_ids->ne[0] != h->ne[1])) {
-            throw model_error("the output of block " + std::to_string(il) + " has an unknown set of rows");
+            throw model_error(describe(il) + " has an unknown set of rows");
         }
         const int begin = ggml_graph_n_nodes(gf);
         ggml_tensor * x = h;

@@ -11,6 +11,10 @@
 
 namespace personasteer {
 
+// Where the residual stream can be edited, numbered in the terms of a mix: il, the output of block il; n_layer + il,
+// the stream between attention and feed-forward of block il; 2 n_layer, the token embeddings.
+constexpr int n_sites(int n_layer) { return 2 * n_layer + 1; }
+
 // THE hook: how nodes get into llama.cpp's graph. A sampler with the backend interface, set for a sequence id that is
 // never decoded, is called at the end of every graph build with the whole transformer in the graph. It samples
 // nothing. One graph_edit serves one attachment: a change of layers or taps needs a new one, because llama.cpp
@@ -39,6 +43,8 @@ class graph_edit {
     void apply(ggml_context * ctx, ggml_cgraph * gf);
     void fill_probe(ggml_context * ctx, ggml_cgraph * gf) const;
     int nodes_needed() const;
+    int site_of(const char * name) const; // -1: none
+    std::string describe(int site) const;
     placement find_placement(ggml_cgraph * gf, const std::vector<int> & output_at) const;
 
     int n_layer;

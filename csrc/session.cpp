@@ -299,9 +299,9 @@ void session::check_steering(const steering & s, int n_given) const {
         }
     }
     for (const mix_ptr & m : s.mixes) {
-        if (m->layers().back() >= mdl->n_layer()) {
-            throw vector_error("block " + std::to_string(m->layers().back()) + " out of range 0.." +
-                               std::to_string(mdl->n_layer() - 1));
+        if (m->layers().back() >= n_sites(mdl->n_layer())) {
+            throw vector_error("site " + std::to_string(m->layers().back()) + " out of range 0.." +
+                               std::to_string(n_sites(mdl->n_layer()) - 1));
         }
         if (m->n_embd() != mdl->n_embd()) {
             throw vector_error("a mix has another width than the model");

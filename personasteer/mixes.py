@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 
 from personasteer._native import load_core
 from personasteer.errors import VectorError
-from personasteer.steering import Add, AnyEdit, Edit, Roles, SteeredModel, Steering, Term, When, check_fits, dose
+from personasteer.steering import (
+    Add,
+    AnyEdit,
+    Edit,
+    Roles,
+    SteeredModel,
+    Steering,
+    Term,
+    When,
+    check_fits,
+    dose,
+    name_site,
+)
 
 log = logging.getLogger("personasteer")
 
@@ -265,10 +277,10 @@ def _make_mix(active: Active, model: SteeredModel) -> Mix | None:
         for term, half_life, row in sums.values():
             if row.any():
                 build.push(il, TURN if term.keep_norm else ADD, row, like=term, half_life=half_life)
-        _push_windows(build, il, [(inner, term) for inner, term in here if term.row is None])
+        _push_windows(build, il, name_site(il, model), [(inner, term) for inner, term in here if term.row is None])
         if sum(t[1] == WINDOW or t[2] >= 0 for t in build.terms[first:]) > MAX_TERMS:
             raise VectorError(
-                f"more than {MAX_TERMS} terms at layer {il}: fewer vectors, or fewer conditions, are needed"
+                f"more than {MAX_TERMS} terms at {name_site(il, model)}: fewer vectors, or fewer conditions, are needed"
             )
     if not build.terms:
         return None
@@ -302,7 +314,7 @@ class _Window:
     factor: float = 0.0  # what leaves arrives there this many times
 
 
-def _push_windows(build: _Builder, il: int, edits: list[tuple[Edit, Term]]) -> None:
+def _push_windows(build: _Builder, il: int, where: str, edits: list[tuple[Edit, Term]]) -> None:
     """The caps, floors, ablations and redirections of one block, in the dual basis of all their directions: with
     W = U (U^T U)^-1 each moves its own reading and none of the others'.
     """
@@ -319,7 +331,7 @@ def _push_windows(build: _Builder, il: int, edits: list[tuple[Edit, Term]]) -> N
         if term.target is not None:
             target, target_sign = next(place)
             if target == i:
-                raise VectorError(f"a redirection at layer {il} goes from a direction to itself")
+                raise VectorError(f"a redirection at {where} goes from a direction to itself")
             # one term reads a and writes both: what leaves a arrives at b
             to = len(windows)
             windows[i, to] = _Window(i, low, high, half_life, term, target, sign * target_sign)
@@ -331,7 +343,7 @@ def _push_windows(build: _Builder, il: int, edits: list[tuple[Edit, Term]]) -> N
             w.low, w.high = max(w.low, low), min(w.high, high)
             if w.low > w.high:
                 raise VectorError(
-                    f"two edits of one direction at layer {il} contradict each other: at least {w.low:g}, at most "
+                    f"two edits of one direction at {where} contradict each other: at least {w.low:g}, at most "
                     f"{w.high:g}"
                 )
         else:
@@ -339,7 +351,7 @@ def _push_windows(build: _Builder, il: int, edits: list[tuple[Edit, Term]]) -> N
     per_direction = [w.basis for w in windows.values()]
     if len(set(per_direction)) != len(per_direction):
         raise VectorError(
-            f"one direction is capped, floored, ablated or redirected twice at layer {il}, with different shares, "
+            f"one direction is capped, floored, ablated or redirected twice at {where}, with different shares, "
             "conditions or half-lives: say it once"
         )
     gram = basis @ basis.T
@@ -349,7 +361,7 @@ def _push_windows(build: _Builder, il: int, edits: list[tuple[Edit, Term]]) -> N
         condition = float(eigenvalues[-1] / max(eigenvalues[0], np.finfo(float).tiny))
     if not condition < MAX_CONDITION:
         raise VectorError(
-            f"the directions of caps, floors and ablations at layer {il} are too much alike to be set independently "
+            f"the directions of caps, floors and ablations at {where} are too much alike to be set independently "
             f"(condition number {condition:.3g}, limit {MAX_CONDITION:g})"
         )
     dual = basis if len(basis) == 1 else np.linalg.solve(gram, basis)  # row i moves the reading on direction i alone
@@ -394,7 +406,7 @@ def _warn_of_dose(active: Active, total: float, model: SteeredModel) -> None:
                 "strength %.3g of %r is outside its window %g to %g: the model may lose coherence",
                 own, inner.vector.name, low, high,
             )  # fmt: skip
-    if total > widest + SLACK and not outside and _first_time("mix", round(total, 3)):
+    if widest and total > widest + SLACK and not outside and _first_time("mix", round(total, 3)):
         log.warning("the mix adds rho %.3g in all, its vectors' windows end at %g: the model may lose coherence",
                     total, widest)  # fmt: skip
 

@@ -23,6 +23,7 @@ Scope: TypeAlias = str | tuple[int, ...]
 PLACES = ("all", "prompt", "response")
 ROLES = ("system", "user", "assistant")
 SCOPES = (*PLACES, *ROLES, "thinking")
+SITES = ("embd", "mid", "block")
 Roles: TypeAlias = Mapping[str, NDArray[np.bool_]]  # which tokens each of ROLES and "thinking" covers
 Threshold: TypeAlias = "float | Sequence[float] | NDArray[Any] | None"
 
@@ -95,7 +96,7 @@ class Edit:
         return False
 
     def terms(self, model: SteeredModel) -> dict[int, Term]:
-        """What is done at each block of `model`. Raises as the class says."""
+        """What is done at each site of `model`; site il is the output of block il. Raises as the class says."""
         raise NotImplementedError
 
     def covers(self, n_tokens: int, n_prompt: int | None, roles: Roles | None = None) -> NDArray[np.bool_]:
@@ -208,17 +209,14 @@ class Add(Edit):
 
     def terms(self, model: SteeredModel) -> dict[int, Term]:
         layers = _layers_of(self, self.vector, model, self.vector.layers)
-        data, lengths = self.vector.directions_at(layers)
         if self.raw:
-            scales = np.full(len(layers), self.strength)
+            rows = self.strength * self.vector.directions_at(layers)[0]
+        elif np.isfinite(model.norms[list(layers)]).all():
+            rows = self.vector.scaled(self.strength, model.norms, layers)
         else:
-            weights = np.array(list(self.vector.weights_over(layers).values()))
-            norms = model.norms[list(layers)]
-            if not np.isfinite(norms).all():
-                raise VectorError(f"the norms of {model.name} are not known, so strength {self.strength} has no scale: "
-                                  "pass raw=True")  # fmt: skip
-            scales = self.strength * weights * norms / lengths
-        rows = scales[:, None] * data
+            raise VectorError(
+                f"the norms of {model.name} are not known, so strength {self.strength} has no scale: pass raw=True"
+            )
         return {il: Term(row=row, keep_norm=self.keep_norm) for il, row in zip(layers, rows, strict=True)}
 
 
@@ -268,18 +266,22 @@ class Floor(Cap):
 
 @dataclass(frozen=True)
 class Ablate(Edit):
-    """Takes a direction out of the block outputs: h <- h + share * v-hat (to - <h, v-hat>).
+    """Takes a direction out of the residual stream: h <- h + share * v-hat (to - <h, v-hat>).
 
     Args:
         vector: the directions; v-hat = v / ||v||.
         to: the reading that is left: 0; "mean", the model's mean over everyday texts as stored in the vector; an
             (n_layer,) array, or a number for one layer.
         share: how much of the way, 0 to 1.
+        sites: where in a block. "block", its output; "mid", the stream between its attention and its feed-forward,
+            with the block's direction; "embd", the token embeddings, with the direction of the lowest of the layers.
+            One direction at all three is what no weight writes any more: see personasteer.ship.ablate_weights.
         layers: blocks to edit; every block with a direction when None. More in Edit.
 
     Raises:
-        ArgumentError: a share outside 0..1.
+        ArgumentError: a share outside 0..1, an unknown site.
         VectorError: when used, if "mean" is asked for and none is stored, or a direction is unusable.
+        ModelError: when used, if the architecture has no such site.
 
     Source: arXiv 2406.11717, section 2.4 (directional ablation).
     """
@@ -287,9 +289,14 @@ class Ablate(Edit):
     vector: PersonaVector
     to: float | str | Sequence[float] | NDArray[Any] = 0.0
     share: float = 1.0
+    sites: tuple[str, ...] = field(default=("block",), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        if not sites or not set(sites) <= set(SITES):
+            raise ArgumentError(f"sites must be some of {', '.join(SITES)}, not {self.sites!r}")
+        object.__setattr__(self, "sites", tuple(site for site in SITES if site in sites))
         if not (math.isfinite(self.share) and 0.0 <= self.share <= 1.0):
             raise ArgumentError(f"share must be between 0 and 1, not {self.share}")
         if isinstance(self.to, str) and self.to != "mean":
@@ -314,9 +321,18 @@ class Ablate(Edit):
         else:
             given = None if isinstance(self.to, str) else self.to
             targets = _values_at(self.vector, model, "means", given, layers, "to")
-        return {
+        here = {
             il: Term(read=v, low=t, high=t, share=self.share) for il, v, t in zip(layers, units, targets, strict=True)
         }
+        first = here[min(here)]
+        at: dict[int, Term] = {}
+        for site in self.sites:
+            at |= (
+                {2 * model.n_layer: first}
+                if site == "embd"
+                else {site_at(site, il, model): t for il, t in here.items()}
+            )
+        return at
 
 
 @dataclass(frozen=True)
@@ -427,12 +443,12 @@ class When:
         if self.on == "prompt" or not terms:
             return terms
         check_fits(self.condition, model)
-        layers = tuple(terms)
+        layers = tuple(sorted({block_of_site(site, model) for site in terms}))
         units = _units(self.condition, layers)
         limits = _values_at(self.condition, model, "thresholds", self.threshold, layers, "threshold")
         sign = 1.0 if self.above else -1.0
         gates = {il: Gate(v, t, sign) for il, v, t in zip(layers, units, limits, strict=True)}
-        return {il: replace(term, gate=gates[il]) for il, term in terms.items()}
+        return {site: replace(term, gate=gates[block_of_site(site, model)]) for site, term in terms.items()}
 
     def probe(self, model: SteeredModel) -> tuple[tuple[int, ...], list[NDArray[np.float64]], list[float]]:
         """(layers, unit directions, thresholds) to read on the prompt."""
@@ -447,6 +463,23 @@ class When:
 
 
 AnyEdit: TypeAlias = Edit | When
+
+
+def site_at(site: str, il: int, model: SteeredModel) -> int:
+    """The number of "block" or "mid" of block il among the sites of a model, as csrc/graph_edit.h counts them."""
+    return il if site == "block" else model.n_layer + il
+
+
+def name_site(site: int, model: SteeredModel) -> str:
+    """A site in words."""
+    if site < model.n_layer:
+        return f"layer {site}"
+    return f"the mid of block {site - model.n_layer}" if site < 2 * model.n_layer else "the embeddings"
+
+
+def block_of_site(site: int, model: SteeredModel) -> int:
+    """The block that a site belongs to; block 0 for the embeddings."""
+    return site % model.n_layer if site < 2 * model.n_layer else 0
 
 
 def _layers_of(
@@ -570,11 +603,12 @@ class Steering(list[AnyEdit]):
 
 
 def dose(rows: Mapping[int, NDArray[np.float64]], model: SteeredModel) -> float:
-    """Total rho of rows {il: (n_embd,)} that are added."""
+    """Total rho of rows {site: (n_embd,)} that are added."""
     if not rows:
         return 0.0
     stack = np.stack(list(rows.values()))
-    return float((np.sqrt(np.einsum("le,le->l", stack, stack)) / model.norms[list(rows)]).sum())
+    norms = model.norms[[block_of_site(site, model) for site in rows]]
+    return float((np.sqrt(np.einsum("le,le->l", stack, stack)) / norms).sum())
 
 
 Steer: TypeAlias = AnyEdit | Steering | Sequence[AnyEdit] | None

@@ -153,6 +153,14 @@ class PersonaVector:
             return {il: 1.0 / len(layers) for il in layers}
         return {il: w / total for il, w in given.items()}
 
+    def scaled(self, strength: float, norms: NDArray[np.float32], layers: Sequence[int]) -> NDArray[np.float64]:
+        """(len(layers), n_embd) rows rho w_il m_il v_il / ||v_il||, the weights over these layers."""
+        data, lengths = self.directions_at(layers)
+        weights = np.array(list(self.weights_over(layers).values()))
+        scales = strength * weights * norms[list(layers)] / lengths
+        rows: NDArray[np.float64] = scales[:, None] * data
+        return rows
+
     def at(self, layers: Iterable[int]) -> PersonaVector:
         """The same vector, recommended at other layers."""
         return replace(self, layers=tuple(layers), weights={})
@@ -263,3 +271,14 @@ class PersonaVector:
 
     def __repr__(self) -> str:
         return f"PersonaVector({self.name!r}, n_layer={self.n_layer}, n_embd={self.n_embd}, layers={self.layers})"
+
+
+def block_ranges(layers: Sequence[int]) -> str:
+    """ "3, 5-9" of blocks in ascending order."""
+    runs: list[list[int]] = []
+    for il in layers:
+        if runs and il == runs[-1][1] + 1:
+            runs[-1][1] = il
+        else:
+            runs.append([il, il])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -22,10 +22,9 @@ from personasteer.cli._common import (
 from personasteer.derive import calibrate as calibrate_vector
 from personasteer.derive import load_responses
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.report import block_ranges
 from personasteer.files import check_output
 from personasteer.traits import find
-from personasteer.vectors import PersonaVector
+from personasteer.vectors import PersonaVector, block_ranges
 
 
 def register(app: typer.Typer) -> None:

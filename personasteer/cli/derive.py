@@ -30,12 +30,11 @@ from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, LogOddsJ
 from personasteer.derive.write import write_trait
 from personasteer.endpoint import Endpoint
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.report import block_ranges
 from personasteer.files import atomic_write, check_output
 from personasteer.model import Model, demo_model_path
 from personasteer.traits import Trait, find
 from personasteer.traits.formats import as_toml, load_lines, load_pairs
-from personasteer.vectors import PersonaVector
+from personasteer.vectors import PersonaVector, block_ranges
 
 LOG_ODDS = "log-odds"
 # options that say how answers are sampled, and what is done with them

@@ -24,7 +24,6 @@ from personasteer.errors import ArgumentError
 from personasteer.evaluate import Evaluation, cross_talk, evaluate
 from personasteer.evaluate.report import (
     as_json,
-    block_ranges,
     change_interval,
     check_folder,
     heading,
@@ -32,7 +31,7 @@ from personasteer.evaluate.report import (
     write_report,
 )
 from personasteer.traits import find
-from personasteer.vectors import PersonaVector
+from personasteer.vectors import PersonaVector, block_ranges
 
 
 def register(app: typer.Typer) -> None:

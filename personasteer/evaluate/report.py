@@ -21,7 +21,7 @@ from personasteer.errors import ArgumentError
 from personasteer.evaluate.coherence import LEAST
 from personasteer.evaluate.evaluation import LEAST_SPEARMAN, Dose, Evaluation
 from personasteer.files import atomic_write, check_output
-from personasteer.vectors import PersonaVector
+from personasteer.vectors import PersonaVector, block_ranges
 
 CRITERIA = {
     "monotone": f"the log-odds rise with the strength (Spearman at least {LEAST_SPEARMAN:g})",
@@ -125,17 +125,6 @@ def change_interval(d: Dose) -> tuple[float, float]:
     """The 95 % interval of a dose's change of the log-odds."""
     zero = d.log_odds - d.delta
     return d.ci_low - zero, d.ci_high - zero
-
-
-def block_ranges(layers: Sequence[int]) -> str:
-    """ "3, 5-9" of blocks in ascending order."""
-    runs: list[list[int]] = []
-    for il in layers:
-        if runs and il == runs[-1][1] + 1:
-            runs[-1][1] = il
-        else:
-            runs.append([il, il])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def heading(e: Evaluation) -> str:
