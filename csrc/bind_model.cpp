@@ -1,13 +1,31 @@
+#include "log_capture.h"
 #include "model.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+
 namespace py = pybind11;
 using namespace py::literals;
 using personasteer::model;
 
+// for calls of llama.cpp that Python makes itself
+struct kept_log {
+    std::unique_ptr<personasteer::log_capture> log;
+};
+
 void bind_model(py::module_ & m) {
+    py::class_<kept_log>(m, "LogCapture", "Within the block, what llama.cpp logs on this thread is kept.")
+        .def(py::init<>())
+        .def("__enter__",
+             [](kept_log & s) -> kept_log & {
+                 s.log = std::make_unique<personasteer::log_capture>();
+                 return s;
+             })
+        .def("__exit__", [](kept_log & s, const py::args &) { s.log.reset(); })
+        .def("errors", [](const kept_log & s) { return py::bytes(s.log ? s.log->errors() : ""); });
+
     py::class_<model, std::shared_ptr<model>>(m, "Model", "A loaded GGUF file.")
         .def(py::init([](const std::string & path, int n_gpu_layers, bool use_mmap, bool use_extra_bufts) {
                  personasteer::model_params p;
@@ -56,20 +74,4 @@ void bind_model(py::module_ & m) {
         .def("is_end", &model::is_end, "token"_a)
         .def_property_readonly("bos", [](const model & s) { return llama_vocab_bos(s.vocab()); })
         .def_property_readonly("eos", [](const model & s) { return llama_vocab_eos(s.vocab()); });
-
-    m.def(
-        "summarize_gguf",
-        [](const std::string & path) {
-            personasteer::gguf_summary s;
-            {
-                const py::gil_scoped_release release;
-                s = personasteer::summarize_gguf(path);
-            }
-            py::list tensors;
-            for (const auto & t : s.tensors) {
-                tensors.append(py::make_tuple(py::bytes(t.name), t.type, t.shape, t.offset, t.n_bytes));
-            }
-            return py::make_tuple(py::bytes(s.architecture), py::bytes(s.metadata), tensors);
-        },
-        "path"_a, "(architecture, metadata, [(name, type, shape, offset, n_bytes)]) of a GGUF file, texts as bytes.");
 }

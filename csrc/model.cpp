@@ -3,7 +3,6 @@
 #include "errors.h"
 #include "log_capture.h"
 
-#include "ggml.h"
 #include "gguf.h"
 
 #include <memory>
@@ -139,70 +138,6 @@ std::string model::piece(llama_token token, bool special) const {
     }
     text.resize(size_t(n));
     return text;
-}
-
-static void append_value(std::string & out, const gguf_context * g, int64_t id) {
-    const gguf_type type = gguf_get_kv_type(g, id);
-    if (type == GGUF_TYPE_STRING) {
-        out += gguf_get_val_str(g, id);
-    } else if (type == GGUF_TYPE_ARRAY) {
-        const size_t n = gguf_get_arr_n(g, id);
-        out += std::to_string(n);
-        if (gguf_get_arr_type(g, id) == GGUF_TYPE_STRING) {
-            for (size_t i = 0; i < n; ++i) {
-                (out += '\0') += gguf_get_arr_str(g, id, i);
-            }
-        } else if (gguf_get_arr_type(g, id) != GGUF_TYPE_ARRAY) {
-            static const size_t sizes[GGUF_TYPE_COUNT] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-            out.append(static_cast<const char *>(gguf_get_arr_data(g, id)), n * sizes[gguf_get_arr_type(g, id)]);
-        }
-    } else {
-        static const size_t sizes[GGUF_TYPE_COUNT] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-        out.append(static_cast<const char *>(gguf_get_val_data(g, id)), sizes[type]);
-    }
-}
-
-gguf_summary summarize_gguf(const std::string & path) {
-    const log_capture log;
-    ggml_context * meta = nullptr;
-    gguf_init_params params{};
-    params.no_alloc = true;
-    params.ctx = &meta;
-    const std::unique_ptr<gguf_context, decltype(&gguf_free)> g(gguf_init_from_file(path.c_str(), params), gguf_free);
-    if (!g) {
-        const std::string why = log.errors();
-        throw model_error(path + ": not a readable GGUF file" + (why.empty() ? "" : " (" + why + ")"));
-    }
-    const std::unique_ptr<ggml_context, decltype(&ggml_free)> owned(meta, ggml_free);
-
-    gguf_summary s;
-    const int64_t arch = gguf_find_key(g.get(), "general.architecture");
-    if (arch >= 0 && gguf_get_kv_type(g.get(), arch) == GGUF_TYPE_STRING) {
-        s.architecture = gguf_get_val_str(g.get(), arch);
-    }
-    for (int64_t i = 0; i < gguf_get_n_kv(g.get()); ++i) {
-        const std::string key = gguf_get_key(g.get(), i);
-        if (key.rfind("tokenizer.", 0) != 0 && key.rfind(s.architecture + ".", 0) != 0) {
-            continue;
-        }
-        (s.metadata += key) += '\0';
-        append_value(s.metadata, g.get(), i);
-        s.metadata += '\0';
-    }
-    const uint64_t data = gguf_get_data_offset(g.get());
-    for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
-        gguf_tensor_summary t;
-        t.name = gguf_get_tensor_name(g.get(), i);
-        t.type = ggml_type_name(gguf_get_tensor_type(g.get(), i));
-        const ggml_tensor * tensor = ggml_get_tensor(meta, t.name.c_str());
-        for (int d = 0; d < 4; ++d) {
-            t.shape[size_t(d)] = tensor->ne[d];
-        }
-        t.offset = data + gguf_get_tensor_offset(g.get(), i);
-        t.n_bytes = gguf_get_tensor_size(g.get(), i);
-        s.tensors.push_back(std::move(t));
-    }
-    return s;
 }
 
 } // namespace personasteer

@@ -2,9 +2,6 @@
 
 #include "llama.h"
 
-#include <array>
-#include <cstdint>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,20 +50,5 @@ class model {
     bool offloads = false;
     std::vector<std::pair<llama_adapter_lora *, float>> loras; // llama.cpp frees them with the model
 };
-
-// What a fingerprint is made of, read without loading weights.
-struct gguf_tensor_summary {
-    std::string name;
-    std::string type; // ggml's name: "q4_1", "f32", ...
-    std::array<int64_t, 4> shape;
-    uint64_t offset; // of the data, from the start of the file
-    uint64_t n_bytes;
-};
-struct gguf_summary {
-    std::string architecture;
-    std::string metadata; // canonical bytes of the architecture's and the tokenizer's key-values
-    std::vector<gguf_tensor_summary> tensors;
-};
-gguf_summary summarize_gguf(const std::string & path);
 
 } // namespace personasteer

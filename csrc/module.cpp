@@ -7,6 +7,7 @@
 
 namespace py = pybind11;
 
+void bind_gguf(py::module_ & m);
 void bind_model(py::module_ & m);
 void bind_session(py::module_ & m);
 void bind_attachment(py::module_ & m);
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
     });
     llama_backend_init();
     personasteer::log_capture::install();
+    bind_gguf(m);
     bind_model(m);
     bind_session(m);
     bind_attachment(m);

@@ -56,6 +56,7 @@ class Model:
         n_gpu_layers: blocks kept on the GPU, where llama-cpp-python was built for one; -1 is all.
         seed: default seed of sampling.
         use_mmap: map the file instead of reading it.
+        repack: let llama.cpp keep repacked copies of the weights for this CPU: faster, and more memory.
         lora: LoRA adapters (GGUF files) applied beside the steering: paths, or (path, scale) pairs.
 
     Raises:
@@ -74,6 +75,7 @@ class Model:
         n_gpu_layers: int = -1,
         seed: int = 0,
         use_mmap: bool = True,
+        repack: bool = True,
         lora: Sequence[Adapter] = (),
     ) -> None:
         _check_sizes(n_ctx, n_parallel, n_batch)
@@ -83,7 +85,10 @@ class Model:
         adapters = _adapters(lora)
         core = load_core()
         native = core.Model(
-            os.fsencode(self.path), n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_extra_bufts=extra_buffers_work()
+            os.fsencode(self.path),
+            n_gpu_layers=n_gpu_layers,
+            use_mmap=use_mmap,
+            use_extra_bufts=repack and extra_buffers_work(),
         )
         for adapter, scale in adapters:
             native.add_adapter(os.fsencode(adapter), scale)
@@ -153,15 +158,13 @@ class Model:
         return self._shared_session
 
     def _new_session(self, n_ctx: int, n_parallel: int, n_batch: int) -> Any:
-        # a decode gives all its tokens an output row while that keeps the output buffer (16 bytes per entry) small
-        n_outputs = int(np.clip(64 * 2**20 // (16 * self.n_vocab), n_parallel, 64))
         return load_core().Session(
             model=self._native,
             n_ctx=n_ctx,
             n_parallel=n_parallel,
             n_batch=max(n_batch, n_parallel),
             n_threads=self.n_threads,
-            n_outputs=n_outputs,
+            n_outputs=output_rows(self.n_vocab, n_parallel),
             hook=not self.unhooked,
         )
 
@@ -727,6 +730,13 @@ def demo_model_path() -> Path:
 def demo_model(**options: Any) -> Model:
     """The bundled SmolLM2-135M-Instruct, opened; options as in Model."""
     return Model(demo_model_path(), **options)
+
+
+def output_rows(n_vocab: int, n_parallel: int) -> int:
+    """How many tokens of a decode may have an output row: all, while llama.cpp's output buffer, 16 bytes an entry,
+    stays small.
+    """
+    return int(np.clip(64 * 2**20 // (16 * n_vocab), n_parallel, 64))
 
 
 def _cancel_submitted(submitted: asyncio.Future[Stream]) -> None:

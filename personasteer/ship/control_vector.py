@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import gguf
 import numpy as np
+from gguf import GGUFValueType as Type
 from numpy.typing import NDArray
 
 from personasteer._native import load_core
 from personasteer.errors import ArgumentError, ModelError, PersonasteerError, VectorError
 from personasteer.files import replacing
 from personasteer.identity import check_model_file
-from personasteer.vectors import WINDOW, PersonaVector
+from personasteer.ship.fields import Field, read_fields, vector_fields, vector_of_fields, write_gguf
+from personasteer.ship.glp import read_glp
+from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
 
-ARRAYS = (
-    "last_prompt", "norms", "separations", "reliability", "thresholds", "means", "aurocs", "effects", "shuffled",
-)  # fmt: skip
+NAMED = re.compile(r"direction\.([1-9][0-9]{0,4})")
+RANKED = re.compile(r"direction\.([1-9][0-9]{0,4})(?:\.([1-9][0-9]{0,2}))?")  # of a basis of several directions
 
 
 def scaled_directions(vector: PersonaVector, strength: float) -> dict[int, NDArray[np.float32]]:
@@ -33,13 +34,11 @@ def scaled_directions(vector: PersonaVector, strength: float) -> dict[int, NDArr
     """
     if vector.norms is None:
         raise VectorError(f"vector {vector.name!r} carries no norms of its model, so strength {strength} has no scale")
-    weights = vector.weights_over(vector.layers)
-    rows = {}
-    for il in vector.layers:
-        v = vector.direction(il).astype(np.float64)
-        with np.errstate(over="ignore"):  # infinite is refused where it is used
-            rows[il] = (strength * weights[il] * float(vector.norms[il]) / np.linalg.norm(v) * v).astype(np.float32)
-    return rows
+    if not vector.layers:
+        return {}
+    with np.errstate(over="ignore"):  # infinite is refused where it is used
+        rows = vector.scaled(strength, vector.norms, vector.layers).astype(np.float32)
+    return dict(zip(vector.layers, rows, strict=True))
 
 
 def save_control_vector(vector: PersonaVector, path: str | os.PathLike[str], *, strength: float | None = None) -> None:
@@ -57,27 +56,44 @@ def save_control_vector(vector: PersonaVector, path: str | os.PathLike[str], *, 
         VectorError: no layer to write, or only layer 0, which llama.cpp's loader does not take.
         ArgumentError: the folder does not exist or cannot be written.
     """
+    rho, rows = rows_to_add(vector, strength)
+    write_directions(path, [*describing(vector, len(rows)), *vector_fields(vector, rho)], rows)
+
+
+def rows_to_add(vector: PersonaVector, strength: float | None) -> tuple[float, dict[int, NDArray[np.float32]]]:
+    """(rho, {il: what `save_control_vector` writes as direction.<il>}). Raises as it does."""
     rho = vector.strength if strength is None else float(strength)
     if not np.isfinite(rho) or rho == 0.0:
         raise ArgumentError(f"the strength of a control-vector file must be finite and not zero, not {rho}")
     if vector.norms is None and strength is not None:
         scaled_directions(vector, rho)  # says that there is no scale
-    tensors = _rows_to_write(vector, rho)
-    if not tensors:
+    rows = _rows_to_write(vector, rho)
+    if not rows:
         raise VectorError("a control-vector file needs a layer >= 1: llama.cpp's loader rejects direction.0")
     if 0 in vector.layers:
         log.warning("layer 0 is left out of the control vector's tensors: llama.cpp's loader rejects direction.0")
-    for il, row in tensors.items():
+    for il, row in rows.items():
         if not np.isfinite(row).all():
             raise VectorError(f"the direction at layer {il}, scaled by {rho}, is not finite in float32")
-    try:
-        provenance = json.dumps(dict(vector.provenance), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise VectorError(f"the provenance of {vector.name!r} cannot be written as JSON ({e})") from e
+    return rho, rows
+
+
+def describing(vector: PersonaVector, n_rows: int) -> list[Field]:
+    """The key-values that every tool writes into a control vector."""
+    return [
+        Field("controlvector.model_hint", Type.STRING, str(vector.provenance.get("architecture", ""))),
+        Field("controlvector.layer_count", Type.UINT32, n_rows),
+    ]
+
+
+def write_directions(
+    path: str | os.PathLike[str], fields: Sequence[Field], rows: Mapping[int, NDArray[np.float32]]
+) -> None:
+    """Write a control-vector GGUF, under a temporary name and renamed. Raises as `save_control_vector` does."""
     target = Path(path)
     try:
         with replacing(target) as temporary:
-            _write(vector, tensors, rho, provenance, temporary)
+            write_gguf(temporary, "controlvector", fields, {f"direction.{il}": rows[il] for il in sorted(rows)})
     except OSError as e:
         raise PersonasteerError(f"{target}: cannot be written ({e.strerror or e})") from e
 
@@ -90,151 +106,187 @@ def _rows_to_write(vector: PersonaVector, rho: float) -> dict[int, NDArray[np.fl
     return {il: row for il, row in rows.items() if il >= 1}
 
 
-def _write(
-    vector: PersonaVector, tensors: dict[int, NDArray[np.float32]], rho: float, provenance: str, path: Path
-) -> None:
-    double, array = gguf.GGUFValueType.FLOAT64, gguf.GGUFValueType.ARRAY
-    w = gguf.GGUFWriter(path, "controlvector")
-    w.add_string("controlvector.model_hint", str(vector.provenance.get("architecture", "")))
-    w.add_uint32("controlvector.layer_count", len(tensors))
-    w.add_key_value("personasteer.name", vector.name, gguf.GGUFValueType.STRING)  # empty ones, too
-    w.add_float64("personasteer.strength", vector.strength)
-    w.add_float64("personasteer.exported_strength", rho)
-    w.add_uint32("personasteer.n_layer", vector.n_layer)
-    w.add_uint32("personasteer.n_embd", vector.n_embd)
-    w.add_key_value("personasteer.window", list(vector.window), array, sub_type=double)
-    if vector.layers:
-        w.add_array("personasteer.layers", [int(il) for il in vector.layers])
-    if vector.weights:
-        weights = [float(vector.weights.get(il, 0.0)) for il in vector.layers]
-        w.add_key_value("personasteer.weights", weights, array, sub_type=double)
-    w.add_array("personasteer.directions", [float(x) for x in vector.directions.ravel()])
-    for name in ARRAYS:
-        value = getattr(vector, name)
-        if value is not None:
-            w.add_array(f"personasteer.{name}", [float(x) for x in value.ravel()])
-    w.add_string("personasteer.provenance", provenance)
-    for il in sorted(tensors):
-        w.add_tensor(f"direction.{il}", tensors[il])
-    try:
-        w.write_header_to_file()
-        w.write_kv_data_to_file()
-        w.write_tensors_to_file()
-    finally:
-        w.close()
-
-
-def load_control_vector(path: str | os.PathLike[str], *, offset: int = 0) -> PersonaVector:
+def load_control_vector(path: str | os.PathLike[str], *, offset: int | Literal["auto"] = 0) -> PersonaVector:
     """Read a control-vector GGUF, ours or another tool's.
 
     Args:
         offset: what a foreign file adds to the block index: its direction.N belongs to block N - offset. llama.cpp
             adds direction.N to the output of block N, and repeng writes it so (0, the default);
-            llama-cvector-generator and control-vector-generator number one block late (1). Files of personasteer
-            say what they are: the offset does not apply to them.
+            llama-cvector-generator and control-vector-generator number one block late (1). Never changed without
+            being asked: where the file looks like one of another offset (see `origin_of`), a warning says so. "auto":
+            what the file looks like. Files of personasteer say what they are: the offset does not apply to them.
 
     Raises:
         VectorError: not a GGUF, truncated, or against the rules of llama.cpp's loader: a tensor of another name than
-            direction.N with N >= 1, not F32, not 1-D, of another width; values that are not finite; only zeros.
+            direction.N with N >= 1, not F32, not 1-D, of another width; values that are not finite; only zeros. Made
+            for projection (glp.mode): see `load_projection`.
+        ArgumentError: "auto" for a file that does not tell which tool wrote it.
+    """
+    if offset != "auto" and (isinstance(offset, bool) or not isinstance(offset, int)):
+        raise ArgumentError(f'offset must be a whole number or "auto", not {offset!r}')
+    file, fields, places = read_directions(path)
+    metadata = read_glp(file, fields, places)
+    if metadata is not None and metadata.mode == "project":
+        raise VectorError(
+            f"{file}: its directions are to be projected out (glp.mode project), adding them would do the opposite; "
+            "read it with personasteer.ship.load_projection, or turn it into a vector: personasteer import"
+        )
+    rows = {number: row for (number, _), row in places.items()}
+    if not any(row.any() for row in rows.values()):
+        raise VectorError(f"{file}: all directions are zero")
+    if "personasteer.directions" in fields:
+        return whole_vector(file, fields, rows)
+    origin = Origin("a GLP writer", 0) if metadata is not None else origin_of(file)
+    return _foreign(file, rows, _chosen_offset(file, origin, offset), origin)
+
+
+def read_directions(
+    path: str | os.PathLike[str], *, ranked: bool = False
+) -> tuple[Path, dict[str, Any], dict[tuple[int, int], NDArray[np.float32]]]:
+    """(file, key-values, {(N, 0): direction.N}), in the file's order; `ranked`: direction.N.j as (N, j), too.
+
+    Raises VectorError as `load_control_vector` does; zeros are taken.
     """
     try:
         file = check_model_file(path)
         _, _, tensors = load_core().summarize_gguf(os.fsencode(file))
+        fields = read_fields(file)
     except ModelError as e:
         raise VectorError(str(e)) from e
-    numbers: dict[int, int] = {}
-    for label, kind, shape, _, _ in tensors:
-        name = label.decode("utf-8", "replace")
-        number = name.removeprefix("direction.")
-        if number == name or not re.fullmatch("[1-9][0-9]{0,4}", number):
-            raise VectorError(
-                f"{file}: tensor {name!r} has no place in a control vector (only direction.N with N >= 1); "
-                "llama.cpp would reject this file"
-            )
-        if kind != "f32" or list(shape[1:]) != [1, 1, 1]:
-            raise VectorError(f"{file}: tensor {name!r} is {kind} of shape {shape}; llama.cpp takes 1-D f32 only")
-        numbers[int(number)] = int(shape[0])
-    if not numbers:
+    widths: set[int] = set()
+    rows: dict[tuple[int, int], NDArray[np.float32]] = {}
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        for label, kind, shape, start, n_bytes in tensors:
+            name = label.decode("utf-8", "replace")
+            named = (RANKED if ranked else NAMED).fullmatch(name)
+            if not named:
+                raise VectorError(
+                    f"{file}: tensor {name!r} has no place in a control vector (only direction.N with N >= 1); "
+                    "llama.cpp would reject this file"
+                )
+            if kind != "f32" or list(shape[1:]) != [1, 1, 1]:
+                raise VectorError(f"{file}: tensor {name!r} is {kind} of shape {shape}; llama.cpp takes 1-D f32 only")
+            if start + n_bytes > size:
+                raise VectorError(f"{file}: truncated, {name} is not all there")
+            f.seek(start)
+            row = np.frombuffer(f.read(n_bytes), "<f4")
+            if not np.isfinite(row).all():
+                raise VectorError(f"{file}: {name} holds values that are not finite")
+            number, j = (int(part or 0) for part in (*named.groups(), 0)[:2])
+            rows[number, j] = row
+            widths.add(len(row))
+    if not rows:
         raise VectorError(f"{file}: holds no direction.N tensor: not a control vector")
-    if len(set(numbers.values())) != 1:
-        raise VectorError(f"{file}: directions of different widths: {sorted(set(numbers.values()))}")
-    try:
-        reader = gguf.GGUFReader(file)
-        rows = {int(t.name.removeprefix("direction.")): np.array(t.data, np.float32).ravel() for t in reader.tensors}
-        fields = {k: f.contents() for k, f in reader.fields.items() if k.startswith("personasteer.")}
-    except Exception as e:  # the reader raises whatever a malformed file makes it run into
-        raise VectorError(f"{file}: cannot be read ({type(e).__name__}: {e})") from e
-    for number, row in rows.items():
-        if not np.isfinite(row).all():
-            raise VectorError(f"{file}: direction.{number} holds values that are not finite")
-    if not any(row.any() for row in rows.values()):
-        raise VectorError(f"{file}: all directions are zero")
-    if "personasteer.directions" in fields:
-        return _ours(file, fields, rows)
-    return _foreign(file, rows, offset)
+    if len(widths) != 1:
+        raise VectorError(f"{file}: directions of different widths: {sorted(widths)}")
+    return file, fields, rows
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+class Origin(NamedTuple):
+    """The tool that a file looks like, and the offset of its numbers."""
+
+    tool: str
+    offset: int
+
+
+def origin_of(path: str | os.PathLike[str]) -> Origin | None:
+    """Which tool a foreign control vector looks like; None where nothing tells. Only a hint.
+
+    All write the same three key-values. controlvector.layer_count is INT32 in files of llama-cvector-generator, and
+    UINT32 in the others': the number of the model's blocks, more than there are tensors, in control-vector-generator's,
+    the number of tensors, which stand from the last block to the first, in repeng's.
+
+    Source: tools/cvector-generator of llama.cpp, model_handler.py of jukofyork/control-vectors, extract.py of repeng.
+    """
+    core = load_core()
+    counts = [
+        (Type(kind), value)
+        for key, kind, _, value in core.read_gguf_fields(os.fsencode(path))
+        if key == b"controlvector.layer_count"
+    ]
+    if not counts:
+        return None
+    kind, value = counts[0]
+    if kind is Type.INT32:
+        return Origin("llama-cvector-generator", 1)
+    if kind is not Type.UINT32:
+        return None
+    count = int.from_bytes(value, "little")
+    names = [NAMED.fullmatch(t[0].decode("utf-8", "replace")) for t in core.summarize_gguf(os.fsencode(path))[2]]
+    numbers = [int(name[1]) for name in names if name]
+    if count > len(numbers):
+        return Origin("control-vector-generator", 1)
+    if count == len(numbers) > 1 and numbers == sorted(numbers, reverse=True):
+        return Origin("repeng", 0)
+    return None
+
+
+def _chosen_offset(file: Path, origin: Origin | None, offset: int | Literal["auto"]) -> int:
+    if offset == "auto":
+        if origin is None:
+            raise ArgumentError(
+                f"{file}: does not tell which tool wrote it: give the offset, 1 (--offset 1) where direction.N was "
+                "measured at block N - 1, 0 (--offset 0) where at block N"
+            )
+        log.warning("%s looks like a file of %s: offset %d is used", file, origin.tool, origin.offset)
+        return origin.offset
+    if origin is not None and origin.offset != offset:
+        log.warning(
+            "%s looks like a file of %s, which numbers %s: offset %d (--offset %d) puts it where it was measured; "
+            "offset %d%s is used",
+            file, origin.tool, "one block late" if origin.offset else "as llama.cpp does", origin.offset, origin.offset,
+            offset, "" if offset else ", as llama.cpp itself applies it,",
+        )  # fmt: skip
+    else:
+        log.info("%s: of %s, offset %d is used", file, origin.tool if origin else "an unknown tool", offset)
+    return offset
 
 
 def exported_strength(path: str | os.PathLike[str]) -> float | None:
     """The rho that llama.cpp's scale 1.0 stands for in a file of ours; None for a file of another tool."""
-    field = gguf.GGUFReader(path).fields.get("personasteer.exported_strength")
-    return None if field is None else float(field.contents())
+    strength = read_fields(path).get("personasteer.exported_strength")
+    return None if strength is None else float(strength)
 
 
-def _ours(file: Path, fields: dict[str, Any], rows: dict[int, NDArray[np.float32]]) -> PersonaVector:
+def whole_vector(file: Path, fields: Mapping[str, Any], rows: Mapping[int, NDArray[np.float32]]) -> PersonaVector:
+    """The vector of a file of ours. Raises VectorError where the tensors are not what it adds."""
+    vector, rho = vector_of_fields(file, fields)
     try:
-        n_layer, n_embd = int(fields["personasteer.n_layer"]), int(fields["personasteer.n_embd"])
-        layers = [int(il) for il in fields.get("personasteer.layers", [])]
-        weights = fields.get("personasteer.weights")
-
-        def array(name: str, *shape: int) -> NDArray[np.float32] | None:
-            value = fields.get(f"personasteer.{name}")
-            return None if value is None else np.asarray(value, np.float32).reshape(shape)
-
-        directions = array("directions", n_layer, n_embd)
-        assert directions is not None
-        vector = PersonaVector(
-            directions,
-            tuple(layers),
-            str(fields["personasteer.name"]),
-            float(fields["personasteer.strength"]),
-            dict(zip(layers, map(float, weights), strict=True)) if weights is not None else {},
-            array("last_prompt", n_layer, n_embd),
-            array("norms", n_layer),
-            json.loads(fields["personasteer.provenance"], parse_constant=_no_constant),
-            array("separations", n_layer),
-            array("reliability", n_layer),
-            array("thresholds", n_layer),
-            array("means", n_layer),
-            tuple(map(float, fields.get("personasteer.window", WINDOW))),  # type: ignore[arg-type]
-            array("aurocs", n_layer),
-            array("effects", n_layer),
-            array("shuffled", -1, n_layer, n_embd),
-        )
-        expected = _rows_to_write(vector, float(fields["personasteer.exported_strength"]))
+        expected = _rows_to_write(vector, rho)
     except VectorError as e:
         raise VectorError(f"{file}: {e}") from e
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
-        raise VectorError(f"{file}: its personasteer key-values do not fit together ({type(e).__name__}: {e})") from e
+    check_rows(file, rows, expected)
+    return vector
+
+
+def check_rows(
+    file: Path, rows: Mapping[int, NDArray[np.float32]], expected: Mapping[int, NDArray[np.float32]]
+) -> None:
+    """Raise VectorError where the tensors of a file of ours are not those that its key-values give."""
     if expected.keys() != rows.keys() or any(
         not np.allclose(rows[il], row, rtol=1e-4, atol=1e-6 * float(np.abs(row).max())) for il, row in expected.items()
     ):
         raise VectorError(f"{file}: its tensors, which llama.cpp adds, are not those of its personasteer key-values")
-    return vector
 
 
-def _foreign(file: Path, rows: dict[int, NDArray[np.float32]], offset: int) -> PersonaVector:
+def _foreign(file: Path, rows: dict[int, NDArray[np.float32]], offset: int, origin: Origin | None) -> PersonaVector:
     blocks = {number - offset: row for number, row in rows.items()}
     if min(blocks) < 0:
         raise VectorError(f"{file}: offset {offset} puts direction.{min(rows)} at block {min(blocks)}")
-    n_embd = len(next(iter(blocks.values())))
-    directions = np.full((max(blocks) + 1, n_embd), np.nan, np.float32)
-    for il, row in blocks.items():
+    provenance = {"method": "imported", "offset": offset, "file": file.name}
+    if origin is not None:
+        provenance["tool"] = origin.tool
+    return vector_of_rows(blocks, file.stem, provenance)
+
+
+def vector_of_rows(
+    rows: Mapping[int, NDArray[np.float32]], name: str, provenance: Mapping[str, Any], n_layer: int | None = None
+) -> PersonaVector:
+    """{il: direction} of a model with n_layer blocks, or an unknown number, to steer at those that are not zero."""
+    n_embd = len(next(iter(rows.values())))
+    directions = np.full((n_layer or max(rows) + 1, n_embd), np.nan, np.float32)
+    for il, row in rows.items():
         directions[il] = row
-    layers = tuple(il for il, row in blocks.items() if row.any())
-    return PersonaVector(
-        directions, layers, file.stem, provenance={"method": "imported", "offset": offset, "file": file.name}
-    )
+    layers = tuple(il for il, row in rows.items() if row.any())
+    return PersonaVector(directions, layers, name, provenance=provenance)
