@@ -122,6 +122,17 @@ def trait_of(vector: PersonaVector, given: Trait | None = None) -> Trait:
         ) from e
 
 
+def trait_behind(vector: PersonaVector) -> Trait | None:
+    """The trait that a vector, or the first of those that were summed in it, is evaluated on."""
+    parts = vector.provenance.get("parts")
+    if isinstance(parts, list) and parts:
+        vector = replace(vector, name=str(parts[0]["name"]), provenance=parts[0]["provenance"])
+    try:
+        return trait_of(vector)
+    except (TraitError, ArgumentError):
+        return None
+
+
 def evaluate(
     model: Model,
     vectors: Sequence[PersonaVector],

@@ -1,0 +1,147 @@
+"""A model file that is steered by itself: the added directions as biases of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.ship.biases import accepts
+from personasteer.ship.control_vector import scaled_directions
+from personasteer.ship.fields import Field, vector_fields
+from personasteer.ship.rewrite import Added, ModelFile, Progress, Tensor, dequantized, quantized, rewrite
+from personasteer.ship.values import fit_values, why_not_values
+from personasteer.vectors import PersonaVector
+
+BLOCK, VALUE = "block-bias", "value-bias"
+STRATEGIES = (BLOCK, VALUE)
+OTHER_FORMS = "export it as a control vector instead"
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What was written. strategy: "block-bias", exact, or "value-bias", an approximation with its `fit`."""
+
+    file: str
+    strategy: str
+    blocks: tuple[int, ...]
+    added: list[str]
+    changed: list[str]
+    fit: Mapping[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**vars(self), "blocks": list(self.blocks), "fit": dict(self.fit)}
+
+
+def bake(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    vector: PersonaVector,
+    *,
+    strength: float | None = None,
+    strategy: str = "auto",
+    n_threads: int | None = None,
+    stage: Callable[[str], Progress] | None = None,
+) -> Baked:
+    """Write a model that adds rho w_il m_il v_il / ||v_il|| to its residual stream by itself, without any flag.
+
+    "block-bias", exact: as `blk.<il>.ffn_down.bias`, where llama.cpp's loader of the architecture takes one. Else
+    "value-bias", an approximation: as `blk.<il>.attn_v.bias`, fitted to what the steering does on everyday and on the
+    trait's texts (see personasteer.ship.value_bias). What a loader takes is found out by loading. Everything but these
+    biases keeps its bytes; the model is streamed from disk to disk.
+
+    Args:
+        vector: with the norms m_il of this model; its trait calibrates a value bias.
+        strength: rho, signed; the vector's own when None.
+        strategy: "auto", the exact one where it is possible; or one of them.
+        stage: names what is done next, and gives its progress callback.
+
+    Raises:
+        ModelError: no strategy fits this architecture: it says which other form does.
+        VectorError: directions that do not fit, or no norms. ArgumentError: a strength of 0, an unknown strategy.
+    """
+    if strategy not in ("auto", *STRATEGIES):
+        raise ArgumentError(f"strategy must be auto, {', '.join(STRATEGIES)}, not {strategy!r}")
+    file = ModelFile(base)
+    rho = vector.strength if strength is None else float(strength)
+    rows = rows_to_bake(file, vector, rho)
+    report = stage or (lambda _: lambda done, total: None)
+    exact = {f"blk.{il}.ffn_down.bias": row for il, row in rows.items()}
+    takes_blocks = strategy != VALUE and accepts(file, list(exact), file.n_embd)
+    if takes_blocks:
+        return write_biases(file, Path(out), BLOCK, vector, rho, exact, progress=report("writing"))
+    where = f"{file.path.name}: llama.cpp loads no bias at the end of a block of architecture {file.architecture!r}"
+    if strategy == BLOCK:
+        raise ModelError(f"{where}, so it cannot be baked exactly; {OTHER_FORMS}")
+    why_not = why_not_values(file)
+    if why_not:
+        raise ModelError(f"{where if strategy == 'auto' else file.path.name}, and {why_not}; {OTHER_FORMS}")
+    biases, how_near = fit_values(file, vector, rho, rows, n_threads=n_threads, stage=report)
+    named = {f"blk.{il}.attn_v.bias": bias for il, bias in biases.items()}
+    return write_biases(file, Path(out), VALUE, vector, rho, named, fit=how_near, progress=report("writing"))
+
+
+def rows_to_bake(file: ModelFile, vector: PersonaVector, rho: float) -> dict[int, NDArray[np.float32]]:
+    """{il: (n_embd,)} what is added at each block. Raises as `bake`."""
+    if not (np.isfinite(rho) and rho):
+        raise ArgumentError(f"the strength to bake must be finite and not 0, not {rho}")
+    if vector.n_embd != file.n_embd or vector.n_layer > file.n_layer:
+        raise VectorError(
+            f"vector {vector.name!r} is for {vector.n_layer} blocks of width {vector.n_embd}, but {file.path.name} has "
+            f"{file.n_layer} of width {file.n_embd}"
+        )
+    rows = scaled_directions(vector, rho)
+    if not rows:
+        raise VectorError(f"vector {vector.name!r} names no layers to steer at")
+    for il, row in rows.items():
+        if not np.isfinite(row).all():
+            raise VectorError(f"the direction at layer {il}, scaled by {rho}, is not finite in float32")
+    return rows
+
+
+def write_biases(
+    file: ModelFile,
+    out: Path,
+    strategy: str,
+    vector: PersonaVector,
+    rho: float,
+    biases: Mapping[str, NDArray[Any]],
+    *,
+    fit: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Baked:
+    """Write `file` with these added to its biases; those that it lacks become tensors of their own."""
+    present = {name: row for name, row in biases.items() if name in file.tensors}
+    missing = {name: row for name, row in biases.items() if name not in file.tensors}
+
+    def edit_of(row: NDArray[Any]) -> Callable[[Tensor], Any]:
+        def edited(tensor: Tensor) -> Any:
+            values = dequantized(tensor, file.raw(tensor))
+            yield quantized(tensor, (values + row.reshape(values.shape)).astype(np.float32))
+
+        return edited
+
+    for name, row in present.items():
+        if file.tensors[name].n_rows * file.tensors[name].n_per_row != row.size:
+            raise ModelError(f"{file.path.name}: tensor {name} has another shape than a bias of {row.size} numbers")
+    fields = [
+        Field.of("personasteer.kind", "bake"),
+        Field.of("personasteer.strategy", strategy),
+        *vector_fields(vector, rho),
+    ]
+    rewrite(
+        file,
+        out,
+        fields=fields,
+        edits={name: edit_of(row) for name, row in present.items()},
+        added={name: Added.of(row) for name, row in missing.items()},
+        progress=progress,
+    )
+    return Baked(out.name, strategy, vector.layers, sorted(missing), sorted(present), fit or {})
