@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from personasteer.cli._common import (
+    JsonOption,
+    OffsetOption,
+    ThreadsOption,
+    model_path,
+    print_json,
+    split_strength,
+    stages,
+    stdout,
+)
+from personasteer.ship.verify import verify as verify_file
+from personasteer.vectors import PersonaVector
+
+
+def register(app: typer.Typer) -> None:
+    app.command("verify")(verify)
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="What `export` wrote: a file, or a bundle.")],
+    base: Annotated[str, typer.Option("-m", "--model", help="The model that it was made of.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", metavar="FILE:STRENGTH", help="Compare with these vectors instead of its own."),
+    ] = None,
+    n_texts: Annotated[int, typer.Option("--texts", help="Everyday texts to compare on.", min=1, max=16)] = 8,
+    offset: OffsetOption = 0,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Load a shipped file in stock llama.cpp, without the hook, and compare it with the steered engine.
+
+    Exit code 1 where it does not do what it says.
+
+    Example: `personasteer verify optimist.gguf -m demo`
+    """
+    pairs = [(PersonaVector.load(f, offset=offset), s) for f, s in map(split_strength, against or [])]
+    with stages() as stage:
+        found = verify_file(
+            file,
+            model_path(base),
+            against=pairs or None,
+            n_texts=n_texts,
+            n_threads=threads,
+            progress=stage("comparing"),
+        )
+    if json:
+        print_json(found.summary())
+    else:
+        for line in lines_of(found.summary()):
+            stdout.print(line, markup=False, soft_wrap=True)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """A verification in words."""
+
+    def number(key: str, unit: str = "") -> str:
+        value = found[key]
+        return "not compared" if value is None else f"{value:.3g}{unit}"
+
+    lines = [f"{found['file']}: {found['kind']} for {found['model']}, {found['n_texts']} texts in stock llama.cpp"]
+    if found["max_abs_dlogit"] is not None:
+        rounding = "" if found["noise"] is None else f" (rounding alone makes {found['noise']:.3g})"
+        lines.append(f"  largest difference of a logit from the engine's: {number('max_abs_dlogit')}{rounding}")
+        lines.append(
+            f"  KL(engine || file): mean {number('kl_mean')}, 99th percentile {number('kl_p99')} nats per token"
+        )
+        lines.append(
+            f"  everyday text moves by {number('kl_base_shipped')} nats per token from the base; "
+            f"by the engine {number('kl_base_engine')}"
+        )
+    if found["effect_ratio"] is not None:
+        own = "" if found["effect_shipped"] is None else f", log-odds {found['effect_shipped']:+.3f}"
+        lines.append(f"  effect: {found['effect_ratio']:.3f} of the engine's{own}")
+    elif found["effect_shipped"] is not None:
+        lines.append(f"  effect: log-odds {found['effect_shipped']:+.3f}")
+    for key, value in found["details"].items():
+        shown = (
+            f"{len(value)}: {', '.join(map(str, value[:4]))}" if isinstance(value, list) and len(value) > 4 else value
+        )
+        lines.append(f"  {key}: {shown}")
+    lines += [f"  not ok: {reason}" for reason in found["reasons"]]
+    return [*lines, "  ok" if found["ok"] else "  failed"]

@@ -1,0 +1,552 @@
+"""Proof of a shipped file: what stock llama.cpp computes with it, beside the steered engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.engine import Request
+from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.evaluate.evaluation import trait_behind
+from personasteer.evaluate.log_odds import Cell, make_cells
+from personasteer.identity import check_model_file
+from personasteer.model import Model, output_rows
+from personasteer.ship.ablate import products
+from personasteer.ship.bake import BLOCK
+from personasteer.ship.control_vector import load_control_vector, scaled_directions
+from personasteer.ship.directions import in_all_blocks
+from personasteer.ship.fields import read_fields, vector_of_fields
+from personasteer.ship.plain import PlainModel
+from personasteer.ship.rewrite import ModelFile, Progress, Tensor
+from personasteer.ship.writers import has_tied_output, residual_writers
+from personasteer.statistics import divergence, log_softmax
+from personasteer.steering import SITES, Ablate, Add, Steering
+from personasteer.traits import neutral_pairs
+from personasteer.vectors import PersonaVector
+
+log = logging.getLogger("personasteer")
+
+KINDS = ("control-vector", "projection", "lora", "bake", "ablate", "bundle")
+NOISE = 2.0**-20  # relative change of a strength that shows what rounding alone does to the logits
+EXACT = 1e-4  # of a logit
+EXACT_AT_BLOCK = 2e-6  # of the norm of a block's output
+ROUNDING = 3.0  # times the noise: equal but for rounding
+SAME_DISTRIBUTION = 0.05  # of the divergence that the steering itself makes
+RATIO = (0.9, 1.1)  # of the effect of an approximation
+DIVERGENCE = 1.5  # at most so many times the steering's own on everyday text
+REMOVED = 0.01  # of what a tensor wrote may be left, from 8 bits on
+
+Against: TypeAlias = Sequence[tuple[PersonaVector, float | None]]
+
+
+@dataclass
+class Verification:
+    """What was found. Divergences are in nats per token, over the answers of everyday texts.
+
+    max_abs_dlogit: largest difference of a logit between the shipped file and the engine, over all texts. kl_mean,
+    kl_p99: KL(engine || shipped). effect_ratio: change of the trait's log-odds (`effect` "log-odds") or, where no trait
+    is known, the slope of the changes of the logits ("logits"), shipped over engine. noise: max_abs_dlogit between the
+    engine and itself with a strength changed by one part in a million. None: not measured for this kind.
+    """
+
+    kind: str
+    file: str
+    model: str
+    max_abs_dlogit: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    effect_ratio: float | None = None
+    ok: bool = False
+    reasons: list[str] = field(default_factory=list)  # why it is not ok
+    effect: str = ""
+    effect_engine: float | None = None
+    effect_shipped: float | None = None
+    kl_base_engine: float | None = None
+    kl_base_shipped: float | None = None
+    noise: float | None = None
+    n_texts: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """What `verify --json` prints."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class _Text:
+    tokens: list[int]
+    n_prompt: int
+    everyday: bool
+
+
+SteeringOf: TypeAlias = Callable[[list[int]], Steering]
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a file is: one of KINDS, or "model" where it does not say."""
+    p = Path(path)
+    if p.is_dir() or p.suffix == ".tar":
+        return "bundle"
+    fields = read_fields(check_model_file(p))
+    if fields.get("general.architecture") == "controlvector":
+        return "projection" if any(k.startswith(("glp.", "dspark.")) for k in fields) else "control-vector"
+    if fields.get("general.type") == "adapter":
+        return "lora"
+    return str(fields.get("personasteer.kind", "model"))
+
+
+def verify(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    against: Against | None = None,
+    n_texts: int = 8,
+    n_cells: int = 8,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Load a shipped file in stock llama.cpp, without the hook, and compare it with the steered engine on `base`.
+
+    Both decode the same texts in the same shapes on the CPU: answers to everyday questions, and, where the vector's
+    trait is known, held-out questions with the trait's continuations. Exact forms are to agree up to what rounding
+    does by itself (`noise`), which is measured beside them.
+
+    Args:
+        against: (vector, strength) pairs for the engine; what the file carries when None.
+        n_texts, n_cells: everyday texts, and comparisons of continuations.
+
+    Raises:
+        ModelError: a file that stock llama.cpp does not load. VectorError: nothing to compare with.
+    """
+    kind = kind_of(path)
+    if kind == "bundle":
+        from personasteer.ship.verify_bundle import verify_bundle
+
+        return verify_bundle(path, base, against=against, n_texts=n_texts, n_threads=n_threads, progress=progress)
+    if kind == "model":
+        if against is None:
+            raise ArgumentError(f"{path}: a model that does not say how it was made; name vectors to compare with "
+                                "(--against FILE:STRENGTH)")  # fmt: skip
+        kind = "bake"
+    if kind not in KINDS:
+        raise ArgumentError(f"{path}: made as {kind!r}, which this version does not know")
+    with Model(base, n_ctx=512, n_parallel=1, n_threads=n_threads, n_gpu_layers=0, repack=False) as model:
+        return _Verifier(model, Path(path), kind, against, n_texts, n_cells, progress).run()
+
+
+class _Verifier:
+    def __init__(
+        self,
+        model: Model,
+        path: Path,
+        kind: str,
+        against: Against | None,
+        n_texts: int,
+        n_cells: int,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.path, self.kind, self.progress = model, path, kind, progress
+        self.fields = read_fields(path)
+        self.against = against
+        self.out = Verification(kind, path.name, model.name)
+        self.n_texts, self.n_cells = n_texts, n_cells
+
+    def run(self) -> Verification:
+        run: Callable[[], None] = getattr(self, "_" + self.kind.replace("-", "_"))
+        run()
+        self.out.ok = not self.out.reasons
+        return self.out
+
+    # -- the kinds --------------------------------------------------------------------------------------------------
+
+    def _control_vector(self) -> None:
+        vector = load_control_vector(self.path)
+        rows = _tensors_of(self.path, self.model)
+        steering, trait = self._additions(vector)
+        self._compare(lambda _: steering, trait, lambda: self._plain(control_vector=rows))
+        if self.out.max_abs_dlogit != 0:
+            self._fail(f"logits differ by up to {self.out.max_abs_dlogit:.3g} from the engine's: exact is 0")
+
+    def _projection(self) -> None:
+        from personasteer.ship.projection import load_projection
+
+        found = load_projection(self.path)
+        if found.mode == "add" and "personasteer.directions" in self.fields:
+            return self._control_vector()
+        steering = found.steering()
+        noisy = Steering(replace(e, share=e.share * (1 - NOISE)) for e in steering if isinstance(e, Ablate))
+        if found.mode == "add":
+            rows = _tensors_of(self.path, self.model)
+            self._compare(lambda _: steering, found.vector, lambda: self._plain(control_vector=rows))
+            return self._must_be_same()
+        edits: dict[int, list[tuple[float, NDArray[np.float64]]]] = {}
+        for vector, factor in zip(found.basis, found.dir_scales, strict=True):
+            for il in vector.layers:
+                unit = vector.direction(il) / np.linalg.norm(vector.direction(il).astype(np.float64))
+                edits.setdefault(il, []).append((found.alpha[il] * factor, unit))
+        self._compare(lambda _: steering, found.vector, lambda: self._plain(projections=edits), noisy=lambda _: noisy)
+        self._must_be_same()
+        return None
+
+    def _lora(self) -> None:
+        basis, share, vector = self._removed()
+        file = ModelFile(self.model.path)
+        edited = {n.removesuffix(".lora_a") for n in ModelFile(self.path).tensors if n.endswith(".lora_a")}
+        wanted = {w.tensor.name: w for w in residual_writers(file)}
+        left = sorted(wanted.keys() - edited)
+        self.out.details |= {"left_out": left, "tied_output": has_tied_output(file), "share": share}
+        self.out.details["largest_error"] = self._adapter_error(file, basis, share)
+        if share < 1 or any(wanted[n].kind == "bias" for n in left):
+            why = "a share" if share < 1 else "biases that are left"
+            self.out.details["not_compared"] = f"the engine has no edit that leaves {why} of what each matrix writes"
+            self._compare(None, vector, lambda: self._plain(lora=self.path))
+            return
+        tables = [wanted[n].tensor for n in left if wanted[n].kind == "table"]
+        steer = self._removal(basis, file, tables)
+        self._compare(steer(1.0), vector, lambda: self._plain(lora=self.path), noisy=steer(1 - NOISE))
+        self._must_be_same()
+
+    def _ablate(self) -> None:
+        basis, share, vector = self._removed()
+        file, shipped = ModelFile(self.model.path), ModelFile(self.path)
+        readings = {}
+        for writer in residual_writers(file):
+            if writer.kind == "bias":
+                continue
+            before, after = (_written(f, writer, basis) for f in (file, shipped))
+            readings[writer.tensor.name] = (writer.tensor.type, after / max(before, np.finfo(float).tiny))
+        changed, added = changed_tensors(file, shipped)
+        tied = has_tied_output(file) and has_tied_output(shipped)
+        self.out.details |= {
+            "share": share,
+            "largest_reading": {
+                kind: max(r for k, r in readings.values() if k == kind) for kind in {k for k, _ in readings.values()}
+            },
+            "changed": len(changed),
+            "added": added,
+            "tied_output": tied,
+        }
+        others = [n for n in changed if n not in {w.tensor.name for w in residual_writers(file)}]
+        if others or set(added) - {"output.weight"}:
+            self._fail(f"other tensors differ from the base: {', '.join((others + added)[:3])}")
+        if share == 1.0 and changed:
+            for name, (kind, left) in readings.items():
+                if name in changed and left > REMOVED and kind in ("f32", "f16", "bf16", "q8_0"):
+                    self._fail(f"{name} ({kind}) still writes {left:.1%} of what it wrote along the directions")
+                    break
+        if share < 1 or len(changed) < len(readings):
+            self.out.details["not_compared"] = "the engine has no edit that leaves a share of what each matrix writes"
+            self._compare(None, vector, lambda: self._plain(shipped=True))
+            return
+        steer = self._removal(basis, file, [])
+        self._compare(steer(1.0), vector, lambda: self._plain(shipped=True), noisy=steer(1 - NOISE))
+
+    def _bake(self) -> None:
+        file, shipped = ModelFile(self.model.path), ModelFile(self.path)
+        vector: PersonaVector | None = None
+        if "personasteer.directions" in self.fields:
+            vector, rho = vector_of_fields(self.path, self.fields)
+            vector = replace(vector, strength=rho)
+        elif self.against is None:
+            raise VectorError(f"{self.path.name}: carries no vector to compare with (--against FILE:STRENGTH)")
+        strategy = str(self.fields.get("personasteer.strategy", BLOCK))
+        changed, added = changed_tensors(file, shipped)
+        self.out.details |= {"strategy": strategy, "changed": changed, "added": added}
+        others = [name for name in (*changed, *added) if not name.endswith(".bias")]
+        if others:
+            self._fail(f"other tensors than biases differ from the base: {', '.join(others[:3])}")
+        steering, trait = self._additions(vector)
+        noisy = Steering(e * (1 + NOISE) for e in steering)
+        self._compare(lambda _: steering, trait, lambda: self._plain(shipped=True), noisy=lambda _: noisy)
+        if strategy == BLOCK:
+            self.out.details["error_at_block"] = error = self._error_at_block(steering)
+            if error > EXACT_AT_BLOCK:
+                self._fail(f"the first steered block's output is off by {error:.2g} of its norm: exact is 2e-6")
+            self._must_be_same()
+        else:
+            self._must_act_alike()
+
+    # -- what the engine does -----------------------------------------------------------------------------------------
+
+    def _additions(self, vector: PersonaVector | None) -> tuple[Steering, PersonaVector | None]:
+        """What the engine adds: `against`, or the very rows that the file was made of."""
+        if self.against is not None:
+            return Steering(Add(v, v.strength if s is None else s) for v, s in self.against), self.against[0][0]
+        assert vector is not None
+        if vector.norms is None:
+            return Steering([Add(vector, 1.0, raw=True)]), vector
+        rho = float(self.fields.get("personasteer.exported_strength", vector.strength))
+        data = np.full_like(vector.directions, np.nan)
+        rows = {il: row for il, row in scaled_directions(vector, rho).items() if il >= 1 or self.kind == "bake"}
+        for il, row in rows.items():
+            data[il] = row
+        wide = (-10.0, 10.0)  # the dose is the file's: no warning of it
+        return Steering([Add(PersonaVector(data, tuple(rows), vector.name, window=wide,
+                                           provenance=vector.provenance), 1.0, raw=True)]), vector  # fmt: skip
+
+    def _removed(self) -> tuple[NDArray[np.float64], float, PersonaVector | None]:
+        """(basis, share, a vector that knows its trait) of an ablation."""
+        try:
+            width = int(self.fields["personasteer.n_embd"])
+            basis = np.asarray(self.fields["personasteer.removed"], np.float64).reshape(-1, width)
+            share = float(self.fields["personasteer.share"])
+            provenance = json.loads(self.fields["personasteer.provenance"])
+            name = str(self.fields["personasteer.names"][0])
+        except (KeyError, ValueError, TypeError, IndexError) as e:
+            raise VectorError(f"{self.path.name}: does not say which directions it removes ({e})") from e
+        if width != self.model.n_embd or not np.isfinite(basis).all():
+            raise VectorError(f"{self.path.name}: its directions do not fit a model of width {self.model.n_embd}")
+        basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+        first = provenance[0] if isinstance(provenance, list) and provenance else {}
+        vector = in_all_blocks(basis[0], self.model.n_layer, name)
+        return basis, share, replace(vector, provenance=first if isinstance(first, Mapping) else {})
+
+    def _removal(
+        self, basis: NDArray[np.float64], file: ModelFile, tables: Sequence[Tensor]
+    ) -> Callable[[float], SteeringOf]:
+        """The engine's own ablation, at all sites; what `tables` (embeddings that were left alone) write stays."""
+        vectors = [in_all_blocks(v, self.model.n_layer, f"removed {k}") for k, v in enumerate(basis)]
+        scale = float(file.fields.get(f"{file.architecture}.embedding_scale") or 1.0)
+
+        def at(share: float) -> SteeringOf:
+            def steering(tokens: list[int]) -> Steering:
+                if not tables:
+                    return Steering(Ablate(v, sites=SITES, share=share) for v in vectors)
+                edits = Steering()
+                for t, token in enumerate(tokens):
+                    row = sum(file.rows(table, token, 1)[0] for table in tables) * scale
+                    for v in vectors:
+                        to = np.full(self.model.n_layer, float(row @ v.directions[0]))
+                        edits.append(Ablate(v, to=to, scope=(t,), sites=("mid", "block"), share=share))
+                return edits
+
+            return steering
+
+        return at
+
+    # -- comparing ----------------------------------------------------------------------------------------------------
+
+    def _plain(self, *, shipped: bool = False, **how: Any) -> PlainModel:
+        path = self.path if shipped else self.model.path
+        n_ctx, n_threads = self.model.n_ctx, self.model.n_threads
+        rows = output_rows(self.model.n_vocab, 1)
+        return PlainModel(path, n_ctx=n_ctx, n_threads=n_threads, n_outputs=rows, **how)
+
+    def _texts(self, vector: PersonaVector | None) -> tuple[list[_Text], int]:
+        """Everyday texts, then two for each comparison of continuations; the number of these comparisons."""
+        texts = [_Text(*self.model.pair_tokens(q, a), True) for q, a in neutral_pairs()[: self.n_texts]]
+        trait = trait_behind(vector) if vector is not None else None
+        cells: tuple[Cell, ...] = ()
+        if trait is not None and trait.evaluate_questions and trait.continuations:
+            cells = make_cells(trait.evaluate_questions[: self.n_cells], trait.evaluation_pairs, 1)
+        for cell in cells:
+            texts += [_Text(*self.model.pair_tokens(cell.question, t), False) for t in (cell.trait, cell.anti)]
+        longest = max(len(t.tokens) for t in texts)
+        if longest > self.model.n_ctx:
+            raise ModelError(f"a text of {longest} tokens does not fit {self.model.n_ctx}")
+        return texts, len(cells)
+
+    def _engine(self, text: _Text, steering: Steering) -> NDArray[np.float32]:
+        first, n = text.n_prompt - 1, len(text.tokens)
+        request = Request(text.tokens, None, steering, outputs=(first, n), keep_logits=True)
+        logits: NDArray[np.float32] = self.model.run_requests([request])[0]["logits"]
+        return logits
+
+    def _compare(
+        self,
+        steer: SteeringOf | None,
+        vector: PersonaVector | None,
+        open_shipped: Callable[[], PlainModel],
+        *,
+        noisy: SteeringOf | None = None,
+    ) -> None:
+        """Fill in the figures; `steer` None: there is nothing to compare with but the base."""
+        texts, n_cells = self._texts(vector)
+        self.out.n_texts = len(texts)
+        most = noise = dot = square = 0.0
+        kls: dict[str, list[NDArray[np.float64]]] = {"engine": [], "base_engine": [], "base_shipped": []}
+        scores = np.zeros((3, len(texts)))
+        with self._plain() as base, open_shipped() as shipped:
+            if (shipped.n_vocab, shipped.n_embd) != (self.model.n_vocab, self.model.n_embd):
+                raise ModelError(f"{self.path.name} is not made of {self.model.path.name}: other sizes")
+            for i, text in enumerate(texts):
+                first = text.n_prompt - 1
+                given = base.logits(text.tokens, first)
+                made = shipped.logits(text.tokens, first)
+                wanted = self._engine(text, steer(text.tokens)) if steer else given
+                for k, logits in enumerate((given, wanted, made)):
+                    scores[k, i] = _mean_log_p(logits, text.tokens[text.n_prompt :])
+                if not np.isfinite(made).all():
+                    raise ModelError(f"{self.path.name}: computes logits that are not finite")
+                most = max(most, float(np.abs(made - wanted).max()))
+                if text.everyday:
+                    p, q, r = (log_softmax(x) for x in (given, wanted, made))
+                    kls["base_shipped"].append(divergence(p, r))
+                    if steer:
+                        kls["engine"].append(divergence(q, r))
+                        kls["base_engine"].append(divergence(p, q))
+                        dot += float(np.vdot(wanted - given, made - given))
+                        square += float(np.square(wanted - given, dtype=np.float64).sum())
+                    if steer and noisy:
+                        noise = max(noise, float(np.abs(self._engine(text, noisy(text.tokens)) - wanted).max()))
+                if self.progress:
+                    self.progress(i + 1, len(texts))
+        self._figures(steer is not None, most, noise if noisy else None, kls, scores, n_cells, dot, square)
+
+    def _figures(
+        self,
+        compared: bool,
+        most: float,
+        noise: float | None,
+        kls: Mapping[str, list[NDArray[np.float64]]],
+        scores: NDArray[np.float64],
+        n_cells: int,
+        dot: float,
+        square: float,
+    ) -> None:
+        out = self.out
+        out.kl_base_shipped = float(np.concatenate(kls["base_shipped"]).mean())
+        if n_cells:
+            odds = scores[:, len(scores[0]) - 2 * n_cells :]
+            change = (odds[:, ::2] - odds[:, 1::2]).mean(axis=1)
+            out.effect_shipped = float(change[2] - change[0])
+            out.effect_engine = float(change[1] - change[0]) if compared else None
+        if not compared:
+            return
+        out.max_abs_dlogit, out.noise = most, noise
+        both = np.concatenate(kls["engine"])
+        out.kl_mean, out.kl_p99 = float(both.mean()), float(np.quantile(both, 0.99))
+        out.kl_base_engine = float(np.concatenate(kls["base_engine"]).mean())
+        if out.effect_engine:
+            out.effect, out.effect_ratio = "log-odds", (out.effect_shipped or 0.0) / out.effect_engine
+        elif square > 0:
+            out.effect, out.effect_ratio = "logits", dot / square
+
+    def _error_at_block(self, steering: Steering) -> float:
+        """Largest difference at the output of the first steered block, in units of the block's norm."""
+        il = min(il for e in steering for il in e.terms(self.model))
+        text = neutral_pairs()[0][1]
+        with Model(self.path, n_ctx=512, n_parallel=1, n_threads=self.model.n_threads, n_gpu_layers=0,
+                   repack=False) as shipped:  # fmt: skip
+            how: dict[str, Any] = {"pool": "raw", "layers": [il], "last_layer": True}
+            made = shipped.capture([text], **how)[0][:, il]
+        wanted = self.model.capture([text], steer=[steering], **how)[0][:, il]
+        return float((np.abs(made - wanted).max(axis=1) / np.linalg.norm(wanted, axis=1)).max())
+
+    def _adapter_error(self, file: ModelFile, basis: NDArray[np.float64], share: float) -> float:
+        """Largest relative difference between B A and -share V^T V W, over the matrices."""
+        adapter = ModelFile(self.path)
+        worst = 0.0
+        for writer in residual_writers(file):
+            name = writer.tensor.name
+            if writer.kind != "matrix" or f"{name}.lora_a" not in adapter.tensors:
+                continue
+            wanted = np.stack(products(file, writer, basis))
+            a, b = (adapter.tensors[f"{name}.lora_{x}"] for x in "ab")
+            got_a = adapter.rows(a).astype(np.float64).reshape(wanted.shape)
+            got_b = adapter.rows(b).astype(np.float64).reshape(len(wanted), -1, len(basis))
+            for x, y, w in zip(got_b, got_a, wanted, strict=True):
+                difference = np.abs((x @ y) + share * (basis.T @ w)).max()
+                worst = max(worst, float(difference / max(np.abs(w).max(), np.finfo(float).tiny)))
+        if worst > EXACT:
+            self._fail(f"a matrix of the adapter is off by {worst:.2g} of what it removes")
+        return worst
+
+    # -- verdicts -----------------------------------------------------------------------------------------------------
+
+    def _fail(self, reason: str) -> None:
+        self.out.reasons.append(reason)
+
+    def _must_be_same(self) -> None:
+        """An exact form: equal but for rounding, which quantized models amplify, or at least the same distribution."""
+        out = self.out
+        assert out.max_abs_dlogit is not None
+        assert out.kl_mean is not None
+        assert out.kl_base_engine is not None
+        if out.max_abs_dlogit <= max(EXACT, ROUNDING * (out.noise or 0.0)):
+            return
+        if self.kind == "lora" and out.kl_mean <= SAME_DISTRIBUTION * out.kl_base_engine:
+            return  # the engine edits what the quantized product gives, the adapter adds to it
+        self._fail(
+            f"logits differ by up to {out.max_abs_dlogit:.3g} from the engine's; rounding alone makes "
+            f"{out.noise or 0:.3g}"
+        )
+
+    def _must_act_alike(self) -> None:
+        out = self.out
+        low, high = RATIO
+        if out.effect_ratio is None or not low <= out.effect_ratio <= high:
+            self._fail(f"the effect is {out.effect_ratio or 0:.2f} of the engine's, not within {low} to {high}")
+        if (out.kl_base_shipped or 0) > DIVERGENCE * (out.kl_base_engine or 0):
+            self._fail(
+                f"on everyday text it moves {out.kl_base_shipped:.3f} nats per token from the base, more than "
+                f"{DIVERGENCE} times the engine's {out.kl_base_engine:.3f}"
+            )
+
+
+def _tensors_of(path: Path, model: Model) -> NDArray[np.float32]:
+    """(n_layer, n_embd) what llama.cpp adds of a control-vector file, read as it reads it."""
+    file = ModelFile(path)
+    rows = np.zeros((model.n_layer, model.n_embd), np.float32)
+    for name, tensor in file.tensors.items():
+        il = int(name.removeprefix("direction."))
+        if tensor.n_per_row != model.n_embd:
+            raise VectorError(f"{path.name}: is {tensor.n_per_row} wide, the model {model.n_embd}")
+        if il < model.n_layer:
+            rows[il] = file.rows(tensor)[0]
+    return rows
+
+
+def _written(file: ModelFile, writer: Any, basis: NDArray[np.float64]) -> float:
+    """||V W|| of a tensor, or of the rows of a table."""
+    tensor = file.tensors[writer.tensor.name]
+    here = replace(writer, tensor=tensor)
+    if writer.kind == "matrix":
+        return float(np.sqrt(sum(float(np.square(p).sum()) for p in products(file, here, basis))))
+    return float(np.sqrt(sum(float(np.square(rows @ basis.T).sum()) for _, rows in file.chunks(tensor))))
+
+
+def changed_tensors(base: ModelFile, other: ModelFile) -> tuple[list[str], list[str]]:
+    """Names of the tensors whose type, shape or SHA-256 differs, and of those that only `other` has.
+
+    Raises ModelError where `other` lacks one.
+    """
+    lacking = base.tensors.keys() - other.tensors.keys()
+    if lacking:
+        raise ModelError(f"{other.path.name}: lacks tensor {min(lacking)} of {base.path.name}")
+    changed = []
+    for name, tensor in base.tensors.items():
+        made = other.tensors[name]
+        same = (tensor.type, tensor.shape) == (made.type, made.shape) and _digest(base, tensor) == _digest(other, made)
+        if not same:
+            changed.append(name)
+    return changed, sorted(other.tensors.keys() - base.tensors.keys())
+
+
+def _digest(file: ModelFile, tensor: Tensor) -> bytes:
+    digest = hashlib.sha256()
+    with file.path.open("rb") as f:
+        f.seek(tensor.offset)
+        left = tensor.n_bytes
+        while left > 0:
+            data = f.read(min(left, 2**20))
+            if not data:
+                raise ModelError(f"{file.path}: truncated, tensor {tensor.name} is not all there")
+            digest.update(data)
+            left -= len(data)
+    return digest.digest()
+
+
+def _mean_log_p(logits: NDArray[np.float32], answer: Sequence[int]) -> float:
+    """Mean log p of the answer's tokens; row j of the logits is before token j."""
+    rows = log_softmax(logits[: len(answer)])
+    return float(rows[np.arange(len(answer)), list(answer)].mean())
