@@ -9,6 +9,7 @@ from personasteer.chat import ChatTemplate  # noqa: E402
 from personasteer.derive import contrast, derive  # noqa: E402
 from personasteer.errors import (  # noqa: E402
     ArgumentError,
+    BundleError,
     ContextError,
     ElicitationError,
     EndpointError,
@@ -21,6 +22,7 @@ from personasteer.errors import (  # noqa: E402
 )
 from personasteer.live import Answer, Session, Stream  # noqa: E402
 from personasteer.model import Model, demo_model  # noqa: E402
+from personasteer.ship.bundle import Bundle, load_bundle  # noqa: E402
 from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When  # noqa: E402
 from personasteer.traits import Trait  # noqa: E402
 from personasteer.vectors import PersonaVector  # noqa: E402
@@ -33,6 +35,8 @@ __all__ = [
     "Answer",
     "ArgumentError",
     "Attachment",
+    "Bundle",
+    "BundleError",
     "Cap",
     "ChatTemplate",
     "ContextError",
@@ -58,4 +62,5 @@ __all__ = [
     "demo_model",
     "derive",
     "detach",
+    "load_bundle",
 ]

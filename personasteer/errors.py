@@ -8,6 +8,7 @@ PersonasteerError
 ├── VectorError            a vector or a vector file is unusable
 │   └── IncompatibleVector it belongs to a model of another shape
 ├── TraitError             a trait is unknown or its file breaks the rules
+├── BundleError            a bundle is incomplete, changed, for another model, or breaks the rules
 ├── EndpointError          a server cannot be reached, or answers with an error or with something else
 └── ElicitationError       the model did not show the trait, so no vector can be certified
 """
@@ -46,6 +47,10 @@ class IncompatibleVector(VectorError):  # noqa: N818 (the name is part of the pu
 
 class TraitError(PersonasteerError):
     """A trait is unknown or its file breaks the rules."""
+
+
+class BundleError(PersonasteerError):
+    """A bundle is incomplete, changed, for another model, or breaks the rules."""
 
 
 class EndpointError(PersonasteerError):

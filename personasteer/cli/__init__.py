@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import logging
 import os
 import sys
@@ -22,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = ("demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture", "export", "bench")
+VERBS = (
+    "demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture",
+    "import", "export", "verify", "bundle", "push", "bench",
+)  # fmt: skip
 _debug = False
 
 
@@ -44,7 +48,8 @@ def _options(
 
 
 for _verb in VERBS:
-    importlib.import_module(f"personasteer.cli.{_verb}").register(app)
+    _module = _verb + "_" if keyword.iskeyword(_verb) else _verb
+    importlib.import_module(f"personasteer.cli.{_module}").register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -71,7 +71,12 @@ SchemaOption: TypeAlias = Annotated[
 
 def open_model(name: str, **options: Any) -> Model:
     """The model of a -m option."""
-    return Model(demo_model_path() if name == "demo" else name, **options)
+    return Model(model_path(name), **options)
+
+
+def model_path(name: str) -> Path:
+    """The file of a -m option."""
+    return demo_model_path() if name == "demo" else Path(name)
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

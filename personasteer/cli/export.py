@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -13,62 +13,263 @@ from personasteer.cli._common import (
     JsonOption,
     OffsetOption,
     ThreadsOption,
+    model_path,
     open_model,
     print_json,
     split_strength,
+    stages,
     stdout,
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
-from personasteer.steering import check_fits
+from personasteer.ship.ablate import ablate_weights
+from personasteer.ship.bake import bake
+from personasteer.ship.bundle import write_bundle
+from personasteer.ship.directions import directions_to_remove
+from personasteer.ship.glp import MODES
+from personasteer.ship.lora import save_lora
+from personasteer.ship.projection import save_projection
+from personasteer.steering import Add, check_fits
 from personasteer.vectors import PersonaVector
 
-KINDS = ("control-vector",)
+Stage = Callable[[str], Callable[[int, int], None]]
 
 
 def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be exported: vectors with the strengths that were named, and the options of the kinds."""
+
+    parts: list[tuple[PersonaVector, float | None]]
+    base: str
+    out: Path
+    stage: Stage
+    threads: int | None
+    gpu_layers: int
+    options: dict[str, Any]
+
+    def folded(self) -> PersonaVector:
+        """All parts as one vector with the norms of the model."""
+        small = {"n_ctx": 512, "n_parallel": 1, "repack": False}
+        with open_model(self.base, n_threads=self.threads, n_gpu_layers=self.gpu_layers, **small) as m:
+            return fold(m, [(v, v.strength if s is None else s) for v, s in self.parts])
+
+    @property
+    def model(self) -> Path:
+        return model_path(self.base)
+
+
 def export(
-    kind: Annotated[str, typer.Argument(help="control-vector")],
+    kind: Annotated[str, typer.Argument(help="control-vector, projection, lora, bake, ablate or bundle.")],
     vectors: Annotated[
-        list[str], typer.Argument(metavar="FILE[:STRENGTH]..", help="Vectors; the strength is folded in.")
+        list[str],
+        typer.Argument(metavar="FILE[:STRENGTH]..", help="Vectors; for lora and ablate the share that is removed."),
     ],
     base: Annotated[str, typer.Option("-m", "--model", help="The model that it is for; its norms count.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a folder or .tar for a bundle.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what exists.")] = False,
+    mode: Annotated[str, typer.Option("--mode", help="projection: project or add.")] = "project",
+    layer: Annotated[
+        int | None,
+        typer.Option("--layer", help="lora, ablate: the block whose direction is removed; its best when left out."),
+    ] = None,
+    strategy: Annotated[str, typer.Option("--strategy", help="bake: auto, block-bias or value-bias.")] = "auto",
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="ablate: importance matrix of llama-imatrix.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="ablate: keep the output matrix, where it is the embeddings, as it was.")
+    ] = False,
+    layer_shares: Annotated[
+        str | None,
+        typer.Option("--layer-shares", metavar="0-9:0,20:0.5", help="ablate: factors by block; -1: the embeddings."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="bundle: name of the persona.")] = None,
+    description: Annotated[str, typer.Option("--description", help="bundle: what the persona does.")] = "",
+    include_model: Annotated[bool, typer.Option("--include-model", help="bundle: put the model in.")] = False,
+    license: Annotated[str | None, typer.Option("--license", help="bundle: license of the model card.")] = None,  # noqa: A002
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="USER/NAME", help="projection, bundle: the base on the Hub.")
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base-revision", metavar="COMMIT", help="projection: commit of the base, 40 digits.")
+    ] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option("--report", help="bundle: report of `eval --report` to put in; repeatable.")
+    ] = None,
+    shipped: Annotated[
+        list[Path] | None, typer.Option("--file", help="bundle: exported file to put in; repeatable.")
+    ] = None,
     offset: OffsetOption = 0,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
     json: JsonOption = False,
 ) -> None:
-    """Write vectors, at given strengths and summed, as one file that llama.cpp loads at scale 1.0.
+    """Write what other people's runtimes load: the vectors at given strengths, summed, in one of six forms.
+
+    control-vector: for llama.cpp's --control-vector. projection: the same with GLP metadata. lora: an adapter that
+    takes directions out of what the model writes. bake: a model that is steered by itself. ablate: a model whose
+    weights no longer write the directions. bundle: vectors, model or its hash, evidence and model card.
 
     Example: `personasteer export control-vector pessimistic.gguf:-0.3 -m demo -o optimist.gguf`
     """
     if kind not in KINDS:
         raise ArgumentError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
-    check_output(out)
-    if out.exists() and not force:
-        raise ArgumentError(f"{out}: exists already; --force overwrites it")
     specs = [split_strength(v) for v in vectors]
-    loaded = [PersonaVector.load(file, offset=offset) for file, _ in specs]
-    with open_model(base, n_ctx=512, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers) as m:
-        parts = [(v, v.strength if s is None else s) for v, (_, s) in zip(loaded, specs, strict=True)]
-        vector = fold(m, parts)
-        vector.save(out)
+    if kind != "bundle":
+        check_output(out)
+        if out.exists() and not force:
+            raise ArgumentError(f"{out}: exists already; --force overwrites it")
+    options = {
+        "mode": mode, "layer": layer, "strategy": strategy, "imatrix": imatrix, "untie": untie,
+        "layer_shares": parse_shares(layer_shares), "name": name, "description": description, "force": force,
+        "include_model": include_model, "license": license, "base_model": base_model, "base_revision": base_revision,
+        "reports": report or [], "shipped": shipped or [],
+    }  # fmt: skip
+    parts = [(PersonaVector.load(file, offset=offset), s) for file, s in specs]
+    with stages() as stage:
+        found, how = KINDS[kind](Order(parts, base, out, stage, threads, gpu_layers, options))
+    used = [{"file": file, "strength": v.strength if s is None else s} for (file, _), (v, s) in
+            zip(specs, parts, strict=True)]  # fmt: skip
     if json:
-        used = [{"file": file, "strength": s} for (file, _), (_, s) in zip(specs, parts, strict=True)]
-        print_json({"file": str(out), "kind": kind, "layers": list(vector.layers), "vectors": used})
+        print_json({"file": str(out), "kind": kind, "vectors": used, **found})
     else:
-        stdout.print(
-            f"{out}: blocks {list(vector.layers)}; use it as: llama-cli -m MODEL --control-vector {out}",
-            markup=False,
-            soft_wrap=True,
+        for line in how:
+            stdout.print(line, markup=False, soft_wrap=True)
+
+
+def _control_vector(order: Order) -> tuple[dict[str, Any], list[str]]:
+    vector = order.folded()
+    vector.save(order.out)
+    lines = [f"{order.out}: blocks {list(vector.layers)}; use it as: llama-cli -m MODEL --control-vector {order.out}"]
+    return {"layers": list(vector.layers)}, lines
+
+
+def _projection(order: Order) -> tuple[dict[str, Any], list[str]]:
+    mode = order.options["mode"]
+    pin = {key: order.options[key] for key in ("base_model", "base_revision")}
+    if mode not in MODES:
+        raise ArgumentError(f"--mode must be one of {', '.join(MODES)}, not {mode!r}")
+    if mode == "add":
+        vector = order.folded()
+        save_projection(vector, order.out, mode=mode, **pin)
+    else:
+        if len(order.parts) != 1:
+            raise ArgumentError("a projection takes one vector: readers of the format refuse several directions")
+        vector, alpha = order.parts[0]
+        with open_model(order.base, n_ctx=512, n_parallel=1, n_threads=order.threads, repack=False) as m:
+            check_fits(vector, m)
+        save_projection(vector, order.out, mode=mode, strength=alpha, **pin)
+    hint = "add" if mode == "add" else "project; llama.cpp itself would add it: give it to readers of GLP metadata only"
+    return {"mode": mode, "layers": list(vector.layers)}, [f"{order.out}: blocks {list(vector.layers)}, mode {hint}"]
+
+
+def _lora(order: Order) -> tuple[dict[str, Any], list[str]]:
+    removed = directions_to_remove(order.parts, layer=order.options["layer"])
+    adapter = save_lora(order.model, order.out, removed, progress=order.stage("reading matrices"))
+    lines = [
+        f"{order.out}: takes {', '.join(removed.names)} (block {', '.join(map(str, removed.blocks))}) out of "
+        f"{len(adapter.matrices)} matrices; use it as: llama-server -m MODEL --lora {order.out}"
+    ]
+    lines += [f"  left out: {tensor}, {why}" for tensor, why in list(adapter.left_out.items())[:4]]
+    if len(adapter.left_out) > 4:
+        lines.append(f"  and {len(adapter.left_out) - 4} more")
+    return {**adapter.summary(), "file": str(order.out), "blocks": list(removed.blocks)}, lines
+
+
+def _bake(order: Order) -> tuple[dict[str, Any], list[str]]:
+    baked = bake(
+        order.model,
+        order.out,
+        order.folded(),
+        strategy=order.options["strategy"],
+        n_threads=order.threads,
+        stage=order.stage,
+    )
+    lines = [f"{order.out}: {baked.strategy} at blocks {list(baked.blocks)}; use it as: llama-server -m {order.out}"]
+    for key, value in baked.fit.items():
+        lines.append(f"  {key}: {value:.3g}" if isinstance(value, float) else f"  {key}: {value}")
+    return {**baked.summary(), "file": str(order.out)}, lines
+
+
+def _ablate(order: Order) -> tuple[dict[str, Any], list[str]]:
+    removed = directions_to_remove(order.parts, layer=order.options["layer"])
+    done = ablate_weights(
+        order.model,
+        order.out,
+        removed,
+        shares=order.options["layer_shares"],
+        importance=order.options["imatrix"],
+        untie=order.options["untie"],
+        progress=order.stage("writing"),
+    )
+    summary = done.summary()
+    kinds = sorted({t.type for t in done.tensors})
+    lines = [f"{order.out}: {', '.join(removed.names)} taken out of {len(done.tensors)} tensors"]
+    for kind in kinds:
+        tensors = [t for t in done.tensors if t.type == kind]
+        lines.append(
+            f"  {kind}, {len(tensors)} tensors: at most {max(t.reading for t in tensors):.2%} left of what they write "
+            f"along it, norms changed by {min(t.norm_change for t in tensors):+.2%} to "
+            f"{max(t.norm_change for t in tensors):+.2%}, rounded by {max(t.requantization for t in tensors):.2%}"
         )
+    if done.tied_output and not done.untied:
+        lines.append(
+            "  the output matrix is the same tensor as the embeddings, and edited with them (--untie keeps it)"
+        )
+    return {**summary, "file": str(order.out), "blocks": list(removed.blocks)}, lines
+
+
+def _bundle(order: Order) -> tuple[dict[str, Any], list[str]]:
+    o = order.options
+    steering = [Add(v, v.strength if s is None else s) for v, s in order.parts]
+    keys = ("description", "include_model", "license", "base_model", "reports", "shipped", "force")
+    name = o["name"] or " + ".join(v.name for v, _ in order.parts)
+    write_bundle(
+        order.out,
+        model=order.model,
+        steering=steering,
+        name=name,
+        progress=order.stage("writing"),
+        **{key: o[key] for key in keys},
+    )
+    return {"name": name}, [f"{order.out}: {name}; run it as: personasteer bundle chat {order.out} -p TEXT"]
+
+
+KINDS: dict[str, Callable[[Order], tuple[dict[str, Any], list[str]]]] = {
+    "control-vector": _control_vector,
+    "projection": _projection,
+    "lora": _lora,
+    "bake": _bake,
+    "ablate": _ablate,
+    "bundle": _bundle,
+}
+
+
+def parse_shares(text: str | None) -> dict[int, float] | None:
+    """{block: factor} of "0-9:0,20:0.5". Raises ArgumentError where it is not written so."""
+    if text is None:
+        return None
+    shares: dict[int, float] = {}
+    for part in text.split(","):
+        blocks, colon, factor = part.rpartition(":")
+        try:
+            value = float(factor)
+            first, dash, last = (
+                blocks.strip().partition("-") if not blocks.strip().startswith("-") else (blocks, "", "")
+            )
+            chosen = range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            colon, value, chosen = "", 0.0, []
+        if not colon or not len(chosen):
+            raise ArgumentError(f"--layer-shares takes blocks and factors as in 0-9:0,20:0.5, not {part!r}")
+        shares |= dict.fromkeys(chosen, value)
+    return shares
 
 
 def fold(model: Model, parts: Sequence[tuple[PersonaVector, float]]) -> PersonaVector:
