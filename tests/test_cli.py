@@ -426,7 +426,11 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
         USAGE,
         "missing",
     ),
-    "an unknown kind of export": ("export loar v.gguf:1 -m TINY -o o.gguf", USAGE, "known: control-vector, projection, lora, bake"),
+    "an unknown kind of export": (
+        "export loar v.gguf:1 -m TINY -o o.gguf",
+        USAGE,
+        "known: control-vector, projection, lora, bake",
+    ),
     "an export of strength 0": (f"{EXPORT} v.gguf:0", USAGE, "strength of 0"),
     "an export of nothing": (f"{EXPORT} v.gguf:0.2 v.gguf:-0.2", USAGE, "cancel"),
     "an unknown verb": ("sing", USAGE, "sing"),

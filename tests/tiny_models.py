@@ -1,4 +1,6 @@
-"""Random models of other architectures than a llama: recurrent, hybrid, with sliding windows, without block labels."""
+"""Random models of other architectures than a llama: recurrent, hybrid, with sliding windows or value biases, without
+block labels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
+from personasteer.tiny_model import TEMPLATE
 
 N_LAYER, N_EMBD, N_FF, N_HEAD = 4, 64, 128, 4
 WINDOW = 8  # tokens that the sliding-window blocks look back on, the current one included
@@ -145,6 +149,37 @@ def write_sliding_window_model(path: str | Path, *, seed: int = 0) -> Path:
         w.attention(block)
         w.feed_forward(block)
     w.norm("output_norm")
+    return w.finish()
+
+
+def write_qwen_model(path: str | Path, architecture: str = "qwen2", *, seed: int = 0) -> Path:
+    """Write a qwen2 (with value biases) or a qwen3 (without): no bias at a block's end, two key-value heads."""
+    w = _Writer(path, architecture, seed)
+    head, n_kv = N_EMBD // N_HEAD, 2
+    w.add_feed_forward_length(N_FF)
+    w.add_head_count(N_HEAD)
+    w.add_head_count_kv(n_kv)
+    w.add_rope_dimension_count(head)
+    w.add_chat_template(TEMPLATE)
+    if architecture == "qwen3":
+        w.add_key_length(head)
+        w.add_value_length(head)
+    w.matrix("token_embd", w.n_vocab, N_EMBD)
+    for il in range(N_LAYER):
+        block = f"blk.{il}"
+        w.norm(f"{block}.attn_norm")
+        w.norm(f"{block}.ffn_norm")
+        for name, rows in (("attn_q", N_EMBD), ("attn_k", n_kv * head), ("attn_v", n_kv * head)):
+            w.matrix(f"{block}.{name}", rows, N_EMBD)
+            if architecture == "qwen2":
+                w.add_tensor(f"{block}.{name}.bias", (0.1 * w.rng.standard_normal(rows)).astype(np.float32))
+        w.matrix(f"{block}.attn_output", N_EMBD, N_EMBD)
+        if architecture == "qwen3":
+            w.norm(f"{block}.attn_q_norm", head)
+            w.norm(f"{block}.attn_k_norm", head)
+        w.feed_forward(block)
+    w.norm("output_norm")
+    w.matrix("output", w.n_vocab, N_EMBD)
     return w.finish()
 
 

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from personasteer.errors import ArgumentError
 from personasteer.live import Answer
 from personasteer.model import Model, demo_model_path
+from personasteer.ship.projection import load_projection
+from personasteer.ship.verify import kind_of
 from personasteer.steering import Ablate, Add, Cap, Floor, Steering
 from personasteer.vectors import PersonaVector
 
@@ -117,7 +119,10 @@ def load_steering(
     steering += [Cap(load(file), scope=scope) for file in cap or []]
     steering += [Floor(load(file), scope=scope) for file in floor or []]
     for file, share in [split_strength(a) for a in ablate or []]:
-        steering.append(Ablate(load(file), share=1.0 if share is None else share, scope=scope))
+        if kind_of(file) == "projection":
+            steering += load_projection(file).steering(scale=1.0 if share is None else share, scope=scope)
+        else:
+            steering.append(Ablate(load(file), share=1.0 if share is None else share, scope=scope))
     return steering
 
 

@@ -12,6 +12,8 @@ from personasteer.cli._common import JsonOption, OffsetOption, open_model, print
 from personasteer.evaluate.report import layer_series
 from personasteer.files import atomic_write, check_output
 from personasteer.ship.control_vector import exported_strength
+from personasteer.ship.projection import load_projection
+from personasteer.ship.verify import kind_of
 from personasteer.steering import check_fits
 from personasteer.vectors import PersonaVector
 
@@ -35,7 +37,8 @@ def inspect(
     """
     if plot is not None:
         check_output(plot)
-    vector = PersonaVector.load(file, offset=offset)
+    is_projection = kind_of(file) == "projection"
+    vector = load_projection(file).vector if is_projection else PersonaVector.load(file, offset=offset)
     lengths = np.linalg.norm(vector.directions, axis=1)
     rows = [
         {

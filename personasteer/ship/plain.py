@@ -101,8 +101,9 @@ class PlainModel:
         data = np.ascontiguousarray(rows[1:], np.float32)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         last = self.n_layer - 1
-        if llama_cpp.llama_set_adapter_cvec(self._handle, pointer, data.size, self.n_embd, 1, last) != 0:
-            raise VectorError("stock llama.cpp does not take this control vector")
+        with _quiet():
+            if llama_cpp.llama_set_adapter_cvec(self._handle, pointer, data.size, self.n_embd, 1, last) != 0:
+                raise VectorError("stock llama.cpp does not take this control vector")
 
     def _on_node(self, node: int, asks: bool, _: Any) -> bool:
         name = _ggml().ggml_get_name(node).decode("utf-8", "replace")

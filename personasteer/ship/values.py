@@ -13,15 +13,24 @@ from personasteer.engine import Request
 from personasteer.evaluate.evaluation import trait_behind
 from personasteer.evaluate.log_odds import Cell, cell_log_odds, make_cells
 from personasteer.model import Model
+from personasteer.progress import Meter
 from personasteer.ship.biases import accepts
 from personasteer.ship.rewrite import ModelFile, Progress
-from personasteer.ship.value_bias import biased_layers, calibrate, fit, naive_solve, value_bias_map, wanted_sums
+from personasteer.ship.value_bias import (
+    CORRECTIONS,
+    biased_layers,
+    calibrate,
+    fit,
+    naive_solve,
+    value_bias_map,
+    wanted_sums,
+)
 from personasteer.statistics import divergence, log_softmax
 from personasteer.steering import Add, Edit, SteeredModel, Steering, Term, site_at
 from personasteer.traits import neutral_pairs
 from personasteer.vectors import PersonaVector
 
-N_CELLS = 8  # comparisons of continuations that the effect is calibrated on
+N_QUESTIONS = 20  # with two comparisons of continuations each: what the effect is calibrated on
 HELD_OUT = 8  # everyday texts, the first ones, that nothing is fitted to: `verify` compares on them
 WIDE = (-10.0, 10.0)  # doses that are measured here need no warning
 
@@ -61,7 +70,7 @@ def why_not_values(file: ModelFile) -> str:
 
 
 @dataclass(frozen=True)
-class _Constants(Edit):
+class Constants(Edit):
     """Adds rows {il: (n_embd,)} after the attention of blocks, as value biases do."""
 
     rows: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
@@ -105,31 +114,25 @@ def fit_values(
         trait = trait_behind(vector)
         cells: tuple[Cell, ...] = ()
         if trait is not None and trait.continuations:
-            cells = make_cells(trait.derive_questions[:N_CELLS], trait.selection_pairs, 1)
-        texts = [*neutral_pairs()[HELD_OUT:], *((c.question, t) for c in cells for t in (c.trait, c.anti))]
-        meter = stage("measuring shifts")
-        n_passes, passes = 5, 0
+            cells = make_cells(trait.derive_questions[:N_QUESTIONS], trait.selection_pairs, 2)
+        texts = [*neutral_pairs()[HELD_OUT:]]
+        for i, cell in enumerate(cells[::2]):  # another question each, the two sides in turn
+            texts.append((cell.question, cell.anti if i % 2 else cell.trait))
+        meter = Meter(stage("measuring shifts"), len(texts) * (CORRECTIONS + 3))
 
-        def mean_states(steering: Steering | None) -> NDArray[np.float64]:
-            nonlocal passes
-            total, count = np.zeros((file.n_layer, file.n_embd)), 0
-            for i, text in enumerate(texts):
-                how: dict[str, Any] = {"pool": "raw", "span": "all", "last_layer": True}
-                states = model.capture([text], steer=[steering], **how)[0][1:]
-                total += states.sum(axis=0, dtype=np.float64)
-                count += len(states)
-                meter(passes * len(texts) + i + 1, n_passes * len(texts))
-            passes += 1
-            return total / count
+        def mean_states(steering: Steering) -> NDArray[np.float64]:
+            """(n_layer, n_embd) over the tokens of the answers, each text alike."""
+            steers = [steering] * len(texts)
+            states = model.capture(texts, last_layer=True, steer=steers, progress=meter.part(len(texts)))
+            return np.asarray(states.mean(axis=0, dtype=np.float64))
 
         def edit(biases: Mapping[int, NDArray[Any]], factor: float = 1.0) -> Steering:
-            return Steering([_Constants(rows={il: factor * (maps[il] @ b) for il, b in biases.items()})])
+            return Steering([Constants(rows={il: factor * (maps[il] @ b) for il, b in biases.items()})])
 
-        unsteered = mean_states(None)
+        unsteered = mean_states(Steering())
         wanted = mean_states(steered) - unsteered
         norms = model.norms.astype(np.float64)
         found = fit(maps, rows, norms, wanted, lambda b: mean_states(edit(b)) - unsteered)
-        meter(n_passes * len(texts), n_passes * len(texts))
         effect = _effect(model, cells, texts, steered)
         trying = stage("calibrating")
         tried = 0

@@ -110,7 +110,7 @@ def verify(
     *,
     against: Against | None = None,
     n_texts: int = 8,
-    n_cells: int = 8,
+    n_cells: int = 20,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -304,7 +304,8 @@ class _Verifier:
         except (KeyError, ValueError, TypeError, IndexError) as e:
             raise VectorError(f"{self.path.name}: does not say which directions it removes ({e})") from e
         if width != self.model.n_embd or not np.isfinite(basis).all():
-            raise VectorError(f"{self.path.name}: its directions do not fit a model of width {self.model.n_embd}")
+            raise VectorError(f"{self.path.name}: its directions of width {width} do not fit a model of width "
+                              f"{self.model.n_embd}, or are not finite")  # fmt: skip
         basis /= np.linalg.norm(basis, axis=1, keepdims=True)
         first = provenance[0] if isinstance(provenance, list) and provenance else {}
         vector = in_all_blocks(basis[0], self.model.n_layer, name)
@@ -377,7 +378,10 @@ class _Verifier:
         scores = np.zeros((3, len(texts)))
         with self._plain() as base, open_shipped() as shipped:
             if (shipped.n_vocab, shipped.n_embd) != (self.model.n_vocab, self.model.n_embd):
-                raise ModelError(f"{self.path.name} is not made of {self.model.path.name}: other sizes")
+                raise ModelError(
+                    f"{self.path.name} is not made of {self.model.path.name}: it is {shipped.n_embd} wide with "
+                    f"{shipped.n_vocab} tokens, not {self.model.n_embd} with {self.model.n_vocab}"
+                )
             for i, text in enumerate(texts):
                 first = text.n_prompt - 1
                 given = base.logits(text.tokens, first)
@@ -394,8 +398,9 @@ class _Verifier:
                     if steer:
                         kls["engine"].append(divergence(q, r))
                         kls["base_engine"].append(divergence(p, q))
-                        dot += float(np.vdot(wanted - given, made - given))
-                        square += float(np.square(wanted - given, dtype=np.float64).sum())
+                        change = (wanted - given).astype(np.float64)
+                        dot += float(np.vdot(change, made - given))
+                        square += float(np.vdot(change, change))
                     if steer and noisy:
                         noise = max(noise, float(np.abs(self._engine(text, noisy(text.tokens)) - wanted).max()))
                 if self.progress:
