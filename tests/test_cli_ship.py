@@ -127,6 +127,28 @@ def test_a_projection_is_ablated_and_inspected_but_never_added(cli: Command, fil
     assert "load_projection" in err or "projection" in err
 
 
+def test_a_bundle_takes_caps_and_a_scope_and_other_forms_take_none(cli: Command, files: Path) -> None:
+    rows = samples.vector(seed=30).directions
+    ps.PersonaVector(rows, (1,), "held", thresholds=np.full(4, 0.5), norms=np.ones(4)).save("held.gguf")
+    options = ("-m", "m.gguf", "--cap", "held.gguf", "--ablate", "v.gguf:0.5", "--scope", "response")
+    code, text, err = cli("export", "bundle", *options, "-o", "b.tar")
+    assert code == 0, err
+    assert "held + planted" in text
+    with ps.load_bundle("b.tar", model="m.gguf", n_ctx=64) as bundle:
+        edits = [(type(e).__name__, e.scope) for e in bundle.steering]
+        assert edits == [("Cap", "response"), ("Ablate", "response")]
+        assert bundle.chat("hi", max_tokens=4) is not None
+    code, _, err = cli("export", "bundle", *options[:4], "--ablate", "held.gguf:0.5", "-o", "twice")
+    assert code == FAILED
+    assert "capped, floored, ablated or redirected twice at layer 1" in err
+    code, text, err = cli("export", "lora", "v.gguf", *options, "-o", "l.gguf")
+    assert (code, text) == (USAGE, "")
+    assert "are for a bundle" in err
+    code, _, err = cli("export", "bake", "-m", "m.gguf", "-o", "b.gguf")
+    assert code == USAGE
+    assert "name at least one vector" in err
+
+
 def test_shares_by_block_are_read_from_one_option(cli: Command, files: Path) -> None:
     assert parse_shares("0-2:0,3:0.5,-1:0") == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.5, -1: 0.0}
     assert parse_shares(None) is None

@@ -9,10 +9,15 @@ import numpy as np
 import typer
 
 from personasteer.cli._common import (
+    AblateOption,
+    CapOption,
+    FloorOption,
     GpuOption,
     JsonOption,
     OffsetOption,
+    ScopeOption,
     ThreadsOption,
+    load_steering,
     model_path,
     open_model,
     print_json,
@@ -66,12 +71,12 @@ class Order:
 
 def export(
     kind: Annotated[str, typer.Argument(help="control-vector, projection, lora, bake, ablate or bundle.")],
-    vectors: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE[:STRENGTH]..", help="Vectors; for lora and ablate the share that is removed."),
-    ],
     base: Annotated[str, typer.Option("-m", "--model", help="The model that it is for; its norms count.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a folder or .tar for a bundle.")],
+    vectors: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE[:STRENGTH]..", help="Vectors; for lora and ablate the share that is removed."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what exists.")] = False,
     mode: Annotated[str, typer.Option("--mode", help="projection: project or add.")] = "project",
     layer: Annotated[
@@ -99,6 +104,10 @@ def export(
     base_revision: Annotated[
         str | None, typer.Option("--base-revision", metavar="COMMIT", help="projection: commit of the base, 40 digits.")
     ] = None,
+    cap: CapOption = None,
+    floor: FloorOption = None,
+    ablate: AblateOption = None,
+    scope: ScopeOption = "all",
     report: Annotated[
         list[Path] | None, typer.Option("--report", help="bundle: report of `eval --report` to put in; repeatable.")
     ] = None,
@@ -120,7 +129,12 @@ def export(
     """
     if kind not in KINDS:
         raise ArgumentError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
-    specs = [split_strength(v) for v in vectors]
+    specs = [split_strength(v) for v in vectors or []]
+    edits = {"cap": cap, "floor": floor, "ablate": ablate}
+    if kind != "bundle" and (any(edits.values()) or scope != "all"):
+        raise ArgumentError("--cap, --floor, --ablate and --scope are for a bundle")
+    if not specs and not any(edits.values()):
+        raise ArgumentError("name at least one vector, as FILE:STRENGTH")
     if kind != "bundle":
         check_output(out)
         if out.exists() and not force:
@@ -129,7 +143,8 @@ def export(
         "mode": mode, "layer": layer, "strategy": strategy, "imatrix": imatrix, "untie": untie,
         "layer_shares": parse_shares(layer_shares), "name": name, "description": description, "force": force,
         "include_model": include_model, "license": license, "base_model": base_model, "base_revision": base_revision,
-        "reports": report or [], "shipped": shipped or [],
+        "reports": report or [], "shipped": shipped or [], "scope": scope,
+        "edits": load_steering(None, scope, offset, **edits),
     }  # fmt: skip
     parts = [(PersonaVector.load(file, offset=offset), s) for file, s in specs]
     with stages() as stage:
@@ -227,9 +242,9 @@ def _ablate(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 def _bundle(order: Order) -> tuple[dict[str, Any], list[str]]:
     o = order.options
-    steering = [Add(v, v.strength if s is None else s) for v, s in order.parts]
+    steering = [*(Add(v, v.strength if s is None else s, scope=o["scope"]) for v, s in order.parts), *o["edits"]]
     keys = ("description", "include_model", "license", "base_model", "reports", "shipped", "force")
-    name = o["name"] or " + ".join(v.name for v, _ in order.parts)
+    name = o["name"] or " + ".join(dict.fromkeys(e.vector.name for e in steering))
     write_bundle(
         order.out,
         model=order.model,

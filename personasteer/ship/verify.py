@@ -21,7 +21,7 @@ from personasteer.evaluate.log_odds import Cell, make_cells
 from personasteer.identity import check_model_file
 from personasteer.model import Model, output_rows
 from personasteer.ship.ablate import products
-from personasteer.ship.bake import BLOCK
+from personasteer.ship.bake import BLOCK, VALUE
 from personasteer.ship.control_vector import load_control_vector, scaled_directions
 from personasteer.ship.directions import in_all_blocks
 from personasteer.ship.fields import read_fields, vector_of_fields
@@ -110,7 +110,7 @@ def verify(
     *,
     against: Against | None = None,
     n_texts: int = 8,
-    n_cells: int = 20,
+    n_cells: int | None = None,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -122,7 +122,8 @@ def verify(
 
     Args:
         against: (vector, strength) pairs for the engine; what the file carries when None.
-        n_texts, n_cells: everyday texts, and comparisons of continuations.
+        n_texts, n_cells: everyday texts, and comparisons of continuations; 8 of these when None, 20 for an
+            approximation, which is judged by its effect.
 
     Raises:
         ModelError: a file that stock llama.cpp does not load. VectorError: nothing to compare with.
@@ -151,14 +152,15 @@ class _Verifier:
         kind: str,
         against: Against | None,
         n_texts: int,
-        n_cells: int,
+        n_cells: int | None,
         progress: Progress | None,
     ) -> None:
         self.model, self.path, self.kind, self.progress = model, path, kind, progress
         self.fields = read_fields(path)
         self.against = against
         self.out = Verification(kind, path.name, model.name)
-        self.n_texts, self.n_cells = n_texts, n_cells
+        approximate = self.fields.get("personasteer.strategy") == VALUE
+        self.n_texts, self.n_cells = n_texts, n_cells or (20 if approximate else 8)
 
     def run(self) -> Verification:
         run: Callable[[], None] = getattr(self, "_" + self.kind.replace("-", "_"))
