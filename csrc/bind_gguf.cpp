@@ -10,11 +10,18 @@ namespace py = pybind11;
 using namespace py::literals;
 using personasteer::float_array;
 
+static gguf_type to_type(int n) {
+    if (n < 0 || n > GGUF_TYPE_COUNT) {
+        throw personasteer::argument_error("a key-value has no type " + std::to_string(n));
+    }
+    return gguf_type(n);
+}
+
 static personasteer::gguf_field to_field(const py::tuple & t) {
     personasteer::gguf_field f;
     f.key = t[0].cast<std::string>();
-    f.type = gguf_type(t[1].cast<int>());
-    f.element = gguf_type(t[2].cast<int>());
+    f.type = to_type(t[1].cast<int>());
+    f.element = to_type(t[2].cast<int>());
     if (py::isinstance<py::bytes>(t[3])) {
         f.bytes = t[3].cast<std::string>();
     } else {

@@ -27,6 +27,9 @@ NUMBERS: Mapping[Type, np.dtype[Any]] = {
 }  # fmt: skip
 
 
+NO_TYPE = 13  # GGUF_TYPE_COUNT
+
+
 class Field(NamedTuple):
     """A key-value. Arrays have the type ARRAY and the type of their elements."""
 
@@ -54,7 +57,7 @@ class Field(NamedTuple):
     @property
     def native(self) -> tuple[str, int, int, bytes | list[str]]:
         """As the extension takes it."""
-        element = int(self.element) if self.element is not None else -1
+        element = int(self.element) if self.element is not None else NO_TYPE
         if self.type is Type.STRING:
             return self.key, int(self.type), element, self.value.encode()
         if self.element is Type.STRING:
