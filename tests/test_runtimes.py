@@ -114,6 +114,18 @@ def test_gguf_dump_shows_what_the_file_is(tiny_path: Path, tmp_path: Path, form:
         assert names == {t.name for t in gguf.GGUFReader(tiny_path).tensors} | added
 
 
+def test_repengs_reader_finds_the_directions(tiny_path: Path, tmp_path: Path) -> None:
+    """As repeng 0.4's ControlVector.import_gguf reads: the last part of two texts, and tensors by their number."""
+    with ps.Model(tiny_path, n_ctx=64) as model:
+        vector = samples.vector(seed=10, norms=model.norms, provenance={"architecture": "llama"})
+    reader = gguf.GGUFReader(export("control-vector", tiny_path, vector, tmp_path / "o.gguf"))
+    texts = [
+        bytes(reader.get_field(key).parts[-1]).decode() for key in ("general.architecture", "controlvector.model_hint")
+    ]
+    assert texts == ["controlvector", "llama"]
+    assert {int(t.name.split(".")[1]): t.data.shape for t in reader.tensors} == {1: (64,), 2: (64,)}
+
+
 def test_no_time_and_no_path_stand_in_any_file(tiny_path: Path, tmp_path: Path) -> None:
     with ps.Model(tiny_path, n_ctx=64) as model:
         vector = samples.vector(seed=10, norms=model.norms)

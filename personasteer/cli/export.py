@@ -70,7 +70,7 @@ class Order:
 
 
 def export(
-    kind: Annotated[str, typer.Argument(help="control-vector, projection, lora, bake, ablate or bundle.")],
+    kind: Annotated[str, typer.Argument(help="control-vector, projection (or glp), lora, bake, ablate or bundle.")],
     base: Annotated[str, typer.Option("-m", "--model", help="The model that it is for; its norms count.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a folder or .tar for a bundle.")],
     vectors: Annotated[
@@ -127,6 +127,7 @@ def export(
 
     Example: `personasteer export control-vector pessimistic.gguf:-0.3 -m demo -o optimist.gguf`
     """
+    kind = "projection" if kind == "glp" else kind
     if kind not in KINDS:
         raise ArgumentError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
     specs = [split_strength(v) for v in vectors or []]

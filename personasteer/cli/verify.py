@@ -80,13 +80,23 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         )
     if found["effect_ratio"] is not None:
         own = "" if found["effect_shipped"] is None else f", log-odds {found['effect_shipped']:+.3f}"
-        lines.append(f"  effect: {found['effect_ratio']:.3f} of the engine's{own}")
+        low, high = found["effect_interval"] or (None, None)
+        within = "" if low is None else f" (95 % of resamples: {low:.2f} to {high:.2f})"
+        lines.append(f"  effect: {found['effect_ratio']:.3f} of the engine's{within}{own}")
     elif found["effect_shipped"] is not None:
         lines.append(f"  effect: log-odds {found['effect_shipped']:+.3f}")
-    for key, value in found["details"].items():
-        shown = (
-            f"{len(value)}: {', '.join(map(str, value[:4]))}" if isinstance(value, list) and len(value) > 4 else value
-        )
-        lines.append(f"  {key}: {shown}")
+    lines += [f"  {key.replace('_', ' ')}: {_said(value)}" for key, value in found["details"].items() if value != []]
     lines += [f"  not ok: {reason}" for reason in found["reasons"]]
     return [*lines, "  ok" if found["ok"] else "  failed"]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" if len(value) > 4 else "")
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(v)}" for key, v in value.items())
+    return str(value)

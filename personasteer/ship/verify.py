@@ -54,7 +54,8 @@ class Verification:
 
     max_abs_dlogit: largest difference of a logit between the shipped file and the engine, over all texts. kl_mean,
     kl_p99: KL(engine || shipped). effect_ratio: change of the trait's log-odds (`effect` "log-odds") or, where no trait
-    is known, the slope of the changes of the logits ("logits"), shipped over engine. noise: max_abs_dlogit between the
+    is known, the slope of the changes of the logits ("logits"), shipped over engine; effect_interval: 95 %, over
+    comparisons resampled. noise: max_abs_dlogit between the
     engine and itself with a strength changed by one part in a million. None: not measured for this kind.
     """
 
@@ -68,6 +69,7 @@ class Verification:
     ok: bool = False
     reasons: list[str] = field(default_factory=list)  # why it is not ok
     effect: str = ""
+    effect_interval: tuple[float, float] | None = None
     effect_engine: float | None = None
     effect_shipped: float | None = None
     kl_base_engine: float | None = None
@@ -423,10 +425,11 @@ class _Verifier:
         out = self.out
         out.kl_base_shipped = float(np.concatenate(kls["base_shipped"]).mean())
         if n_cells:
-            odds = scores[:, len(scores[0]) - 2 * n_cells :]
-            change = (odds[:, ::2] - odds[:, 1::2]).mean(axis=1)
-            out.effect_shipped = float(change[2] - change[0])
-            out.effect_engine = float(change[1] - change[0]) if compared else None
+            both = scores[:, len(scores[0]) - 2 * n_cells :]
+            odds = both[:, ::2] - both[:, 1::2]
+            wanted, made = odds[1] - odds[0], odds[2] - odds[0]
+            out.effect_shipped = float(made.mean())
+            out.effect_engine = float(wanted.mean()) if compared else None
         if not compared:
             return
         out.max_abs_dlogit, out.noise = most, noise
@@ -435,6 +438,7 @@ class _Verifier:
         out.kl_base_engine = float(np.concatenate(kls["base_engine"]).mean())
         if out.effect_engine:
             out.effect, out.effect_ratio = "log-odds", (out.effect_shipped or 0.0) / out.effect_engine
+            out.effect_interval = _ratio_interval(made, wanted)
         elif square > 0:
             out.effect, out.effect_ratio = "logits", dot / square
 
@@ -551,6 +555,14 @@ def _digest(file: ModelFile, tensor: Tensor) -> bytes:
             digest.update(data)
             left -= len(data)
     return digest.digest()
+
+
+def _ratio_interval(made: NDArray[np.float64], wanted: NDArray[np.float64], n: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of mean(made) / mean(wanted), the comparisons resampled together."""
+    at = np.random.default_rng(0).integers(0, len(made), (n, len(made)))
+    ratios = made[at].mean(axis=1) / wanted[at].mean(axis=1)
+    low, high = np.quantile(ratios[np.isfinite(ratios)], [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _mean_log_p(logits: NDArray[np.float32], answer: Sequence[int]) -> float:
