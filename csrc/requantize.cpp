@@ -2,6 +2,7 @@
 
 #include "errors.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -85,9 +86,22 @@ std::string quantize(ggml_type type, const float * data, int64_t n_rows, int64_t
     if (importance.empty() && ggml_quantize_requires_imatrix(type)) {
         throw argument_error(std::string(ggml_type_name(type)) + " can be written with an importance matrix only");
     }
+    // ggml's quantizers erase weights, never end or end the process where importances vanish or overflow
+    bool any = importance.empty();
+    for (const float x : importance) {
+        if (!(x >= 0.0f && x <= 1e30f)) {
+            throw argument_error("an importance is negative, not finite or above 1e30");
+        }
+        any = any || x > 0.0f;
+    }
+    if (!any) {
+        throw argument_error("all importances are 0");
+    }
+    const float largest = type == GGML_TYPE_F32 ? FLT_MAX : 1e18f;
     for (int64_t i = 0; i < n_rows * n_per_row; ++i) {
-        if (!std::isfinite(data[i])) {
-            throw argument_error("a weight to quantize is not finite");
+        if (!(std::fabs(data[i]) <= largest)) {
+            throw argument_error("a weight to quantize is not finite, or too large for " +
+                                 std::string(ggml_type_name(type)));
         }
     }
     std::string out(size_t(n_rows) * ggml_row_size(type, n_per_row), '\0');

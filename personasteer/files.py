@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,9 +37,14 @@ def atomic_write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def check_output(path: Path) -> None:
-    """Raise ArgumentError where no file can be written: a folder, a device, a missing or read-only folder."""
+def check_output(path: Path, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Raise ArgumentError where no file can be written: a folder, a device, a missing or read-only folder; or where it
+    would replace one of the inputs.
+    """
     _temporary_beside(path).unlink()
+    for given in inputs:
+        if path.exists() and Path(given).exists() and path.samefile(given):
+            raise ArgumentError(f"{path}: is what this is made from; write to another file")
 
 
 def _temporary_beside(path: Path) -> Path:

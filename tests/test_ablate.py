@@ -258,6 +258,7 @@ def test_a_norm_before_the_feed_forward_that_has_the_other_name_is_none(tiny_pat
     w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "qwen3next")
     w.add_block_count(1)
     w.add_embedding_length(64)
+    w.add_tensor("blk.0.attn_norm.weight", np.ones(64, np.float32))
     w.add_tensor("blk.0.post_attention_norm.weight", np.ones(64, np.float32))
     w.add_tensor("blk.0.ffn_down.weight", np.ones((64, 32), np.float32))
     for step in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close):

@@ -163,7 +163,7 @@ def test_nothing_stays_of_the_trial(tiny_path: Path, tmp_path: Path, monkeypatch
 def test_a_norm_after_the_attention_is_refused_by_name_with_the_form_that_works(
     sliding: Loaded, tmp_path: Path
 ) -> None:
-    with pytest.raises(ps.ModelError, match=r"'gemma2', and .* normalises what its attention writes.*control vector"):
+    with pytest.raises(ps.ModelError, match=r"'gemma2', and .* normalises what its blocks write.*control vector"):
         bake(sliding.path, tmp_path / "b.gguf", vector_for(sliding.path))
     assert samples.no_leftovers(tmp_path)
 

@@ -6,7 +6,9 @@ import importlib
 import keyword
 import logging
 import os
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from typing import Annotated
 
@@ -60,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line; the exit code. Any failure is one line on stderr."""
     logging.basicConfig(stream=sys.stderr, format="personasteer: %(message)s", level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)  # temporary files go, as with Ctrl-C
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps it
     try:
         code = app(args=arguments, prog_name="personasteer", standalone_mode=False)
@@ -94,6 +98,14 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{e.filename + ': ' if isinstance(e.filename, str) else ''}{e.strerror or e}", 1)
     except MemoryError:
         return _fail("out of memory", 1)
+    except Exception as e:
+        if _debug:
+            raise
+        return _fail(f"{type(e).__name__}: {e} (not foreseen: --debug shows where)", 1)
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:

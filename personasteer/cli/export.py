@@ -267,6 +267,9 @@ KINDS: dict[str, Callable[[Order], tuple[dict[str, Any], list[str]]]] = {
 }
 
 
+MOST_BLOCKS = 4096
+
+
 def parse_shares(text: str | None) -> dict[int, float] | None:
     """{block: factor} of "0-9:0,20:0.5". Raises ArgumentError where it is not written so."""
     if text is None:
@@ -279,10 +282,10 @@ def parse_shares(text: str | None) -> dict[int, float] | None:
             first, dash, last = (
                 blocks.strip().partition("-") if not blocks.strip().startswith("-") else (blocks, "", "")
             )
-            chosen = range(int(first), int(last) + 1) if dash else [int(first)]
+            chosen = range(int(first), int(last) + 1) if dash else range(int(first), int(first) + 1)
         except ValueError:
-            colon, value, chosen = "", 0.0, []
-        if not colon or not len(chosen):
+            colon, value, chosen = "", 0.0, range(0)
+        if not colon or not chosen or chosen[-1] >= MOST_BLOCKS:
             raise ArgumentError(f"--layer-shares takes blocks and factors as in 0-9:0,20:0.5, not {part!r}")
         shares |= dict.fromkeys(chosen, value)
     return shares

@@ -128,13 +128,18 @@ def ablate_weights(
         edits[writer.tensor.name] = partial(_edited, file, writer, removed.basis, change, columns, n_threads)
     if not edits:
         raise ArgumentError("all shares are 0: nothing would change")
-    fields = ablation_fields("ablate", removed)
+    fields = ablation_fields("ablate", removed, shares)
     rewrite(file, Path(out), fields=fields, edits=edits, added=added, check=check, progress=progress)
     return result
 
 
-def ablation_fields(kind: str, removed: Removed) -> list[Field]:
-    """What a file needs to be compared with the engine's Ablate."""
+def ablation_fields(kind: str, removed: Removed, shares: Mapping[int, float] | None = None) -> list[Field]:
+    """What a file needs to be compared with the engine's Ablate, and its weights with those of the base."""
+    factors = dict(sorted((shares or {}).items()))
+    own = [
+        Field.of("personasteer.share_blocks", np.array(list(factors), np.int32)),
+        Field.of("personasteer.share_factors", np.array(list(factors.values()), np.float32)),
+    ]
     provenance = [dict(v.provenance) for v in removed.vectors]
     return [
         Field.of("personasteer.kind", kind),
@@ -144,6 +149,7 @@ def ablation_fields(kind: str, removed: Removed) -> list[Field]:
         Field.of("personasteer.names", removed.names),
         Field.of("personasteer.blocks", np.array(removed.blocks, np.int32)),
         Field.of("personasteer.provenance", json.dumps(provenance, sort_keys=True, ensure_ascii=False)),
+        *(own if factors else []),
     ]
 
 
@@ -264,7 +270,13 @@ def read_importance(path: str | os.PathLike[str]) -> dict[str, Rows]:
         for name, tensor in file.tensors.items():
             if name.endswith(".in_sum2"):
                 counts = file.rows(file.tensors[name.removesuffix("in_sum2") + "counts"]).reshape(-1, 1)
-                means = file.rows(tensor) / np.maximum(counts, 1.0)
+                sums = file.rows(tensor)
+                if len(counts) != len(sums) or not (
+                    np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()
+                ):
+                    raise ArgumentError(f"{path}: {name} holds no mean squares")
+                means = sums / np.maximum(counts, 1.0)
+                means[~means.any(axis=1)] = 1.0  # an expert that no text has reached: every column alike
                 found[name.removesuffix(".in_sum2")] = means.astype(np.float32)
         return found
     except KeyError as e:

@@ -62,6 +62,7 @@ class PlainModel:
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
         self.n_outputs = n_outputs
         self._projections = dict(projections or {})
+        self._failed: BaseException | None = None
         self._open(n_ctx, n_threads)
         if lora is not None:
             self._apply_adapter(Path(lora))
@@ -106,6 +107,15 @@ class PlainModel:
                 raise VectorError("stock llama.cpp does not take this control vector")
 
     def _on_node(self, node: int, asks: bool, _: Any) -> bool:
+        if self._failed is not None:
+            return not asks
+        try:
+            return self._project(node, asks)
+        except BaseException as e:  # none may cross llama.cpp's frames: raised again behind the decode
+            self._failed = e
+            return False
+
+    def _project(self, node: int, asks: bool) -> bool:
         name = _ggml().ggml_get_name(node).decode("utf-8", "replace")
         block = name.removeprefix("l_out-")
         if block == name or not block.isdigit() or int(block) not in self._projections:
@@ -141,7 +151,10 @@ class PlainModel:
         batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(sequence)] * n)
         batch.logits = (ctypes.c_int8 * n)(*[int(i >= first) for i in range(begin, end)])
         with _quiet() as log:
-            if llama_cpp.llama_decode(self._handle, batch) != 0:
+            code = llama_cpp.llama_decode(self._handle, batch)
+            if self._failed is not None:
+                raise self._failed
+            if code != 0:
                 raise ModelError(f"{self.path}: llama.cpp does not compute {end} tokens{_why(log)}")
             llama_cpp.llama_synchronize(self._handle)
         for i in range(max(begin, first), end):

@@ -70,9 +70,11 @@ class ModelFile:
             name = label.decode("utf-8", "replace")
             if offset + n_bytes > size:
                 raise ModelError(f"{self.path}: truncated, tensor {name} is not all there")
+            if n_bytes <= 0:
+                raise ModelError(f"{self.path}: tensor {name} is empty")
             self.tensors[name] = Tensor(name, kind, tuple(shape), offset, n_bytes)
-        parts = int(self.fields.get("split.count", 1))
-        if parts > 1:
+        parts = self.fields.get("split.count", 1)
+        if parts not in (0, 1):
             raise ModelError(
                 f"{self.path}: is one of {parts} parts of a split model; join them first: "
                 "llama-gguf-split --merge FIRST_PART JOINED.gguf"

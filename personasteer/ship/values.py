@@ -25,6 +25,7 @@ from personasteer.ship.value_bias import (
     value_bias_map,
     wanted_sums,
 )
+from personasteer.ship.writers import norm_behind
 from personasteer.statistics import divergence, log_softmax
 from personasteer.steering import Add, Edit, SteeredModel, Steering, Term, site_at
 from personasteer.traits import neutral_pairs
@@ -40,6 +41,9 @@ def why_not_values(file: ModelFile) -> str:
     one: softmax weights sum to one, so W_o (repeat b) is added at every token.
     """
     what = f"architecture {file.architecture!r}"
+    behind = norm_behind(file)
+    if behind:
+        return f"{what} normalises what its blocks write ({behind}), so a bias of the values is no constant there"
     for il in range(file.n_layer):
         block = f"blk.{il}"
         for tensor, why in (
@@ -50,9 +54,6 @@ def why_not_values(file: ModelFile) -> str:
         ):
             if tensor in file.tensors:
                 return f"{what} {why}"
-        has_norm = f"{block}.post_attention_norm.weight" in file.tensors
-        if has_norm and f"{block}.ffn_norm.weight" in file.tensors:
-            return f"{what} normalises what its attention writes, so a bias of the values is no constant there"
         if f"{block}.attn_output.weight" not in file.tensors:
             return f"{what} has no attention of the usual kind in block {il}"
         if f"{block}.attn_v.weight" not in file.tensors:

@@ -27,7 +27,7 @@ from personasteer.ship.directions import in_all_blocks
 from personasteer.ship.fields import read_fields, vector_of_fields
 from personasteer.ship.plain import PlainModel
 from personasteer.ship.rewrite import ModelFile, Progress, Tensor
-from personasteer.ship.writers import has_tied_output, residual_writers
+from personasteer.ship.writers import Writer, has_tied_output, residual_writers
 from personasteer.statistics import divergence, log_softmax
 from personasteer.steering import SITES, Ablate, Add, Steering
 from personasteer.traits import neutral_pairs
@@ -43,7 +43,9 @@ ROUNDING = 3.0  # times the noise: equal but for rounding
 SAME_DISTRIBUTION = 0.05  # of the divergence that the steering itself makes
 RATIO = (0.9, 1.1)  # of the effect of an approximation
 DIVERGENCE = 1.5  # at most so many times the steering's own on everyday text
-REMOVED = 0.01  # of what a tensor wrote may be left, from 8 bits on
+FINE = 0.03  # rounding of a type of 8 bits
+REMOVED, COARSE = 0.01, 0.25  # of what a tensor wrote may be left: from 8 bits on, below
+TINY = np.finfo(float).tiny
 
 Against: TypeAlias = Sequence[tuple[PersonaVector, float | None]]
 
@@ -142,6 +144,8 @@ def verify(
         kind = "bake"
     if kind not in KINDS:
         raise ArgumentError(f"{path}: made as {kind!r}, which this version does not know")
+    if against is not None and kind not in ("control-vector", "bake"):
+        raise ArgumentError(f"{path}: --against compares additions; a {kind} says itself what it removes")
     with Model(base, n_ctx=512, n_parallel=1, n_threads=n_threads, n_gpu_layers=0, repack=False) as model:
         return _Verifier(model, Path(path), kind, against, n_texts, n_cells, progress).run()
 
@@ -222,37 +226,61 @@ class _Verifier:
     def _ablate(self) -> None:
         basis, share, vector = self._removed()
         file, shipped = ModelFile(self.model.path), ModelFile(self.path)
-        readings = {}
-        for writer in residual_writers(file):
-            if writer.kind == "bias":
-                continue
-            before, after = (_written(f, writer, basis) for f in (file, shipped))
-            readings[writer.tensor.name] = (writer.tensor.type, after / max(before, np.finfo(float).tiny))
+        factors = self._share_factors()
+        writers = residual_writers(file)
         changed, added = changed_tensors(file, shipped)
+        largest: dict[str, float] = {}
+        expected = set()
+        for writer in writers:
+            name, kind = writer.tensor.name, writer.tensor.type
+            wanted = share * factors.get(writer.block, 1.0)
+            if not wanted:
+                continue
+            expected.add(name)
+            left, off = _edit_error(file, shipped, writer, basis, wanted)
+            largest[kind] = max(largest.get(kind, 0.0), left)
+            limit = _rounding_of(writer.tensor)
+            if not left <= (REMOVED if limit <= FINE else COARSE):
+                self._fail(f"{name} ({kind}) still writes {left:.1%} of what it wrote along the directions")
+            elif not off <= limit:
+                self._fail(
+                    f"{name} ({kind}) is off by {off:.2g} of its norm from what it should be; its type rounds by "
+                    f"{limit:.2g} at most"
+                )
         tied = has_tied_output(file) and has_tied_output(shipped)
         self.out.details |= {
             "share": share,
-            "largest_reading": {
-                kind: max(r for k, r in readings.values() if k == kind) for kind in {k for k, _ in readings.values()}
-            },
+            "largest_reading": largest,
             "changed": len(changed),
             "added": added,
             "tied_output": tied,
         }
-        others = [n for n in changed if n not in {w.tensor.name for w in residual_writers(file)}]
-        if others or set(added) - {"output.weight"}:
-            self._fail(f"other tensors differ from the base: {', '.join((others + added)[:3])}")
-        if share == 1.0 and changed:
-            for name, (kind, left) in readings.items():
-                if name in changed and left > REMOVED and kind in ("f32", "f16", "bf16", "q8_0"):
-                    self._fail(f"{name} ({kind}) still writes {left:.1%} of what it wrote along the directions")
-                    break
-        if share < 1 or len(changed) < len(readings):
+        others = sorted(set(changed) - expected) + sorted(set(added) - {"output.weight"})
+        if others:
+            self._fail(f"other tensors differ from the base: {', '.join(others[:3])}")
+        self._must_describe_the_same(file, shipped)
+        if share < 1 or factors:
             self.out.details["not_compared"] = "the engine has no edit that leaves a share of what each matrix writes"
             self._compare(None, vector, lambda: self._plain(shipped=True))
             return
         steer = self._removal(basis, file, [])
         self._compare(steer(1.0), vector, lambda: self._plain(shipped=True), noisy=steer(1 - NOISE))
+        if not tied and all(_rounding_of(w.tensor) <= EXACT for w in writers):
+            self._must_be_same()
+
+    def _share_factors(self) -> dict[int, float]:
+        blocks = np.asarray(self.fields.get("personasteer.share_blocks", []), np.int64).ravel()
+        factors = np.asarray(self.fields.get("personasteer.share_factors", []), np.float64).ravel()
+        if len(blocks) != len(factors) or not np.isfinite(factors).all():
+            raise VectorError(f"{self.path.name}: its shares by block do not fit together")
+        return dict(zip(blocks.tolist(), factors.tolist(), strict=True))
+
+    def _must_describe_the_same(self, file: ModelFile, shipped: ModelFile) -> None:
+        """The tokenizer, template and hyperparameters of the base, and nothing else but our own key-values."""
+        names = {k for k in (*file.fields, *shipped.fields) if not k.startswith("personasteer.")}
+        other = [k for k in sorted(names) if not _same_value(file.fields.get(k), shipped.fields.get(k))]
+        if other:
+            self._fail(f"key-values differ from the base: {', '.join(other[:3])}")
 
     def _bake(self) -> None:
         file, shipped = ModelFile(self.model.path), ModelFile(self.path)
@@ -262,9 +290,11 @@ class _Verifier:
             vector = replace(vector, strength=rho)
         elif self.against is None:
             raise VectorError(f"{self.path.name}: carries no vector to compare with (--against FILE:STRENGTH)")
-        strategy = str(self.fields.get("personasteer.strategy", BLOCK))
         changed, added = changed_tensors(file, shipped)
+        values = [name for name in (*changed, *added) if name.endswith(".attn_v.bias")]
+        strategy = VALUE if values and len(values) == len(changed) + len(added) else BLOCK
         self.out.details |= {"strategy": strategy, "changed": changed, "added": added}
+        self._must_describe_the_same(file, shipped)
         others = [name for name in (*changed, *added) if not name.endswith(".bias")]
         if others:
             self._fail(f"other tensors than biases differ from the base: {', '.join(others[:3])}")
@@ -305,12 +335,13 @@ class _Verifier:
             share = float(self.fields["personasteer.share"])
             provenance = json.loads(self.fields["personasteer.provenance"])
             name = str(self.fields["personasteer.names"][0])
-        except (KeyError, ValueError, TypeError, IndexError) as e:
+        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as e:
             raise VectorError(f"{self.path.name}: does not say which directions it removes ({e})") from e
         if width != self.model.n_embd or not np.isfinite(basis).all():
             raise VectorError(f"{self.path.name}: its directions of width {width} do not fit a model of width "
                               f"{self.model.n_embd}, or are not finite")  # fmt: skip
-        basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+        if not len(basis) or np.abs(basis @ basis.T - np.eye(len(basis))).max() > 1e-3 or not 0 < share <= 1:
+            raise VectorError(f"{self.path.name}: its directions are not orthonormal, or its share is not one")
         first = provenance[0] if isinstance(provenance, list) and provenance else {}
         vector = in_all_blocks(basis[0], self.model.n_layer, name)
         return basis, share, replace(vector, provenance=first if isinstance(first, Mapping) else {})
@@ -454,21 +485,41 @@ class _Verifier:
         return float((np.abs(made - wanted).max(axis=1) / np.linalg.norm(wanted, axis=1)).max())
 
     def _adapter_error(self, file: ModelFile, basis: NDArray[np.float64], share: float) -> float:
-        """Largest relative difference between B A and -share V^T V W, over the matrices."""
+        """Largest relative difference between scale B A and -share V^T V W, over what the adapter is to edit."""
         adapter = ModelFile(self.path)
+        alpha = float(self.fields.get("adapter.lora.alpha") or 0.0)
+        tied = has_tied_output(file)
+        writers = [
+            w
+            for w in residual_writers(file)
+            if w.kind == "matrix" or (w.tensor.name == "token_embd.weight" and not tied)
+        ]
+        expected = {f"{w.tensor.name}.lora_{x}" for w in writers for x in "ab"}
+        for name in sorted(expected ^ adapter.tensors.keys())[:1]:
+            self._fail(f"{name} is {'missing' if name in expected else 'no part of such an adapter'}")
         worst = 0.0
-        for writer in residual_writers(file):
-            name = writer.tensor.name
-            if writer.kind != "matrix" or f"{name}.lora_a" not in adapter.tensors:
+        for writer in writers:
+            pair = [adapter.tensors[n] for x in "ab" if (n := f"{writer.tensor.name}.lora_{x}") in adapter.tensors]
+            if len(pair) < 2:
                 continue
-            wanted = np.stack(products(file, writer, basis))
-            a, b = (adapter.tensors[f"{name}.lora_{x}"] for x in "ab")
-            got_a = adapter.rows(a).astype(np.float64).reshape(wanted.shape)
-            got_b = adapter.rows(b).astype(np.float64).reshape(len(wanted), -1, len(basis))
-            for x, y, w in zip(got_b, got_a, wanted, strict=True):
-                difference = np.abs((x @ y) + share * (basis.T @ w)).max()
-                worst = max(worst, float(difference / max(np.abs(w).max(), np.finfo(float).tiny)))
-        if worst > EXACT:
+            a, b = (adapter.rows(t).astype(np.float64) for t in pair)
+            rank = b.shape[1]
+            try:
+                if writer.kind == "table":
+                    made = [a @ b.T]
+                    wanted = [-share * ((file.rows(writer.tensor) @ basis.T) @ basis)]
+                else:
+                    read = products(file, writer, basis)
+                    parts = zip(b.reshape(len(read), -1, rank), a.reshape(len(read), rank, -1), strict=True)
+                    made = [x @ y for x, y in parts]
+                    wanted = [-share * (basis.T @ w) for w in read]
+                errors = [np.abs((alpha / rank if alpha else 1.0) * m - w).max() / max(np.abs(w).max(), TINY)
+                          for m, w in zip(made, wanted, strict=True)]  # fmt: skip
+            except ValueError as e:
+                raise VectorError(f"{self.path.name}: the pair for {writer.tensor.name} has another shape ({e})") from e
+            for error in map(float, errors):
+                worst = error if not error <= worst else worst
+        if not worst <= EXACT:
             self._fail(f"a matrix of the adapter is off by {worst:.2g} of what it removes")
         return worst
 
@@ -517,13 +568,53 @@ def _tensors_of(path: Path, model: Model) -> NDArray[np.float32]:
     return rows
 
 
-def _written(file: ModelFile, writer: Any, basis: NDArray[np.float64]) -> float:
-    """||V W|| of a tensor, or of the rows of a table."""
-    tensor = file.tensors[writer.tensor.name]
-    here = replace(writer, tensor=tensor)
-    if writer.kind == "matrix":
-        return float(np.sqrt(sum(float(np.square(p).sum()) for p in products(file, here, basis))))
-    return float(np.sqrt(sum(float(np.square(rows @ basis.T).sum()) for _, rows in file.chunks(tensor))))
+def _edit_error(
+    base: ModelFile, other: ModelFile, writer: Writer, basis: NDArray[np.float64], share: float
+) -> tuple[float, float]:
+    """(||V W' - (1 - share) V W|| / ||V W||, ||W' - (I - share V^T V) W|| / ||W||) of a tensor W' made of W."""
+    tensor, made = writer.tensor, other.tensors[writer.tensor.name]
+    if (made.shape, made.type) != (tensor.shape, tensor.type):
+        return np.inf, np.inf
+    count = basis.shape[1] if writer.kind == "matrix" else tensor.n_rows
+    read = products(base, writer, basis) if writer.kind == "matrix" else []
+    owed = [np.zeros_like(p) for p in read]
+    before = left = off = norm = 0.0
+    for first in range(0, tensor.n_rows, count):
+        for start, rows in base.chunks(tensor, first, count):
+            difference = other.rows(made, start, len(rows)).astype(np.float64) - rows
+            if read:
+                here, product = basis[:, start - first : start - first + len(rows)], read[first // count]
+                owed[first // count] += here @ difference
+                difference += share * (here.T @ product)
+            else:
+                reading = rows @ basis.T
+                before += float(np.square(reading).sum())
+                left += float(np.square(difference @ basis.T + share * reading).sum())
+                difference += share * (reading @ basis)
+            off += float(np.square(difference).sum())
+            norm += float(np.square(rows, dtype=np.float64).sum())
+    for product, moved in zip(read, owed, strict=True):
+        before += float(np.square(product).sum())
+        left += float(np.square(moved + share * product).sum())
+    return _ratio(left, before), _ratio(off, norm)
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Of two sums of squares, as lengths; 0 where both vanish."""
+    return float(np.sqrt(part / whole)) if whole > 0 else (0.0 if part == 0 else float("inf"))
+
+
+def _rounding_of(tensor: Tensor) -> float:
+    """How far a tensor of this type may be from what it should be, relative to its norm."""
+    bits = 8 * tensor.row_bytes / tensor.n_per_row
+    limits = ((30, 1e-5), (15, 1e-2), (8, 0.03), (6, 0.06), (4, 0.2))
+    return next((limit for least, limit in limits if bits >= least), 0.5)
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return type(a) is type(b) and bool(a == b)
 
 
 def changed_tensors(base: ModelFile, other: ModelFile) -> tuple[list[str], list[str]]:

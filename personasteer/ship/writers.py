@@ -27,28 +27,38 @@ class Writer:
     block: int
 
 
+def norm_behind(file: ModelFile) -> str:
+    """The tensor that normalises what a block, or the token table, writes before it reaches the stream; "" for none."""
+    for name in file.tensors:
+        found = BLOCK.fullmatch(name)
+        part = found[2] if found else ""
+        if part in ("post_ffw_norm", "attn_output_norm", "layer_output_norm"):
+            return name
+        if found and part == "post_attention_norm":
+            # some architectures call the norm before the feed-forward so: then it is the only one
+            block = f"blk.{found[1]}"
+            if f"{block}.ffn_norm.weight" in file.tensors or f"{block}.attn_norm.weight" not in file.tensors:
+                return name
+        if name == "token_embd_norm.weight" and "output_norm.weight" in file.tensors:  # else it is the last norm
+            return name
+    return ""
+
+
 def residual_writers(file: ModelFile) -> list[Writer]:
     """The tensors that write to the residual stream, in the file's order.
 
-    Raises ModelError where what they write is normalised before it is added (Gemma, OLMo 2, Exaone 4): no edit of such
-    a matrix takes a direction out of the stream.
+    Raises ModelError where what they write is normalised before it is added (Gemma, OLMo 2, Exaone 4, Bloom): no edit
+    of such a matrix takes a direction out of the stream.
     """
-    names = file.tensors
-    for name in names:
-        found = BLOCK.fullmatch(name)
-        part = found[2] if found else ""
-        # some architectures call the norm before the feed-forward post_attention_norm
-        behind = part in ("post_ffw_norm", "attn_output_norm", "layer_output_norm") or (
-            part == "post_attention_norm" and f"blk.{found[1] if found else 0}.ffn_norm.weight" in names
+    behind = norm_behind(file)
+    if behind:
+        raise ModelError(
+            f"{file.path.name}: architecture {file.architecture!r} normalises what a block writes ({behind}) before it "
+            "is added to the residual stream, so no edit of the weights takes a direction out of it"
         )
-        if behind:
-            raise ModelError(
-                f"{file.path.name}: architecture {file.architecture!r} normalises what a block writes ({name}) before "
-                "it is added to the residual stream, so no edit of the weights takes a direction out of it"
-            )
     writers = []
     n_embd = file.n_embd
-    for tensor in names.values():
+    for tensor in file.tensors.values():
         found = BLOCK.fullmatch(tensor.name)
         if found and found[2] in MATRICES:
             if found[3] == "weight" and tensor.shape[1] == n_embd:
