@@ -233,6 +233,22 @@ def test_what_is_no_importance_matrix_is_refused(tiny_path: Path, tmp_path: Path
     assert not (tmp_path / "a.gguf").exists()
 
 
+def test_an_expert_that_no_text_reached_counts_every_column_alike(tmp_path: Path) -> None:
+    path = write_importance(
+        tmp_path / "i.gguf",
+        {"x.in_sum2": np.array([[8, 0], [0, 0]], np.float32), "x.counts": np.array([[4], [0]], np.float32)},
+    )
+    np.testing.assert_array_equal(read_importance(path)["x"], [[2, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_importances_that_are_no_mean_squares_are_refused(tmp_path: Path, bad: float) -> None:
+    sums = np.array([[1, bad]], np.float32)
+    path = write_importance(tmp_path / "i.gguf", {"x.in_sum2": sums, "x.counts": np.ones((1, 1), np.float32)})
+    with pytest.raises(ps.ArgumentError, match="holds no mean squares"):
+        read_importance(path)
+
+
 def test_a_type_that_needs_importances_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     w = gguf.GGUFWriter(str(tmp_path / "iq.gguf"), "llama")
     w.add_block_count(1)

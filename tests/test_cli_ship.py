@@ -143,7 +143,7 @@ def test_a_bundle_takes_caps_and_a_scope_and_other_forms_take_none(cli: Command,
     assert "capped, floored, ablated or redirected twice at layer 1" in err
     code, text, err = cli("export", "lora", "v.gguf", *options, "-o", "l.gguf")
     assert (code, text) == (USAGE, "")
-    assert "are for a bundle" in err
+    assert "--cap is for bundle, not for lora" in err
     code, _, err = cli("export", "bake", "-m", "m.gguf", "-o", "b.gguf")
     assert code == USAGE
     assert "name at least one vector" in err
@@ -192,10 +192,18 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a text as the base": ("export ablate v.gguf -m text.gguf -o o.gguf", FAILED, "not a GGUF"),
     "a truncated base": ("export bake v.gguf:0.3 -m cut.gguf -o o.gguf", FAILED, "cut.gguf"),
     "a part of a split base": ("export lora v.gguf -m part.gguf -o o.gguf", FAILED, "llama-gguf-split --merge"),
-    "the base as the target": ("export ablate v.gguf -m m.gguf -o m.gguf --force", USAGE, "is the model itself"),
+    "the base as the target": ("export ablate v.gguf -m m.gguf -o m.gguf --force", USAGE, "is what this is made"),
     "another architecture": ("export ablate v.gguf -m g.gguf -o o.gguf", FAILED, "'gemma2' normalises"),
     "a vector of another model": ("export bake wide.gguf:0.3 -m m.gguf -o o.gguf", FAILED, "width 128"),
     "a zero direction": ("export lora zero.gguf -m m.gguf -o o.gguf --layer 1", FAILED, "is zero at layer 1"),
+    "an option of another form": ("export lora v.gguf -m m.gguf -o o.gguf --untie", USAGE, "--untie is for ablate"),
+    "a block for a bake": ("export bake v.gguf:1 -m m.gguf -o o.gguf --layer 1", USAGE, "for lora and ablate"),
+    "too many blocks": ("export ablate v.gguf -m m.gguf -o o.gguf --layer-shares 0-999999999:0", USAGE, "takes blocks"),
+    "a lora of a vector of another model": ("export lora wide.gguf -m m.gguf -o o.gguf", FAILED, "width 128"),
+    "a lora in place of its base": ("export lora v.gguf -m m.gguf -o m.gguf --force", USAGE, "is what this is made"),
+    "a control vector in place of its base": (
+        "export control-vector v.gguf:1 -m m.gguf -o m.gguf --force", USAGE, "is what this is made"),
+    "an import in place of its base": ("import v.gguf -m m.gguf -o m.gguf --force", USAGE, "is what this is made"),
     "no folder": ("export lora v.gguf -m m.gguf -o no/o.gguf", USAGE, "cannot write here"),
     "an importance matrix that is none": (
         "export ablate v.gguf -m m.gguf -o o.gguf --imatrix v.gguf", USAGE, "importance matrix"),

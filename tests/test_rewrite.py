@@ -132,6 +132,11 @@ def test_importances_move_the_error_to_where_it_matters_little() -> None:
         ("iq2_xxs", np.zeros((1, 256)), np.zeros(0), "with an importance matrix only"),
         ("q4_K", np.zeros((1, 256)), np.zeros(3), "an importance for each of 256"),
         ("q9_0", np.zeros((1, 32)), np.zeros(0), "unknown tensor type q9_0"),
+        ("q4_K", np.ones((1, 256)), np.zeros(256), "all importances are 0"),
+        ("iq2_xxs", np.ones((1, 256)), np.zeros(256), "all importances are 0"),
+        ("iq3_s", np.ones((1, 256)), np.full(256, np.nan), "is negative, not finite or above"),
+        ("iq3_xxs", np.ones((1, 256)), np.full(256, 3e38), "is negative, not finite or above"),
+        ("q4_K", np.full((1, 256), 1e30), np.zeros(0), "too large for q4_K"),
     ],
 )
 def test_what_ggml_cannot_write_is_an_error_and_no_crash(kind: str, rows: Any, weights: Any, said: str) -> None:

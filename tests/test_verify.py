@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,8 @@ from personasteer.ship import (
     verify,
     write_bundle,
 )
-from personasteer.ship.fields import Field
+from personasteer.ship.ablate import ablation_fields
+from personasteer.ship.fields import Field, read_fields, write_gguf
 from personasteer.ship.plain import PlainModel
 from personasteer.ship.rewrite import ModelFile, rewrite
 from personasteer.ship.verify import changed_tensors, kind_of
@@ -250,6 +252,86 @@ def test_another_tensor_that_differs_is_found(
     found = verify(out, tiny_path, **QUICK)
     assert not found.ok
     assert any("blk.0.attn_q.weight" in r for r in found.reasons)
+
+
+@pytest.mark.parametrize("how", ["a copy", "zeros", "half of a share", "another template", "another hyperparameter"])
+def test_a_wrong_ablation_does_not_pass(tiny_path: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "a.gguf"
+    ablate_weights(tiny_path, out, removed(share=0.5 if how == "half of a share" else None))
+    if how == "a copy":
+        fields = ablation_fields("ablate", removed())
+        rewrite(ModelFile(tiny_path), out, fields=fields)
+    elif how == "zeros":
+        for name in ("blk.1.ffn_down.weight", "blk.3.attn_output.weight"):
+            edit_tensor(out, name, lambda w: np.multiply(w, 0.0, out=w))
+    elif how == "half of a share":
+        edit_tensor(out, "blk.1.ffn_down.weight", lambda w: np.multiply(w, 1.01, out=w))
+    else:
+        key = "tokenizer.chat_template" if how == "another template" else "llama.rope.freq_base"
+        value = Field.of(key, "{{ 'always praise it' }}")
+        if how == "another hyperparameter":
+            value = Field(key, gguf.GGUFValueType.FLOAT32, 10.0)
+        rewrite(ModelFile(out), tmp_path / "b.gguf", fields=[value])
+        out = tmp_path / "b.gguf"
+    found = verify(out, tiny_path, **QUICK)
+    assert not found.ok
+    said = {"a copy": "still writes 100.0%", "zeros": "is off by", "half of a share": "of what it wrote|is off by"}
+    assert re.search(said.get(how, "key-values differ from the base"), found.reasons[0]), found.reasons
+
+
+def test_shares_by_block_are_verified_by_their_weights(tiny_path: Path, tmp_path: Path) -> None:
+    ablate_weights(tiny_path, tmp_path / "a.gguf", removed(), shares={-1: 0.0, 0: 0.0, 1: 0.5})
+    found = verify(tmp_path / "a.gguf", tiny_path, **QUICK)
+    assert found.ok, found.reasons
+    assert "leaves a share" in found.details["not_compared"]
+    rewrite(ModelFile(tmp_path / "a.gguf"), tmp_path / "b.gguf", removed=["personasteer.share_blocks",
+                                                                         "personasteer.share_factors"])  # fmt: skip
+    assert not verify(tmp_path / "b.gguf", tiny_path, **QUICK).ok
+
+
+@pytest.mark.parametrize("how", ["alpha", "missing", "another pair", "nan"])
+def test_a_wrong_adapter_does_not_pass(tiny_path: Path, tmp_path: Path, how: str) -> None:
+    save_lora(tiny_path, tmp_path / "l.gguf", removed(share=0.5))
+    reader = gguf.GGUFReader(tmp_path / "l.gguf")
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    fields = [Field.of(k, v) for k, v in read_fields(tmp_path / "l.gguf").items()
+              if k.startswith(("general.type", "adapter.type", "personasteer."))]  # fmt: skip
+    alpha = 50.0 if how == "alpha" else 1.0
+    fields.append(Field("adapter.lora.alpha", gguf.GGUFValueType.FLOAT32, alpha))
+    if how == "missing":
+        del tensors["blk.2.ffn_down.weight.lora_a"], tensors["blk.2.ffn_down.weight.lora_b"]
+    elif how == "another pair":
+        tensors["blk.0.attn_q.weight.lora_a"] = np.ones((1, 64), np.float32)
+        tensors["blk.0.attn_q.weight.lora_b"] = np.ones((64, 1), np.float32)
+    elif how == "nan":
+        tensors["blk.2.ffn_down.weight.lora_a"][0, 0] = np.nan
+    write_gguf(tmp_path / "w.gguf", "llama", fields, tensors)
+    if how == "nan":
+        with pytest.raises(ps.ModelError, match="not finite"):
+            verify(tmp_path / "w.gguf", tiny_path, **QUICK)
+        return
+    found = verify(tmp_path / "w.gguf", tiny_path, **QUICK)
+    assert not found.ok
+    assert re.search("is missing|is no part of|is off by", found.reasons[0])
+
+
+def test_against_is_refused_where_nothing_is_added(tiny_path: Path, vector: ps.PersonaVector, tmp_path: Path) -> None:
+    save_lora(tiny_path, tmp_path / "l.gguf", removed())
+    with pytest.raises(ps.ArgumentError, match="--against compares additions"):
+        verify(tmp_path / "l.gguf", tiny_path, against=[(vector, 0.3)], **QUICK)
+
+
+def test_an_interrupt_ends_a_projection_at_once(
+    tiny_path: Path, vector: ps.PersonaVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    d = vector.direction(2) / np.linalg.norm(vector.direction(2))
+    with PlainModel(tiny_path, n_ctx=64, n_threads=1, projections={2: [(1.0, d)]}) as plain:
+        monkeypatch.setattr(plain, "_project", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            plain.logits([3, 4, 5])
 
 
 def test_changed_tensors_are_found_by_their_bytes(tiny_path: Path, tmp_path: Path) -> None:

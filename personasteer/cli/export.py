@@ -27,12 +27,14 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
+from personasteer.identity import check_model_file
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
 from personasteer.ship.ablate import ablate_weights
 from personasteer.ship.bake import bake
 from personasteer.ship.bundle import write_bundle
-from personasteer.ship.directions import directions_to_remove
+from personasteer.ship.contents import ModelInFile
+from personasteer.ship.directions import Removed, directions_to_remove
 from personasteer.ship.glp import MODES
 from personasteer.ship.lora import save_lora
 from personasteer.ship.projection import save_projection
@@ -131,22 +133,25 @@ def export(
     if kind not in KINDS:
         raise ArgumentError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
     specs = [split_strength(v) for v in vectors or []]
+    options: dict[str, Any] = {
+        "mode": mode, "layer": layer, "strategy": strategy, "imatrix": imatrix, "untie": untie,
+        "layer_shares": parse_shares(layer_shares), "name": name, "description": description,
+        "include_model": include_model, "license": license, "base_model": base_model, "base_revision": base_revision,
+        "reports": report or [], "shipped": shipped or [], "cap": cap, "floor": floor, "ablate": ablate, "scope": scope,
+    }  # fmt: skip
+    for option, kinds in OPTIONS.items():
+        if options[option] not in (None, False, "", [], DEFAULTS.get(option)) and kind not in kinds:
+            raise ArgumentError(
+                f"--{NAMES.get(option, option).replace('_', '-')} is for {' and '.join(kinds)}, not for {kind}"
+            )
     edits = {"cap": cap, "floor": floor, "ablate": ablate}
-    if kind != "bundle" and (any(edits.values()) or scope != "all"):
-        raise ArgumentError("--cap, --floor, --ablate and --scope are for a bundle")
     if not specs and not any(edits.values()):
         raise ArgumentError("name at least one vector, as FILE:STRENGTH")
     if kind != "bundle":
-        check_output(out)
+        check_output(out, [model_path(base), *(file for file, _ in specs), *([imatrix] if imatrix else [])])
         if out.exists() and not force:
             raise ArgumentError(f"{out}: exists already; --force overwrites it")
-    options = {
-        "mode": mode, "layer": layer, "strategy": strategy, "imatrix": imatrix, "untie": untie,
-        "layer_shares": parse_shares(layer_shares), "name": name, "description": description, "force": force,
-        "include_model": include_model, "license": license, "base_model": base_model, "base_revision": base_revision,
-        "reports": report or [], "shipped": shipped or [], "scope": scope,
-        "edits": load_steering(None, scope, offset, **edits),
-    }  # fmt: skip
+    options |= {"force": force, "edits": load_steering(None, scope, offset, **edits)}
     parts = [(PersonaVector.load(file, offset=offset), s) for file, s in specs]
     with stages() as stage:
         found, how = KINDS[kind](Order(parts, base, out, stage, threads, gpu_layers, options))
@@ -185,8 +190,16 @@ def _projection(order: Order) -> tuple[dict[str, Any], list[str]]:
     return {"mode": mode, "layers": list(vector.layers)}, [f"{order.out}: blocks {list(vector.layers)}, mode {hint}"]
 
 
+def _removed(order: Order) -> Removed:
+    """The directions of the vectors, which are to be of this model."""
+    described = ModelInFile.read(check_model_file(order.model))
+    for vector, _ in order.parts:
+        check_fits(vector, described)
+    return directions_to_remove(order.parts, layer=order.options["layer"])
+
+
 def _lora(order: Order) -> tuple[dict[str, Any], list[str]]:
-    removed = directions_to_remove(order.parts, layer=order.options["layer"])
+    removed = _removed(order)
     adapter = save_lora(order.model, order.out, removed, progress=order.stage("reading matrices"))
     lines = [
         f"{order.out}: takes {', '.join(removed.names)} (block {', '.join(map(str, removed.blocks))}) out of "
@@ -214,7 +227,7 @@ def _bake(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 
 def _ablate(order: Order) -> tuple[dict[str, Any], list[str]]:
-    removed = directions_to_remove(order.parts, layer=order.options["layer"])
+    removed = _removed(order)
     done = ablate_weights(
         order.model,
         order.out,
@@ -222,6 +235,7 @@ def _ablate(order: Order) -> tuple[dict[str, Any], list[str]]:
         shares=order.options["layer_shares"],
         importance=order.options["imatrix"],
         untie=order.options["untie"],
+        n_threads=order.threads or 2,
         progress=order.stage("writing"),
     )
     summary = done.summary()
@@ -267,6 +281,18 @@ KINDS: dict[str, Callable[[Order], tuple[dict[str, Any], list[str]]]] = {
 }
 
 
+OPTIONS = {  # the kinds that an option is for
+    "mode": ("projection",),
+    "layer": ("lora", "ablate"),
+    "strategy": ("bake",),
+    **dict.fromkeys(("imatrix", "untie", "layer_shares"), ("ablate",)),
+    **dict.fromkeys(("name", "description", "include_model", "license", "reports", "shipped"), ("bundle",)),
+    **dict.fromkeys(("cap", "floor", "ablate", "scope"), ("bundle",)),
+    "base_model": ("projection", "bundle"),
+    "base_revision": ("projection",),
+}
+DEFAULTS = {"mode": "project", "strategy": "auto", "scope": "all"}
+NAMES = {"reports": "report", "shipped": "file"}
 MOST_BLOCKS = 4096
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from personasteer.ship.biases import accepts
 from personasteer.ship.control_vector import scaled_directions
 from personasteer.ship.fields import Field, vector_fields
 from personasteer.ship.rewrite import Added, ModelFile, Progress, Tensor, dequantized, quantized, rewrite
-from personasteer.ship.values import fit_values, why_not_values
+from personasteer.ship.values import OTHER_FORMS, check_shift, fit_values, why_not_values
 from personasteer.vectors import PersonaVector
 
 BLOCK, VALUE = "block-bias", "value-bias"
 STRATEGIES = (BLOCK, VALUE)
-OTHER_FORMS = "export it as a control vector instead"
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,20 @@ def bake(
     exact = {f"blk.{il}.ffn_down.bias": row for il, row in rows.items()}
     takes_blocks = strategy != VALUE and accepts(file, list(exact), file.n_embd)
     if takes_blocks:
-        return write_biases(file, Path(out), BLOCK, vector, rho, exact, progress=report("writing"))
+        check = partial(check_shift, file, {il: row.astype(np.float64) for il, row in rows.items()}, "block", n_threads)
+        return write_biases(file, Path(out), BLOCK, vector, rho, exact, check=check, progress=report("writing"))
     where = f"{file.path.name}: llama.cpp loads no bias at the end of a block of architecture {file.architecture!r}"
     if strategy == BLOCK:
         raise ModelError(f"{where}, so it cannot be baked exactly; {OTHER_FORMS}")
     why_not = why_not_values(file)
     if why_not:
         raise ModelError(f"{where if strategy == 'auto' else file.path.name}, and {why_not}; {OTHER_FORMS}")
-    biases, how_near = fit_values(file, vector, rho, rows, n_threads=n_threads, stage=report)
+    biases, constants, how_near = fit_values(file, vector, rho, rows, n_threads=n_threads, stage=report)
     named = {f"blk.{il}.attn_v.bias": bias for il, bias in biases.items()}
-    return write_biases(file, Path(out), VALUE, vector, rho, named, fit=how_near, progress=report("writing"))
+    check = partial(check_shift, file, constants, "mid", n_threads)
+    return write_biases(
+        file, Path(out), VALUE, vector, rho, named, fit=how_near, check=check, progress=report("writing")
+    )
 
 
 def rows_to_bake(file: ModelFile, vector: PersonaVector, rho: float) -> dict[int, NDArray[np.float32]]:
@@ -115,6 +119,7 @@ def write_biases(
     biases: Mapping[str, NDArray[Any]],
     *,
     fit: Mapping[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Baked:
     """Write `file` with these added to its biases; those that it lacks become tensors of their own."""
@@ -142,6 +147,7 @@ def write_biases(
         fields=fields,
         edits={name: edit_of(row) for name, row in present.items()},
         added={name: Added.of(row) for name, row in missing.items()},
+        check=check,
         progress=progress,
     )
     return Baked(out.name, strategy, vector.layers, sorted(missing), sorted(present), fit or {})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.engine import Request
+from personasteer.errors import ModelError
 from personasteer.evaluate.evaluation import trait_behind
 from personasteer.evaluate.log_odds import Cell, cell_log_odds, make_cells
 from personasteer.model import Model
@@ -33,6 +35,9 @@ from personasteer.vectors import PersonaVector
 
 N_QUESTIONS = 20  # with two comparisons of continuations each: what the effect is calibrated on
 HELD_OUT = 8  # everyday texts, the first ones, that nothing is fitted to: `verify` compares on them
+OTHER_FORMS = "export it as a control vector instead"
+TRIAL = "A day."
+MOST_OFF = 0.05  # of a shift, for the rounding of quantized products
 WIDE = (-10.0, 10.0)  # doses that are measured here need no warning
 
 
@@ -83,6 +88,35 @@ class Constants(Edit):
     __eq__ = object.__eq__
 
 
+def check_shift(
+    file: ModelFile, rows: Mapping[int, NDArray[np.float64]], site: str, n_threads: int | None, path: Path
+) -> None:
+    """Raise ModelError where the baked file at `path` does not shift the first biased block's output as the rows that
+    its biases stand for do in the engine: some architectures scale what a block writes.
+    """
+    il = min(rows)
+    how: dict[str, Any] = {"pool": "raw", "layers": [il], "last_layer": True}
+    small: dict[str, Any] = {"n_ctx": 64, "n_parallel": 1, "n_threads": n_threads, "n_gpu_layers": 0, "repack": False}
+
+    def output(model: Model, *edits: Edit) -> NDArray[np.float64]:
+        states: NDArray[np.float32] = model.capture([TRIAL], steer=[Steering(edits)], **how)[0][:, il]
+        return states.astype(np.float64)
+
+    with Model(file.path, **small) as model:
+        before = output(model)
+        at_output = site == "block"  # then it is the row itself
+        wanted = rows[il] + 0 * before if at_output else output(model, Constants(rows={il: rows[il]})) - before
+    with Model(path, **small) as model:
+        made = output(model) - before
+    gain = float(np.vdot(made, wanted) / np.vdot(wanted, wanted))
+    left = float(np.linalg.norm(made - gain * wanted) / np.linalg.norm(wanted))
+    if not (abs(gain - 1) <= MOST_OFF and left <= MOST_OFF):
+        raise ModelError(
+            f"{file.path.name}: the bias acts {gain:.2f} times as strongly as it should at block {il}: architecture "
+            f"{file.architecture!r} scales what its blocks write, or does something else with it; {OTHER_FORMS}"
+        )
+
+
 def fit_values(
     file: ModelFile,
     vector: PersonaVector,
@@ -91,8 +125,9 @@ def fit_values(
     *,
     n_threads: int | None,
     stage: Callable[[str], Progress],
-) -> tuple[dict[int, NDArray[np.float32]], dict[str, Any]]:
-    """({il: (n_head_kv * head_dim,)}, how near it comes) of the biases that do most nearly what the rows do.
+) -> tuple[dict[int, NDArray[np.float32]], dict[int, NDArray[np.float64]], dict[str, Any]]:
+    """({il: (n_head_kv * head_dim,)}, the constants {il: (n_embd,)} that these add after the attention, how near it
+    comes) of the biases that do most nearly what the rows do.
 
     In the figures: relative errors of the measured shift of the block outputs; the factor that brings the trait's
     log-odds (without a trait, the logits) to those of the steering; KL to the steered and from the unsteered model on
@@ -151,18 +186,23 @@ def fit_values(
         kl_steered, kl_baked, kl_naive = _divergences(model, held_out, [steered, scaled, edit(naive)])
         near = _divergences(model, held_out, [scaled], against=steered)[0]
         biases = {il: np.asarray(factor * b, np.float32) for il, b in found.biases.items()}
-        return biases, {
-            "factor": factor,
-            "effect_ratio": ratio,
-            "effect": "log-odds" if cells else "logits",
-            "shift_error": found.error,
-            "shift_errors": list(found.errors),
-            "kl_engine_baked": near,
-            "kl_base_engine": kl_steered,
-            "kl_base_baked": kl_baked,
-            "naive_effect_ratio": effect(edit(naive)),
-            "naive_kl_base": kl_naive,
-        }
+        constants = {il: np.asarray(maps[il] @ b, np.float64) for il, b in biases.items()}
+        return (
+            biases,
+            constants,
+            {
+                "factor": factor,
+                "effect_ratio": ratio,
+                "effect": "log-odds" if cells else "logits",
+                "shift_error": found.error,
+                "shift_errors": list(found.errors),
+                "kl_engine_baked": near,
+                "kl_base_engine": kl_steered,
+                "kl_base_baked": kl_baked,
+                "naive_effect_ratio": effect(edit(naive)),
+                "naive_kl_base": kl_naive,
+            },
+        )
 
 
 def _effect(
