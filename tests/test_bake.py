@@ -284,7 +284,7 @@ def test_a_gigabyte_is_baked_in_little_memory(tmp_path: Path) -> None:
         w.write_tensor_data(data.astype(half[name]))
     w.close()
     assert path.stat().st_size > 1e9
-    done = subprocess.run([sys.executable, "-c", CHILD, str(path), str(tmp_path / "out.gguf")],
+    done = subprocess.run([sys.executable, "-P", "-c", CHILD, str(path), str(tmp_path / "out.gguf")],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 300

@@ -32,6 +32,8 @@ from personasteer.ship import archive, bundle, persona
 from personasteer.ship.bundle import check_bundle, write_bundle
 from personasteer.ship.card import HUB_LICENSES, evaluations_in
 from personasteer.ship.contents import hub_id
+from personasteer.ship.fields import Field
+from personasteer.ship.rewrite import ModelFile, rewrite
 from personasteer.steering import SCOPES, SITES
 from personasteer.tiny_model import write_tiny_model
 
@@ -939,7 +941,8 @@ def test_other_forms_of_the_persona_are_kept_with_their_kind(write: Callable[...
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.close()
-    baked = write_tiny_model(tmp_path / "Baked Model.gguf", seed=3)
+    plain, baked = write_tiny_model(tmp_path / "m.gguf", seed=3), tmp_path / "Baked Model.gguf"
+    rewrite(ModelFile(plain), baked, fields=[Field.of("personasteer.kind", "bake")])
     forms = [tmp_path / "cv.gguf", tmp_path / "lora.gguf"]
 
     path = write("plain", shipped=forms)

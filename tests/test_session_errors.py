@@ -137,21 +137,21 @@ def test_a_block_that_the_model_lacks_is_refused(tiny: Loaded, where: str, il: i
     assert_usable(session, tiny)
 
 
-def test_a_mix_for_a_block_that_the_model_lacks_is_refused(tiny: Loaded) -> None:
+def test_a_mix_for_a_site_that_the_model_lacks_is_refused(tiny: Loaded) -> None:
     session = session_of(tiny)
     session.add_edit_layers([1])
     ones = np.ones((1, tiny.n_embd), np.float32)
-    mix, outside = _core.Mix(1, [1], ones), _core.Mix(2, [4], ones)
+    mix, outside = _core.Mix(1, [1], ones), _core.Mix(2, [9], ones)
     submits: list[dict[str, Any]] = [
         {"mixes": [outside]},  # also where no token takes it
         {"mixes": [mix, outside], "mix_of_token": [0, 0]},
         {"mixes": [outside], "mix_of_token": [0, 0]},
     ]
     for request in submits:
-        with pytest.raises(VectorError, match=r"block 4\b.*0\.\.3"):
+        with pytest.raises(VectorError, match=r"site 9\b.*0\.\.8"):
             session.submit(tokens=[3, 4], **request)
     running = session.submit(tokens=[3, 4], max_tokens=4)
-    with pytest.raises(VectorError, match=r"block 4\b.*0\.\.3"):
+    with pytest.raises(VectorError, match=r"site 9\b.*0\.\.8"):
         session.steer(running, [outside], [], [(0, 0, 0)])
     with pytest.raises(VectorError, match="ascending blocks"):
         _core.Mix(1, [-1], ones)

@@ -356,6 +356,31 @@ def test_a_bundle_is_verified_file_by_file(tiny_path: Path, vector: ps.PersonaVe
         verify(tmp_path / "bundle", other, **QUICK)
 
 
+def test_a_bundle_whose_baked_model_does_something_else_fails(
+    tiny_path: Path, vector: ps.PersonaVector, tmp_path: Path
+) -> None:
+    bake(tiny_path, tmp_path / "b.gguf", vector, strength=-0.4)
+    write_bundle(tmp_path / "bundle", model=tiny_path, steering=[vector * 0.3], name="x", shipped=[tmp_path / "b.gguf"])
+    found = verify(tmp_path / "bundle", tiny_path, **QUICK)
+    assert not found.ok
+    assert found.reasons[0].startswith("files/b.gguf: ")
+
+
+def test_edits_that_stock_llama_cpp_has_not_are_said_to_be_unverified(
+    tiny_path: Path, vector: ps.PersonaVector, tmp_path: Path
+) -> None:
+    write_bundle(tmp_path / "bundle", model=tiny_path, steering=[ps.Ablate(vector)], name="x")
+    found = verify(tmp_path / "bundle", tiny_path, **QUICK)
+    assert found.details["not verified"] == ["Ablate"]
+
+
+def test_a_plain_model_is_no_form_of_a_persona(tiny_path: Path, vector: ps.PersonaVector, tmp_path: Path) -> None:
+    shutil.copy(tiny_path, tmp_path / "m.gguf")
+    with pytest.raises(ps.ModelError, match="does not say which persona is in its weights"):
+        write_bundle(tmp_path / "b", model=tiny_path, steering=[vector * 0.3], name="x", shipped=[tmp_path / "m.gguf"])
+    assert not (tmp_path / "b").exists()
+
+
 # -- what cannot be verified ------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ from personasteer.ship.lora import save_lora
 from personasteer.ship.projection import save_projection
 from personasteer.steering import Add, check_fits
 from personasteer.vectors import PersonaVector
+
+log = logging.getLogger("personasteer")
 
 Stage = Callable[[str], Callable[[int, int], None]]
 
@@ -185,6 +188,8 @@ def _projection(order: Order) -> tuple[dict[str, Any], list[str]]:
         vector, alpha = order.parts[0]
         with open_model(order.base, n_ctx=512, n_parallel=1, n_threads=order.threads, repack=False) as m:
             check_fits(vector, m)
+        if alpha is not None and alpha > 1:
+            log.warning("alpha %.3g takes out more than is there: personasteer itself does not run such a file", alpha)
         save_projection(vector, order.out, mode=mode, strength=alpha, **pin)
     hint = "add" if mode == "add" else "project; llama.cpp itself would add it: give it to readers of GLP metadata only"
     return {"mode": mode, "layers": list(vector.layers)}, [f"{order.out}: blocks {list(vector.layers)}, mode {hint}"]
@@ -327,6 +332,12 @@ def fold(model: Model, parts: Sequence[tuple[PersonaVector, float]]) -> PersonaV
         check_fits(vector, model)
         if strength == 0:
             raise ArgumentError(f"a strength of 0 for {vector.name!r} exports nothing")
+        low, high = vector.window
+        if not low <= strength <= high:
+            log.warning(
+                "strength %.3g of %r is outside its window %g to %g: the model may lose coherence",
+                strength, vector.name, low, high,
+            )  # fmt: skip
     if len(parts) == 1 and parts[0][1] > 0 and parts[0][0].n_layer == model.n_layer:
         vector, strength = parts[0]
         return replace(vector, norms=model.norms, strength=strength)

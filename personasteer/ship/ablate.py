@@ -30,6 +30,7 @@ from personasteer.ship.rewrite import (
 )
 from personasteer.ship.writers import Writer, has_tied_output, residual_writers
 
+ROWS = 512  # of a matrix at a time
 GROUPS = 64  # of the rows with most weight, quantized one after the other
 
 
@@ -200,7 +201,7 @@ def _edited(
 
 
 def _squares(given: Rows, wanted: Rows, got: Rows) -> list[float]:
-    return [float(np.square(x, dtype=np.float64).sum()) for x in (given, got, wanted, got - wanted)]
+    return [float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in (given, got, wanted, got - wanted)]
 
 
 def _rows_without(
@@ -225,8 +226,9 @@ def _matrix_without(
     what is wanted is taken from the rows to come, each of which moves by a fraction of its own rounding.
     """
     rows = dequantized(tensor, data)
-    product = basis @ rows
-    wanted = (rows - share * (basis.T @ product)).astype(np.float32)
+    parts = [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]  # float64 a part at a time
+    product = np.sum([basis[:, part] @ rows[part] for part in parts], axis=0)
+    wanted = np.concatenate([(rows[part] - share * (basis[:, part].T @ product)).astype(np.float32) for part in parts])
     weight = np.square(basis).sum(axis=0)
     order = np.argsort(-weight, kind="stable")
     n_heavy = int(np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)) + 1
@@ -244,9 +246,11 @@ def _matrix_without(
             got[at[better]] = values[better]
 
         light, heavy = order[n_heavy:], order[:n_heavy]
-        if len(light):
-            put(light, wanted[light], may_keep=True)
-        owed = basis[:, light] @ (got[light] - wanted[light])  # V (W' - W) of the rows that are done
+        owed = np.zeros_like(product)  # V (W' - W) of the rows that are done
+        for start in range(0, len(light), ROWS):
+            part = light[start : start + ROWS]
+            put(part, wanted[part], may_keep=True)
+            owed += basis[:, part] @ (got[part] - wanted[part])
         groups = np.array_split(heavy, min(GROUPS, len(heavy)))
         for i, group in enumerate(groups):
             rest = np.concatenate(groups[i:])

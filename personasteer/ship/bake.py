@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,11 @@ from personasteer.ship.rewrite import Added, ModelFile, Progress, Tensor, dequan
 from personasteer.ship.values import OTHER_FORMS, check_shift, fit_values, why_not_values
 from personasteer.vectors import PersonaVector
 
+log = logging.getLogger("personasteer")
+
 BLOCK, VALUE = "block-bias", "value-bias"
 STRATEGIES = (BLOCK, VALUE)
+LEAST, MOST, FAR = 0.9, 1.1, 1.5  # of the steering's effect, and of its divergence on everyday text
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,14 @@ def bake(
         raise ModelError(f"{where if strategy == 'auto' else file.path.name}, and {why_not}; {OTHER_FORMS}")
     biases, constants, how_near = fit_values(file, vector, rho, rows, n_threads=n_threads, stage=report)
     named = {f"blk.{il}.attn_v.bias": bias for il, bias in biases.items()}
+    if not (
+        LEAST <= how_near["effect_ratio"] <= MOST and how_near["kl_base_baked"] <= FAR * how_near["kl_base_engine"]
+    ):
+        log.warning(
+            "the value biases do not come near this steering: %.2f of its effect, and everyday text moves by %.3f nats "
+            "per token instead of %.3f; %s",
+            how_near["effect_ratio"], how_near["kl_base_baked"], how_near["kl_base_engine"], OTHER_FORMS,
+        )  # fmt: skip
     check = partial(check_shift, file, constants, "mid", n_threads)
     return write_biases(
         file, Path(out), VALUE, vector, rho, named, fit=how_near, check=check, progress=report("writing")

@@ -193,6 +193,9 @@ def vector_entry(file: str, vector: PersonaVector, exported: float | None) -> Ve
     )
 
 
+REPORTS = (".json", ".md", ".html", ".png", ".svg", ".csv", ".jsonl")
+
+
 def report_files(reports: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     """{name in the bundle: file} of report files, and of what lies in folders of them.
 
@@ -201,12 +204,14 @@ def report_files(reports: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     out: dict[str, Path] = {}
     for report in map(Path, reports):
         if report.is_dir():
-            found = sorted(p for p in report.iterdir() if p.is_file() and not p.name.startswith("."))
+            found = sorted(p for p in report.iterdir() if p.is_file() and p.suffix.lower() in REPORTS)
             if not found:
                 raise ArgumentError(f"{report}: no report in this folder")
             folder = slug(report.resolve().name, {str(Path(name).parent): 0 for name in out}, "reports", "")
             for file in found:
                 out[slug(file.stem, out, folder, _suffix(file))] = file
+        elif report.is_file() and report.suffix.lower() not in REPORTS:
+            raise ArgumentError(f"{report}: a report is one of {', '.join(REPORTS)}, as `eval --report` writes them")
         elif report.is_file():
             out[slug(report.stem, out, "reports", _suffix(report))] = report
         else:
@@ -234,6 +239,8 @@ def shipped_files(shipped: Sequence[str | os.PathLike[str]], base: ModelInFile) 
             raise ModelError(f"{path}: is for architecture {own!r}, the bundle's model is {base.architecture!r}")
         name = slug(path.stem, out, "files", ".gguf")
         what = clean(str(found.get("personasteer.kind") or ""), 200)
+        if kind == "model" and not what:
+            raise ModelError(f"{path}: a model that does not say which persona is in its weights (export bake, ablate)")
         out[name] = path, ShippedEntry.model_validate({"file": name, "kind": kind, "what": what})
     return out
 
