@@ -75,6 +75,7 @@ class Attachment:
             raise ModelError(f"{llama.model_path}: {self._model.unhooked}")
         self.steering = Steering()
         self._hook: Any = core.Attachment(_address(llama._ctx.ctx))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._hook))  # until it is taken out: see _take_out
         self._llama = weakref.ref(llama)
         self._keys: list[int] = []  # by position: under which mix the cache was computed, 0: none
         self._n_prompt: int | None = None
@@ -94,8 +95,10 @@ class Attachment:
             me._keys = []  # computed under who knows what
 
         def closing() -> None:
-            detach(self_llama())
-            close(self_llama())
+            known = self_llama()
+            if known is not None:  # None: collected in a cycle, where nothing is sure to be there
+                detach(known)
+                close(known)
 
         reference = self._llama
 
@@ -146,6 +149,8 @@ class Attachment:
         del llama._ctx.decode
         for name, value in self._kept.items():
             setattr(llama, name, value)
+        # Only here may it go: collected in a cycle or at exit, it could go after the context that it is attached to.
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(self._hook))
         self._hook = None
         self._forget()
         self._model.close()

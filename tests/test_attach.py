@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,3 +247,21 @@ def test_the_bundled_model_chats_under_an_attached_steering(smollm2_path: Path) 
     ps.detach(llama)
     assert chat() == before != steered
     llama.close()
+
+
+def test_an_attached_llama_that_is_collected_in_a_cycle_ends_well(tiny_path: Path) -> None:
+    """In a child process: what could go wrong is a crash."""
+    code = (
+        "import gc, sys, llama_cpp, numpy as np, personasteer as ps\n"
+        "v = ps.PersonaVector(np.ones((4, 64)), (1, 2))\n"
+        "for _ in range(10):\n"
+        "    llama = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False, n_threads=1)\n"
+        "    kept = [llama, ps.attach(llama, ps.Ablate(v))]\n"
+        "    llama.eval([1, 5, 6])\n"
+        "    kept.append(kept)\n"
+        "    del llama, kept\n"
+        "    gc.collect()\n"
+        "print('fine')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(tiny_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "fine"), done.stderr
