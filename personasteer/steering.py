@@ -327,11 +327,10 @@ class Ablate(Edit):
         first = here[min(here)]
         at: dict[int, Term] = {}
         for site in self.sites:
-            at |= (
-                {2 * model.n_layer: first}
-                if site == "embd"
-                else {site_at(site, il, model): t for il, t in here.items()}
-            )
+            if site == "embd":
+                at[2 * model.n_layer] = first
+            else:
+                at |= {site_at(site, il, model): t for il, t in here.items()}
         return at
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from personasteer.errors import ArgumentError
+from personasteer.files import check_output
 from personasteer.live import Answer
 from personasteer.model import Model, demo_model_path
 from personasteer.ship.projection import load_projection
@@ -151,6 +153,13 @@ def as_dict(prompt: str, answer: Answer) -> dict[str, Any]:
         "n_tokens": len(answer.tokens),
         "rho": answer.rho,
     }
+
+
+def check_new(out: Path, inputs: Iterable[str | os.PathLike[str]], *, force: bool) -> None:
+    """Raise ArgumentError where `out` cannot be written, is one of the inputs, or exists and `force` is not given."""
+    check_output(out, inputs)
+    if out.exists() and not force:
+        raise ArgumentError(f"{out}: exists already; --force overwrites it")
 
 
 def print_json(content: Any) -> None:

@@ -18,6 +18,7 @@ from personasteer.cli._common import (
     OffsetOption,
     ScopeOption,
     ThreadsOption,
+    check_new,
     load_steering,
     model_path,
     open_model,
@@ -27,7 +28,6 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
-from personasteer.files import check_output
 from personasteer.identity import check_model_file
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
@@ -151,9 +151,8 @@ def export(
     if not specs and not any(edits.values()):
         raise ArgumentError("name at least one vector, as FILE:STRENGTH")
     if kind != "bundle":
-        check_output(out, [model_path(base), *(file for file, _ in specs), *([imatrix] if imatrix else [])])
-        if out.exists() and not force:
-            raise ArgumentError(f"{out}: exists already; --force overwrites it")
+        inputs: list[str | Path] = [model_path(base), *(file for file, _ in specs), *([imatrix] if imatrix else [])]
+        check_new(out, inputs, force=force)
     options |= {"force": force, "edits": load_steering(None, scope, offset, **edits)}
     parts = [(PersonaVector.load(file, offset=offset), s) for file, s in specs]
     with stages() as stage:

@@ -5,9 +5,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from personasteer.cli._common import GpuOption, JsonOption, ThreadsOption, model_path, open_model, print_json, stdout
+from personasteer.cli._common import (
+    GpuOption,
+    JsonOption,
+    ThreadsOption,
+    check_new,
+    model_path,
+    open_model,
+    print_json,
+    stdout,
+)
 from personasteer.errors import ArgumentError
-from personasteer.files import check_output
 from personasteer.ship.imports import import_vector
 
 KINDS = {
@@ -46,9 +54,7 @@ def import_(
     """
     if offset not in OFFSETS:
         raise ArgumentError(f"--offset must be 0, 1 or auto, not {offset!r}")
-    check_output(out, [model_path(base), file])
-    if out.exists() and not force:
-        raise ArgumentError(f"{out}: exists already; --force overwrites it")
+    check_new(out, [model_path(base), file], force=force)
     with open_model(base, n_ctx=512, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers) as m:
         vector = import_vector(file, m, offset=OFFSETS[offset], feature=feature, layer=layer, key=key, name=name)
         vector.save(out)

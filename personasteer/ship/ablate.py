@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ModelError
 from personasteer.ship.directions import Removed
-from personasteer.ship.fields import Field, read_fields
+from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import (
     Added,
     ModelFile,
@@ -82,7 +82,6 @@ def ablate_weights(
     importance: str | os.PathLike[str] | None = None,
     untie: bool = False,
     n_threads: int = 2,
-    check: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Ablation:
     """Write a model that no longer writes along the directions V: W <- (I - share V^T V) W for each matrix that writes
@@ -95,7 +94,6 @@ def ablate_weights(
         importance: an importance matrix (GGUF of llama-imatrix) for the quantizers.
         untie: where the embeddings are the output matrix, too, keep a copy of them as they were as the output matrix:
             the file grows by it, and only what is written to the stream changes.
-        check: called with the finished temporary file; what it raises leaves no file.
 
     Raises:
         ModelError: an architecture that normalises what its blocks write, or whose writers are not known.
@@ -130,7 +128,7 @@ def ablate_weights(
     if not edits:
         raise ArgumentError("all shares are 0: nothing would change")
     fields = ablation_fields("ablate", removed, shares)
-    rewrite(file, Path(out), fields=fields, edits=edits, added=added, check=check, progress=progress)
+    rewrite(file, Path(out), fields=fields, edits=edits, added=added, progress=progress)
     return result
 
 
@@ -268,7 +266,7 @@ def read_importance(path: str | os.PathLike[str]) -> dict[str, Rows]:
     """
     try:
         file = ModelFile(path)
-        if read_fields(path).get("general.type") != "imatrix":
+        if file.fields.get("general.type") != "imatrix":
             raise ArgumentError(f"{path}: is a GGUF file, but no importance matrix")
         found = {}
         for name, tensor in file.tensors.items():

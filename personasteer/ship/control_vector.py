@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from personasteer.files import replacing
 from personasteer.identity import check_model_file
 from personasteer.ship.fields import Field, read_fields, vector_fields, vector_of_fields, write_gguf
 from personasteer.ship.glp import read_glp
+from personasteer.steering import Add, Steering
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
@@ -278,6 +280,14 @@ def _foreign(file: Path, rows: dict[int, NDArray[np.float32]], offset: int, orig
     if origin is not None:
         provenance["tool"] = origin.tool
     return vector_of_rows(blocks, file.stem, provenance)
+
+
+def adding(
+    rows: Mapping[int, NDArray[np.float32]], n_layer: int, name: str, provenance: Mapping[str, Any] | None = None
+) -> Steering:
+    """What adds exactly these {il: row}; no dose of it is warned of: it is given, and only measured."""
+    vector = replace(vector_of_rows(rows, name, provenance or {}, n_layer), window=(-10.0, 10.0))
+    return Steering([Add(vector, 1.0, raw=True)])
 
 
 def vector_of_rows(

@@ -17,6 +17,7 @@ from personasteer.evaluate.log_odds import Cell, cell_log_odds, make_cells
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.ship.biases import accepts
+from personasteer.ship.control_vector import adding
 from personasteer.ship.rewrite import ModelFile, Progress
 from personasteer.ship.value_bias import (
     CORRECTIONS,
@@ -29,7 +30,7 @@ from personasteer.ship.value_bias import (
 )
 from personasteer.ship.writers import norm_behind
 from personasteer.statistics import divergence, log_softmax
-from personasteer.steering import Add, Edit, SteeredModel, Steering, Term, site_at
+from personasteer.steering import Edit, SteeredModel, Steering, Term, site_at
 from personasteer.traits import neutral_pairs
 from personasteer.vectors import PersonaVector
 
@@ -38,7 +39,6 @@ HELD_OUT = 8  # everyday texts, the first ones, that nothing is fitted to: `veri
 OTHER_FORMS = "export it as a control vector instead"
 TRIAL = "A day."
 MOST_OFF = 0.05  # of a shift, for the rounding of quantized products
-WIDE = (-10.0, 10.0)  # doses that are measured here need no warning
 
 
 def why_not_values(file: ModelFile) -> str:
@@ -104,8 +104,10 @@ def check_shift(
 
     with Model(file.path, **small) as model:
         before = output(model)
-        at_output = site == "block"  # then it is the row itself
-        wanted = rows[il] + 0 * before if at_output else output(model, Constants(rows={il: rows[il]})) - before
+        if site == "block":
+            wanted = np.broadcast_to(rows[il], before.shape)
+        else:
+            wanted = output(model, Constants(rows={il: rows[il]})) - before
     with Model(path, **small) as model:
         made = output(model) - before
     gain = float(np.vdot(made, wanted) / np.vdot(wanted, wanted))
@@ -143,10 +145,7 @@ def fit_values(
         maps[il] = value_bias_map(w_o, n_head, n_head_kv)
         reading(done + 1, len(layers))
     with Model(file.path, n_ctx=512, n_parallel=1, n_threads=n_threads, n_gpu_layers=0, repack=False) as model:
-        data = np.full((file.n_layer, file.n_embd), np.nan, np.float32)
-        for il, row in rows.items():
-            data[il] = row
-        steered = Steering([Add(PersonaVector(data, tuple(rows), vector.name, window=WIDE), 1.0, raw=True)])
+        steered = adding(rows, file.n_layer, vector.name)
         trait = trait_behind(vector)
         cells: tuple[Cell, ...] = ()
         if trait is not None and trait.continuations:

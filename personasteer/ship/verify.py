@@ -21,8 +21,8 @@ from personasteer.evaluate.log_odds import Cell, make_cells
 from personasteer.identity import check_model_file
 from personasteer.model import Model, output_rows
 from personasteer.ship.ablate import products
-from personasteer.ship.bake import BLOCK, VALUE
-from personasteer.ship.control_vector import load_control_vector, scaled_directions
+from personasteer.ship.bake import BLOCK, FAR, LEAST, MOST, VALUE
+from personasteer.ship.control_vector import adding, load_control_vector, scaled_directions
 from personasteer.ship.directions import in_all_blocks
 from personasteer.ship.fields import read_fields, vector_of_fields
 from personasteer.ship.plain import PlainModel
@@ -41,8 +41,6 @@ EXACT = 1e-4  # of a logit
 EXACT_AT_BLOCK = 2e-6  # of the norm of a block's output
 ROUNDING = 3.0  # times the noise: equal but for rounding
 SAME_DISTRIBUTION = 0.05  # of the divergence that the steering itself makes
-RATIO = (0.9, 1.1)  # of the effect of an approximation
-DIVERGENCE = 1.5  # at most so many times the steering's own on everyday text
 FINE = 0.03  # rounding of a type of 8 bits
 REMOVED, COARSE = 0.01, 0.25  # of what a tensor wrote may be left: from 8 bits on, below
 ROUNDED_ROWS = 0.6  # ... of a table, whose rows are rounded each for itself
@@ -321,13 +319,8 @@ class _Verifier:
         if vector.norms is None:
             return Steering([Add(vector, 1.0, raw=True)]), vector
         rho = float(self.fields.get("personasteer.exported_strength", vector.strength))
-        data = np.full_like(vector.directions, np.nan)
         rows = {il: row for il, row in scaled_directions(vector, rho).items() if il >= 1 or self.kind == "bake"}
-        for il, row in rows.items():
-            data[il] = row
-        wide = (-10.0, 10.0)  # the dose is the file's: no warning of it
-        return Steering([Add(PersonaVector(data, tuple(rows), vector.name, window=wide,
-                                           provenance=vector.provenance), 1.0, raw=True)]), vector  # fmt: skip
+        return adding(rows, vector.n_layer, vector.name, vector.provenance), vector
 
     def _removed(self) -> tuple[NDArray[np.float64], float, PersonaVector | None]:
         """(basis, share, a vector that knows its trait) of an ablation."""
@@ -424,13 +417,13 @@ class _Verifier:
                 given = base.logits(text.tokens, first)
                 made = shipped.logits(text.tokens, first)
                 wanted = self._engine(text, steer(text.tokens)) if steer else given
-                for k, logits in enumerate((given, wanted, made)):
-                    scores[k, i] = _mean_log_p(logits, text.tokens[text.n_prompt :])
+                p, q, r = (log_softmax(x) for x in (given, wanted, made))
+                for k, rows in enumerate((p, q, r)):
+                    scores[k, i] = _mean_log_p(rows, text.tokens[text.n_prompt :])
                 if not np.isfinite(made).all():
                     raise ModelError(f"{self.path.name}: computes logits that are not finite")
                 most = max(most, float(np.abs(made - wanted).max()))
                 if text.everyday:
-                    p, q, r = (log_softmax(x) for x in (given, wanted, made))
                     kls["base_shipped"].append(divergence(p, r))
                     if steer:
                         kls["engine"].append(divergence(q, r))
@@ -547,13 +540,12 @@ class _Verifier:
 
     def _must_act_alike(self) -> None:
         out = self.out
-        low, high = RATIO
-        if out.effect_ratio is None or not low <= out.effect_ratio <= high:
-            self._fail(f"the effect is {out.effect_ratio or 0:.2f} of the engine's, not within {low} to {high}")
-        if (out.kl_base_shipped or 0) > DIVERGENCE * (out.kl_base_engine or 0):
+        if out.effect_ratio is None or not LEAST <= out.effect_ratio <= MOST:
+            self._fail(f"the effect is {out.effect_ratio or 0:.2f} of the engine's, not within {LEAST} to {MOST}")
+        if (out.kl_base_shipped or 0) > FAR * (out.kl_base_engine or 0):
             self._fail(
                 f"on everyday text it moves {out.kl_base_shipped:.3f} nats per token from the base, more than "
-                f"{DIVERGENCE} times the engine's {out.kl_base_engine:.3f}"
+                f"{FAR} times the engine's {out.kl_base_engine:.3f}"
             )
 
 
@@ -658,7 +650,6 @@ def _ratio_interval(made: NDArray[np.float64], wanted: NDArray[np.float64], n: i
     return float(low), float(high)
 
 
-def _mean_log_p(logits: NDArray[np.float32], answer: Sequence[int]) -> float:
-    """Mean log p of the answer's tokens; row j of the logits is before token j."""
-    rows = log_softmax(logits[: len(answer)])
+def _mean_log_p(rows: NDArray[np.float64], answer: Sequence[int]) -> float:
+    """Mean log p of the answer's tokens; row j is before token j."""
     return float(rows[np.arange(len(answer)), list(answer)].mean())
