@@ -71,6 +71,12 @@ void bind_gguf(py::module_ & m) {
         },
         "path"_a, "[(key, type, element type, bytes or list of texts)] of a GGUF file, texts as bytes.");
 
+    m.def("check_model_metadata", &personasteer::check_model_metadata, "path"_a,
+          py::call_guard<py::gil_scoped_release>(),
+          "Raises ModelError where llama.cpp would end the process over what a model file says.");
+    m.def("check_adapter_metadata", &personasteer::check_adapter_metadata, "path"_a,
+          py::call_guard<py::gil_scoped_release>(), "The same of a LoRA adapter.");
+
     m.def(
         "change_gguf_header",
         [](const std::string & path, const std::vector<std::string> & removed, const std::vector<py::tuple> & fields,

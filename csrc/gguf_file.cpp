@@ -6,6 +6,7 @@
 
 #include "ggml.h"
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -179,6 +180,77 @@ gguf_header change_gguf_header(const std::string & path, const std::vector<std::
     out.bytes.resize(gguf_get_meta_size(g.get()));
     gguf_get_meta_data(g.get(), &out.bytes[0]);
     return out;
+}
+
+static gguf_context_ptr open_if_readable(const std::string & path) {
+    const log_capture log;
+    gguf_init_params params{};
+    params.no_alloc = true;
+    return {gguf_init_from_file(path.c_str(), params), gguf_free};
+}
+
+static double as_float(const gguf_context * g, int64_t id) {
+    switch (gguf_get_kv_type(g, id)) {
+    case GGUF_TYPE_FLOAT32:
+        return gguf_get_val_f32(g, id);
+    case GGUF_TYPE_FLOAT64:
+        return gguf_get_val_f64(g, id);
+    default:
+        return 0.0;
+    }
+}
+
+static bool ends_with(const std::string & text, const std::string & end) {
+    return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+void check_model_metadata(const std::string & path) {
+    constexpr uint32_t max_layers = 512; // LLAMA_MAX_LAYERS
+    const gguf_context_ptr g = open_if_readable(path);
+    if (!g) {
+        return;
+    }
+    for (int64_t i = 0; i < gguf_get_n_kv(g.get()); ++i) {
+        const std::string key = gguf_get_key(g.get(), i);
+        const double value = as_float(g.get(), i);
+        if (ends_with(key, "_epsilon") && !(value >= 0.0 && std::isfinite(value))) {
+            throw model_error(path + ": " + key + " must be a finite number that is not negative");
+        }
+        if (!ends_with(key, ".block_count") || gguf_get_kv_type(g.get(), i) != GGUF_TYPE_UINT32) {
+            continue; // another type is refused by the loader itself
+        }
+        const uint32_t n = gguf_get_val_u32(g.get(), i);
+        if (n < 1 || n > max_layers) {
+            throw model_error(path + ": " + key + " is " + std::to_string(n) + "; llama.cpp takes 1 to " +
+                              std::to_string(max_layers));
+        }
+    }
+}
+
+void check_adapter_metadata(const std::string & path) {
+    static constexpr std::pair<const char *, gguf_type> expected[] = {{"general.type", GGUF_TYPE_STRING},
+                                                                      {"general.architecture", GGUF_TYPE_STRING},
+                                                                      {"adapter.type", GGUF_TYPE_STRING},
+                                                                      {"adapter.lora.alpha", GGUF_TYPE_FLOAT32}};
+    const gguf_context_ptr g = open_if_readable(path);
+    if (!g) {
+        return;
+    }
+    const auto refuse = [&](const std::string & why) {
+        throw model_error(path + ": llama.cpp cannot load this LoRA adapter (" + why + ")");
+    };
+    for (const auto & [key, type] : expected) {
+        const int64_t id = gguf_find_key(g.get(), key);
+        if (id >= 0 && gguf_get_kv_type(g.get(), id) != type) {
+            refuse(std::string(key) + " is no " + gguf_type_name(type));
+        }
+    }
+    for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
+        const ggml_type type = gguf_get_tensor_type(g.get(), i);
+        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && !ggml_is_quantized(type)) {
+            refuse(std::string(gguf_get_tensor_name(g.get(), i)) + " is of type " + ggml_type_name(type));
+        }
+    }
 }
 
 } // namespace personasteer

@@ -52,4 +52,9 @@ struct gguf_header {
 gguf_header change_gguf_header(const std::string & path, const std::vector<std::string> & removed,
                                const std::vector<gguf_field> & fields, const std::vector<gguf_new_tensor> & tensors);
 
+// Where llama.cpp would end the process over what a file says, instead of refusing it: throws model_error. A file that
+// cannot be read at all is left to llama.cpp's loader to refuse.
+void check_model_metadata(const std::string & path);
+void check_adapter_metadata(const std::string & path);
+
 } // namespace personasteer

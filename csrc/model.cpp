@@ -1,11 +1,8 @@
 #include "model.h"
 
 #include "errors.h"
+#include "gguf_file.h"
 #include "log_capture.h"
-
-#include "gguf.h"
-
-#include <memory>
 
 namespace personasteer {
 
@@ -14,6 +11,7 @@ model::model(const std::string & path, const model_params & params) {
     mp.n_gpu_layers = params.n_gpu_layers;
     mp.load_mode = params.use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     mp.use_extra_bufts = params.use_extra_bufts;
+    check_model_metadata(path);
     const log_capture log;
     handle = llama_model_load_from_file(path.c_str(), mp);
     if (!handle) {
@@ -41,39 +39,12 @@ model::~model() {
     }
 }
 
-// llama.cpp takes these types for granted, and ends the process where they are others.
-static std::string wrong_type_in_adapter(const std::string & path) {
-    gguf_init_params params{};
-    params.no_alloc = true;
-    const std::unique_ptr<gguf_context, decltype(&gguf_free)> g(gguf_init_from_file(path.c_str(), params), gguf_free);
-    if (!g) {
-        return "";
-    }
-    static const std::pair<const char *, gguf_type> expected[] = {{"general.type", GGUF_TYPE_STRING},
-                                                                  {"general.architecture", GGUF_TYPE_STRING},
-                                                                  {"adapter.type", GGUF_TYPE_STRING},
-                                                                  {"adapter.lora.alpha", GGUF_TYPE_FLOAT32}};
-    for (const auto & [key, type] : expected) {
-        const int64_t id = gguf_find_key(g.get(), key);
-        if (id >= 0 && gguf_get_kv_type(g.get(), id) != type) {
-            return std::string(key) + " is no " + gguf_type_name(type);
-        }
-    }
-    for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
-        const ggml_type type = gguf_get_tensor_type(g.get(), i);
-        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && !ggml_is_quantized(type)) {
-            return std::string(gguf_get_tensor_name(g.get(), i)) + " is of type " + ggml_type_name(type);
-        }
-    }
-    return "";
-}
-
 void model::add_adapter(const std::string & path, float scale) {
+    check_adapter_metadata(path);
     const log_capture log;
-    std::string why = wrong_type_in_adapter(path);
-    llama_adapter_lora * adapter = why.empty() ? llama_adapter_lora_init(handle, path.c_str()) : nullptr;
+    llama_adapter_lora * adapter = llama_adapter_lora_init(handle, path.c_str());
     if (!adapter) {
-        why = why.empty() ? log.errors() : why;
+        const std::string why = log.errors();
         throw model_error(path + ": llama.cpp cannot load this LoRA adapter for the model" +
                           (why.empty() ? "" : " (" + why + ")"));
     }

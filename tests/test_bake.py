@@ -185,6 +185,17 @@ def test_an_attention_whose_values_are_no_constant_is_refused_by_name(qwen2_path
     assert bool(tensor) == bool(why_not_values(file))
 
 
+@pytest.mark.parametrize("strategy", ["block-bias", "value-bias"])
+def test_an_architecture_that_scales_what_its_blocks_write_is_refused(tmp_path: Path, strategy: str) -> None:
+    plain = tiny_models.write_granite_model(tmp_path / "plain.gguf", 1.0)
+    scaled = tiny_models.write_granite_model(tmp_path / "scaled.gguf", 0.5)
+    made = bake(plain, tmp_path / "b.gguf", vector_for(plain), strength=0.3, strategy=strategy)
+    assert made.strategy == strategy
+    with pytest.raises(ps.ModelError, match=r"acts 0\.5\d times as strongly as it should at block"):
+        bake(scaled, tmp_path / "s.gguf", vector_for(scaled), strength=0.3, strategy=strategy)
+    assert samples.no_leftovers(tmp_path, "plain.gguf", "scaled.gguf", "b.gguf")
+
+
 def test_recurrent_blocks_are_refused_by_name(recurrent: Loaded, hybrid: Loaded, tmp_path: Path) -> None:
     for loaded, what in ((recurrent, "mamba"), (hybrid, "lfm2")):
         with pytest.raises(ps.ModelError, match=f"'{what}' has no attention of the usual kind in block 0"):

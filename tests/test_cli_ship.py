@@ -239,3 +239,52 @@ def test_a_mistake_is_one_line_and_leaves_no_file(cli: Command, files: Path, sli
     assert said in lines[0]
     assert sorted(p.name for p in Path().iterdir()) == before
     assert Path("m.gguf").read_bytes() == data
+
+
+WRONG = gguf.GGUFValueType
+HOSTILE = {  # what llama.cpp would end the process over, and what is of another type than it should be
+    ("control-vector", "general.architecture"): Field.of("", np.array([1.0, 2.0], np.float32)),
+    ("projection", "glp.mode"): Field.of("", np.array([1.0, 2.0], np.float32)),
+    ("lora", "general.architecture"): Field.of("", 1.0),
+    ("lora", "general.type"): Field.of("", ["adapter", "model"]),
+    ("lora", "adapter.type"): Field.of("", True),
+    ("lora", "adapter.lora.alpha"): Field.of("", "x"),
+    ("lora", "personasteer.n_embd"): Field.of("", float("inf")),
+    ("bake", "llama.block_count"): Field.of("", 0),
+    ("bake", "llama.attention.layer_norm_rms_epsilon"): Field("", WRONG.FLOAT32, float("nan")),
+    ("ablate", "llama.block_count"): Field.of("", 513),
+    ("ablate", "llama.attention.layer_norm_rms_epsilon"): Field("", WRONG.FLOAT32, -1.0),
+    ("ablate", "personasteer.n_embd"): Field.of("", float("inf")),
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), HOSTILE)
+def test_a_hostile_key_value_ends_in_a_line_of_its_own(cli: Command, files: Path, kind: str, key: str) -> None:
+    vector, out, _ = EXPORTS[kind]
+    assert cli("export", kind, vector, "-m", "m.gguf", "-o", out)[0] == 0
+    rewrite(ModelFile(out), Path("h.gguf"), fields=[HOSTILE[kind, key]._replace(key=key)])
+    code, _, err = cli("verify", "h.gguf", "-m", "m.gguf", "--texts", "1", "-t", "1")
+    assert code in (FAILED, USAGE)
+    assert "h.gguf" in err
+    assert "not foreseen" not in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "bake", "ablate", "bundle"])
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (Field.of("llama.block_count", 0), "block"),
+        (Field("llama.attention.layer_norm_rms_epsilon", WRONG.FLOAT32, float("nan")), "epsilon"),
+    ],
+)
+def test_a_hostile_base_model_ends_in_a_line_of_its_own(
+    cli: Command, files: Path, kind: str, field: Field, said: str
+) -> None:
+    rewrite(ModelFile("m.gguf"), Path("h.gguf"), fields=[field])
+    vector, out, _ = EXPORTS[kind]
+    code, _, err = cli("export", kind, vector, "-m", "h.gguf", "-o", out)
+    if code == 0:  # made without computing: then what loads it says so
+        code, _, err = cli("verify", out, "-m", "h.gguf", "--texts", "1", "-t", "1")
+    assert (code, said in err, err.count("\n")) == (FAILED, True, 1)
+    assert "not foreseen" not in err

@@ -154,7 +154,7 @@ def test_bytes_that_are_no_rows_are_an_error(kind: str, n_bytes: int, width: int
 
 def test_a_full_disk_leaves_no_file(q8_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(ps.PersonasteerError, match=r"needs \d+ MB, 0 MB are free"):
+    with pytest.raises(ps.PersonasteerError, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
         rewrite(ModelFile(q8_path), tmp_path / "out.gguf")
     monkeypatch.undo()
 

@@ -31,7 +31,7 @@ from personasteer.ship import (
     write_bundle,
 )
 from personasteer.ship.ablate import ablation_fields
-from personasteer.ship.fields import Field, read_fields, write_gguf
+from personasteer.ship.fields import Field, read_fields, save_gguf
 from personasteer.ship.plain import PlainModel
 from personasteer.ship.rewrite import ModelFile, rewrite
 from personasteer.ship.verify import changed_tensors, kind_of
@@ -305,7 +305,7 @@ def test_a_wrong_adapter_does_not_pass(tiny_path: Path, tmp_path: Path, how: str
         tensors["blk.0.attn_q.weight.lora_b"] = np.ones((64, 1), np.float32)
     elif how == "nan":
         tensors["blk.2.ffn_down.weight.lora_a"][0, 0] = np.nan
-    write_gguf(tmp_path / "w.gguf", "llama", fields, tensors)
+    save_gguf(tmp_path / "w.gguf", "llama", fields, tensors)
     if how == "nan":
         with pytest.raises(ps.ModelError, match="not finite"):
             verify(tmp_path / "w.gguf", tiny_path, **QUICK)

@@ -1,5 +1,5 @@
-"""Random models of other architectures than a llama: recurrent, hybrid, with sliding windows or value biases, without
-block labels.
+"""Random models of other architectures than a llama: recurrent, hybrid, with sliding windows or value biases, with a
+scaled residual, without block labels.
 """
 
 from __future__ import annotations
@@ -149,6 +149,29 @@ def write_sliding_window_model(path: str | Path, *, seed: int = 0) -> Path:
         w.attention(block)
         w.feed_forward(block)
     w.norm("output_norm")
+    return w.finish()
+
+
+def write_granite_model(path: str | Path, residual_scale: float = 0.5, *, seed: int = 0) -> Path:
+    """Write a granite: a llama whose attention and feed-forward are scaled before they are added."""
+    w = _Writer(path, "granite", seed)
+    w.add_feed_forward_length(N_FF)
+    w.add_head_count(N_HEAD)
+    w.add_head_count_kv(N_HEAD)
+    w.add_rope_dimension_count(N_EMBD // N_HEAD)
+    w.add_logit_scale(1.0)
+    w.add_residual_scale(residual_scale)
+    w.add_embedding_scale(1.0)
+    w.add_attention_scale(0.25)
+    w.matrix("token_embd", w.n_vocab, N_EMBD)
+    for il in range(N_LAYER):
+        block = f"blk.{il}"
+        w.norm(f"{block}.attn_norm")
+        w.norm(f"{block}.ffn_norm")
+        w.attention(block)
+        w.feed_forward(block)
+    w.norm("output_norm")
+    w.matrix("output", w.n_vocab, N_EMBD)
     return w.finish()
 
 

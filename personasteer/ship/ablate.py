@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ModelError
 from personasteer.ship.directions import Removed
-from personasteer.ship.fields import Field
+from personasteer.ship.fields import Field, text_of
 from personasteer.ship.rewrite import (
     Added,
     ModelFile,
@@ -266,7 +266,7 @@ def read_importance(path: str | os.PathLike[str]) -> dict[str, Rows]:
     """
     try:
         file = ModelFile(path)
-        if file.fields.get("general.type") != "imatrix":
+        if text_of(file.fields, "general.type") != "imatrix":
             raise ArgumentError(f"{path}: is a GGUF file, but no importance matrix")
         found = {}
         for name, tensor in file.tensors.items():

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from personasteer._native import load_core
 from personasteer.errors import ArgumentError, ModelError, VectorError
 from personasteer.identity import PARTS, check_model_file, identify
-from personasteer.ship.fields import read_fields
+from personasteer.ship.fields import read_fields, text_of
 from personasteer.ship.persona import (
     BaseModelEntry,
     IdentityEntry,
@@ -57,20 +57,20 @@ class ModelInFile:
     def read(cls, path: Path) -> ModelInFile:
         """Raises ModelError where the file is no language model."""
         metadata = read_fields(path)
-        architecture = str(metadata.get("general.architecture", "unknown"))
+        architecture = text_of(metadata, "general.architecture", "unknown")
         n_layer, n_embd = (metadata.get(f"{architecture}.{key}") for key in ("block_count", "embedding_length"))
         if not (isinstance(n_layer, int) and isinstance(n_embd, int) and n_layer > 0 and n_embd > 0):
             raise ModelError(f"{path}: does not say how many blocks it has and how wide they are: not a language model")
         identity = identify(path)
         return cls(
-            clean(str(metadata.get("general.name") or path.stem), 200),
+            clean(text_of(metadata, "general.name") or path.stem, 200),
             clean(architecture, 200),
             _quantization(path, metadata),
             n_layer,
             n_embd,
             identity["fingerprint"],
             identity,
-            clean(str(metadata.get("general.license") or ""), 200),
+            clean(text_of(metadata, "general.license"), 200),
             hub_id(metadata),
         )
 

@@ -15,10 +15,9 @@ from gguf import GGUFValueType as Type
 from numpy.typing import NDArray
 
 from personasteer._native import load_core
-from personasteer.errors import ArgumentError, ModelError, PersonasteerError, VectorError
-from personasteer.files import replacing
+from personasteer.errors import ArgumentError, ModelError, VectorError
 from personasteer.identity import check_model_file
-from personasteer.ship.fields import Field, read_fields, vector_fields, vector_of_fields, write_gguf
+from personasteer.ship.fields import Field, read_fields, save_gguf, vector_fields, vector_of_fields
 from personasteer.ship.glp import read_glp
 from personasteer.steering import Add, Steering
 from personasteer.vectors import PersonaVector
@@ -92,12 +91,7 @@ def write_directions(
     path: str | os.PathLike[str], fields: Sequence[Field], rows: Mapping[int, NDArray[np.float32]]
 ) -> None:
     """Write a control-vector GGUF, under a temporary name and renamed. Raises as `save_control_vector` does."""
-    target = Path(path)
-    try:
-        with replacing(target) as temporary:
-            write_gguf(temporary, "controlvector", fields, {f"direction.{il}": rows[il] for il in sorted(rows)})
-    except OSError as e:
-        raise PersonasteerError(f"{target}: cannot be written ({e.strerror or e})") from e
+    save_gguf(path, "controlvector", fields, {f"direction.{il}": rows[il] for il in sorted(rows)})
 
 
 def _rows_to_write(vector: PersonaVector, rho: float) -> dict[int, NDArray[np.float32]]:

@@ -14,7 +14,8 @@ from gguf import GGUFValueType as Type
 from numpy.typing import NDArray
 
 from personasteer._native import load_core
-from personasteer.errors import VectorError
+from personasteer.errors import PersonasteerError, VectorError
+from personasteer.files import replacing
 from personasteer.vectors import WINDOW, PersonaVector
 
 ARRAYS = (
@@ -86,6 +87,12 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
         else:
             found[name] = np.frombuffer(value, NUMBERS[Type(kind)])[0].item()
     return found
+
+
+def text_of(fields: Mapping[str, Any], key: str, default: str = "") -> str:
+    """A key-value that is a text; the default where it is missing or something else."""
+    value = fields.get(key)
+    return value if isinstance(value, str) else default
 
 
 def vector_fields(vector: PersonaVector, rho: float) -> list[Field]:
@@ -161,17 +168,27 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def write_gguf(
-    path: Path, architecture: str, fields: Sequence[Field], tensors: Mapping[str, NDArray[np.float32]]
+def save_gguf(
+    path: str | os.PathLike[str],
+    architecture: str,
+    fields: Sequence[Field],
+    tensors: Mapping[str, NDArray[np.float32]],
 ) -> None:
-    """A small GGUF of float32 tensors, in the order given."""
-    w = gguf.GGUFWriter(path, architecture)
-    add_fields(w, fields)
-    for name, data in tensors.items():
-        w.add_tensor(name, np.ascontiguousarray(data, np.float32))
+    """Write a small GGUF of float32 tensors, in the order given, under a temporary name and renamed.
+
+    Raises ArgumentError for a path that cannot be written, PersonasteerError where the disk is full.
+    """
     try:
-        w.write_header_to_file()
-        w.write_kv_data_to_file()
-        w.write_tensors_to_file()
-    finally:
-        w.close()
+        with replacing(Path(path)) as temporary:
+            w = gguf.GGUFWriter(temporary, architecture)
+            add_fields(w, fields)
+            for name, data in tensors.items():
+                w.add_tensor(name, np.ascontiguousarray(data, np.float32))
+            try:
+                w.write_header_to_file()
+                w.write_kv_data_to_file()
+                w.write_tensors_to_file()
+            finally:
+                w.close()
+    except OSError as e:
+        raise PersonasteerError(f"{path}: cannot be written ({e.strerror or e})") from e

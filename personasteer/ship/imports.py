@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from personasteer.errors import ArgumentError, IncompatibleVector, VectorError
 from personasteer.ship.autoencoders import is_decoder, load_sae_direction
 from personasteer.ship.control_vector import load_control_vector, read_directions, vector_of_rows
+from personasteer.ship.fields import text_of
 from personasteer.ship.projection import load_projection
 from personasteer.ship.tensor_files import TensorFile, kind_of, listed, open_tensors
 from personasteer.steering import check_fits
@@ -89,7 +90,7 @@ def import_vector(
 
 def _load_gguf(file: Path, offset: int | Literal["auto"]) -> PersonaVector:
     _, fields, _ = read_directions(file, ranked=True)
-    if "project" not in (fields.get("glp.mode"), fields.get("dspark.mode")):
+    if "project" not in (text_of(fields, "glp.mode"), text_of(fields, "dspark.mode")):
         vector = load_control_vector(file, offset=offset)
         kind = "control vector"
     else:

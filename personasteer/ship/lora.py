@@ -10,11 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from personasteer.errors import ArgumentError, PersonasteerError
-from personasteer.files import replacing
+from personasteer.errors import ArgumentError
 from personasteer.ship.ablate import ablation_fields, products
 from personasteer.ship.directions import Removed
-from personasteer.ship.fields import Field, write_gguf
+from personasteer.ship.fields import Field, save_gguf
 from personasteer.ship.rewrite import ModelFile, Progress, Rows
 from personasteer.ship.writers import has_tied_output, residual_writers
 
@@ -93,11 +92,7 @@ def save_lora(
         Field("adapter.lora.alpha", gguf.GGUFValueType.FLOAT32, float(len(basis))),  # alpha / rank = 1
         *ablation_fields("lora", removed),
     ]
-    try:
-        with replacing(Path(out)) as temporary:
-            write_gguf(temporary, file.architecture, fields, tensors)
-    except OSError as e:
-        raise PersonasteerError(f"{out}: cannot be written ({e.strerror or e})") from e
+    save_gguf(out, file.architecture, fields, tensors)
     matrices = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return Adapter(Path(out).name, removed.names, share, len(basis), matrices, left_out)
 

@@ -49,6 +49,7 @@ class PlainModel:
         self.path = check_model_file(path)
         self._handle: Any = None
         self._model: Any = None
+        load_core().check_model_metadata(os.fsencode(self.path))
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
@@ -87,6 +88,7 @@ class PlainModel:
             raise ModelError(f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens")
 
     def _apply_adapter(self, file: Path) -> None:
+        load_core().check_adapter_metadata(os.fsencode(file))
         with _quiet() as log:
             adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(file))
             if not adapter:

@@ -218,7 +218,7 @@ def rewrite(
         raise ArgumentError(f"{target}: is the model itself; write to another file")
     free = shutil.disk_usage(target.resolve().parent).free
     if free < total:
-        raise PersonasteerError(f"{target}: needs {total / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+        raise PersonasteerError(f"{target}: needs {total:,} bytes, {free:,} are free")
     done = 0
 
     def write(out: BinaryIO, data: bytes) -> None:

@@ -24,7 +24,7 @@ from personasteer.ship.ablate import products
 from personasteer.ship.bake import BLOCK, FAR, LEAST, MOST, VALUE
 from personasteer.ship.control_vector import adding, load_control_vector, scaled_directions
 from personasteer.ship.directions import in_all_blocks
-from personasteer.ship.fields import read_fields, vector_of_fields
+from personasteer.ship.fields import read_fields, text_of, vector_of_fields
 from personasteer.ship.plain import PlainModel
 from personasteer.ship.rewrite import ModelFile, Progress, Tensor
 from personasteer.ship.writers import Writer, has_tied_output, residual_writers
@@ -100,11 +100,11 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     if p.is_dir() or p.suffix == ".tar":
         return "bundle"
     fields = read_fields(check_model_file(p))
-    if fields.get("general.architecture") == "controlvector":
+    if text_of(fields, "general.architecture") == "controlvector":
         return "projection" if any(k.startswith(("glp.", "dspark.")) for k in fields) else "control-vector"
-    if fields.get("general.type") == "adapter":
+    if text_of(fields, "general.type") == "adapter":
         return "lora"
-    return str(fields.get("personasteer.kind", "model"))
+    return text_of(fields, "personasteer.kind", "model")
 
 
 def verify(
@@ -164,7 +164,7 @@ class _Verifier:
         self.fields = read_fields(path)
         self.against = against
         self.out = Verification(kind, path.name, model.name)
-        approximate = self.fields.get("personasteer.strategy") == VALUE
+        approximate = text_of(self.fields, "personasteer.strategy") == VALUE
         self.n_texts, self.n_cells = n_texts, n_cells or (20 if approximate else 8)
 
     def run(self) -> Verification:
@@ -330,7 +330,7 @@ class _Verifier:
             share = float(self.fields["personasteer.share"])
             provenance = json.loads(self.fields["personasteer.provenance"])
             name = str(self.fields["personasteer.names"][0])
-        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as e:
+        except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as e:
             raise VectorError(f"{self.path.name}: does not say which directions it removes ({e})") from e
         if width != self.model.n_embd or not np.isfinite(basis).all():
             raise VectorError(f"{self.path.name}: its directions of width {width} do not fit a model of width "
@@ -420,8 +420,9 @@ class _Verifier:
                 p, q, r = (log_softmax(x) for x in (given, wanted, made))
                 for k, rows in enumerate((p, q, r)):
                     scores[k, i] = _mean_log_p(rows, text.tokens[text.n_prompt :])
-                if not np.isfinite(made).all():
-                    raise ModelError(f"{self.path.name}: computes logits that are not finite")
+                for logits, whose in ((made, self.path.name), (wanted, f"{self.model.path.name}, steered")):
+                    if not np.isfinite(logits).all():
+                        raise ModelError(f"{whose}: computes logits that are not finite")
                 most = max(most, float(np.abs(made - wanted).max()))
                 if text.everyday:
                     kls["base_shipped"].append(divergence(p, r))
@@ -482,7 +483,11 @@ class _Verifier:
     def _adapter_error(self, file: ModelFile, basis: NDArray[np.float64], share: float) -> float:
         """Largest relative difference between scale B A and -share V^T V W, over what the adapter is to edit."""
         adapter = ModelFile(self.path)
-        alpha = float(self.fields.get("adapter.lora.alpha") or 0.0)
+        alpha = self.fields.get("adapter.lora.alpha", 0.0)
+        if not isinstance(alpha, float):
+            raise ModelError(
+                f"{self.path.name}: adapter.lora.alpha must be one number with a fraction, not {alpha!r:.80}"
+            )
         tied = has_tied_output(file)
         writers = [
             w
