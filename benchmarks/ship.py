@@ -57,6 +57,11 @@ def _bake(model: Path, v: ps.PersonaVector, s: float, out: Path, n_threads: int)
     return bake(model, out, _folded(model, v, s, n_threads), n_threads=n_threads).summary()
 
 
+def _value_bias(model: Path, v: ps.PersonaVector, s: float, out: Path, n_threads: int) -> dict[str, Any]:
+    folded = _folded(model, v, s, n_threads)
+    return bake(model, out, folded, strategy="value-bias", n_threads=n_threads).summary()
+
+
 def _ablate(model: Path, v: ps.PersonaVector, s: float, out: Path, n_threads: int) -> dict[str, Any]:
     summary = ablate_weights(model, out, directions_to_remove([(v, None)]), n_threads=n_threads).summary()
     return {key: summary[key] for key in ("largest_reading", "largest_requantization", "tied_output")}
@@ -72,10 +77,11 @@ FORMS: dict[str, Export] = {
     "projection": _projection,
     "lora": _lora,
     "bake": _bake,
+    "bake --strategy value-bias": _value_bias,
     "ablate": _ablate,
     "ablate --untie": _untied,
 }
-SIGNED = ("control-vector", "bake")  # the others take a share: all of it
+SIGNED = ("control-vector", "bake", "bake --strategy value-bias")  # the others take a share: all of it
 
 
 def measure(model: Path, spec: str, form: str, work: Path, n_threads: int) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def measure(model: Path, spec: str, form: str, work: Path, n_threads: int) -> di
     file, strength = split_strength(spec)
     vector = ps.PersonaVector.load(file)
     rho = vector.strength if strength is None else strength
-    name = f"{model.stem}-{Path(file).stem}-{rho:g}-{form}".replace(" --", "-")
+    name = f"{model.stem}-{Path(file).stem}-{rho:g}-{form}".replace(" --", "-").replace(" ", "-")
     kept = work / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text("utf-8"))  # type: ignore[no-any-return]
@@ -109,8 +115,8 @@ def measure(model: Path, spec: str, form: str, work: Path, n_threads: int) -> di
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a line for each."""
-    head = ["model", "form", "vector", "max Δlogit", "rounding alone", "KL(engine ∥ file)", "p99", "effect ratio",
-            "KL(base ∥ engine)", "KL(base ∥ file)", "ok", "note"]  # fmt: skip
+    head = ["model", "form", "vector", "max Δlogit", "rounding alone", "KL(engine ∥ file)", "p99",
+            "effect ratio (95 %)", "KL(base ∥ engine)", "KL(base ∥ file)", "ok", "note"]  # fmt: skip
     rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for r in results:
         name = r["vector"] + ("" if r["strength"] is None else f" {r['strength']:+g}")
@@ -120,6 +126,8 @@ def table(results: list[dict[str, Any]]) -> str:
         f = r["found"]
         keys = ("max_abs_dlogit", "noise", "kl_mean", "kl_p99", "effect_ratio", "kl_base_engine", "kl_base_shipped")
         cells = ["" if f[key] is None else f"{f[key]:.3g}" for key in keys]
+        if f["effect_interval"]:
+            cells[keys.index("effect_ratio")] += " ({:.2f} to {:.2f})".format(*f["effect_interval"])
         rows.append(
             "| " + " | ".join([r["model"], r["form"], name, *cells, "yes" if f["ok"] else "no", _note(r)]) + " |"
         )
@@ -129,14 +137,14 @@ def table(results: list[dict[str, Any]]) -> str:
 def _note(r: dict[str, Any]) -> str:
     made, details = r["made"], r["found"]["details"]
     notes = list(r["found"]["reasons"])
-    if r["form"] == "bake" and made["strategy"] == "value-bias":
+    if made.get("strategy") == "value-bias":
         fit = made["fit"]
         notes.append(
-            f"value bias, factor {fit['factor']:.2f}; naive solve: ratio {fit['naive_effect_ratio']:.2f}, "
-            f"KL(base ∥ naive) {fit['naive_kl_base']:.3g}"
+            f"factor {fit['factor']:.2f}, comparison by comparison {r['found']['effect_slope']:.2f}; naive solve: "
+            f"{fit['naive_effect_ratio']:.2f}, KL(base ∥ naive) {fit['naive_kl_base']:.3g}"
         )
-    elif r["form"] == "bake":
-        notes.append(f"block bias, off by {details['error_at_block']:.1g} at the first steered block")
+    elif "strategy" in made:
+        notes.append(f"{made['strategy']}, off by {details['error_at_block']:.1g} at the first steered block")
     if "largest_reading" in details:
         notes.append(", ".join(f"{k} {v:.2%} left" for k, v in sorted(details["largest_reading"].items())))
     if details.get("left_out"):

@@ -126,6 +126,18 @@ static void set_field(gguf_context * g, const gguf_field & f) {
         gguf_set_val_str(g, key, f.bytes.c_str());
     } else if (f.type == GGUF_TYPE_BOOL) {
         gguf_set_val_bool(g, key, number<int8_t>(f) != 0);
+    } else if (f.type == GGUF_TYPE_UINT8) {
+        gguf_set_val_u8(g, key, number<uint8_t>(f));
+    } else if (f.type == GGUF_TYPE_INT8) {
+        gguf_set_val_i8(g, key, number<int8_t>(f));
+    } else if (f.type == GGUF_TYPE_UINT16) {
+        gguf_set_val_u16(g, key, number<uint16_t>(f));
+    } else if (f.type == GGUF_TYPE_INT16) {
+        gguf_set_val_i16(g, key, number<int16_t>(f));
+    } else if (f.type == GGUF_TYPE_UINT64) {
+        gguf_set_val_u64(g, key, number<uint64_t>(f));
+    } else if (f.type == GGUF_TYPE_INT64) {
+        gguf_set_val_i64(g, key, number<int64_t>(f));
     } else if (f.type == GGUF_TYPE_UINT32) {
         gguf_set_val_u32(g, key, number<uint32_t>(f));
     } else if (f.type == GGUF_TYPE_INT32) {
@@ -140,10 +152,8 @@ static void set_field(gguf_context * g, const gguf_field & f) {
             texts.push_back(text.c_str());
         }
         gguf_set_arr_str(g, key, texts.data(), texts.size());
-    } else if (f.type == GGUF_TYPE_ARRAY && (f.element == GGUF_TYPE_FLOAT32 || f.element == GGUF_TYPE_INT32)) {
-        gguf_set_arr_data(g, key, f.element, f.bytes.data(), f.bytes.size() / 4);
-    } else if (f.type == GGUF_TYPE_ARRAY && f.element == GGUF_TYPE_FLOAT64) {
-        gguf_set_arr_data(g, key, f.element, f.bytes.data(), f.bytes.size() / 8);
+    } else if (f.type == GGUF_TYPE_ARRAY && f.element < GGUF_TYPE_COUNT && number_sizes[f.element] > 0) {
+        gguf_set_arr_data(g, key, f.element, f.bytes.data(), f.bytes.size() / number_sizes[f.element]);
     } else {
         throw argument_error("key-value " + f.key + " is of a type that is not written");
     }

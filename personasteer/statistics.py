@@ -86,3 +86,9 @@ def divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.flo
     """KL(p || q) of each row, from log-probabilities."""
     out: NDArray[np.float64] = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
     return out
+
+
+def slope(y: NDArray[np.floating], x: NDArray[np.floating]) -> float:
+    """sum(x y) / sum(x^2) over all numbers: of the line through 0; NaN where all x are 0."""
+    square = float(np.square(x, dtype=np.float64).sum())
+    return float(np.vdot(x.astype(np.float64), y.astype(np.float64))) / square if square else float("nan")

@@ -16,12 +16,14 @@ import samples
 import tiny_models
 
 import personasteer as ps
+from personasteer.ship.as_llama import why_not_llama
 from personasteer.ship.bake import bake
 from personasteer.ship.biases import accepts
 from personasteer.ship.fields import read_fields, vector_of_fields
 from personasteer.ship.rewrite import ModelFile
 from personasteer.ship.value_bias import value_bias_map
 from personasteer.ship.values import Constants, why_not_values
+from personasteer.ship.verify import verify
 
 if TYPE_CHECKING:
     from conftest import Loaded
@@ -106,8 +108,8 @@ def test_an_architecture_without_that_bias_gets_value_biases_that_act_like_the_s
 ) -> None:
     """A random model has no trait: its logits are to move along with those of the steering."""
     path = tiny_models.write_qwen_model(tmp_path / "m.gguf", architecture)
-    vector = vector_for(path, layers=(3,))
-    made = bake(path, tmp_path / "b.gguf", vector, strength=0.3, n_threads=1)
+    vector = vector_for(path, layers=(2,))
+    made = bake(path, tmp_path / "b.gguf", vector, strength=0.3, strategy="value-bias", n_threads=1)
     assert made.strategy == "value-bias"
     names = [f"blk.{il}.attn_v.bias" for il in (2, 3)]
     assert (made.changed, made.added) == ((names, []) if architecture == "qwen2" else ([], names))
@@ -125,10 +127,67 @@ def test_an_architecture_without_that_bias_gets_value_biases_that_act_like_the_s
     assert made.fit["shift_error"] == min(made.fit["shift_errors"]) < 0.9
 
 
+def test_a_qwen2_is_baked_exactly_as_a_llama(qwen2_path: Path, tmp_path: Path) -> None:
+    vector = vector_for(qwen2_path)
+    made = bake(qwen2_path, tmp_path / "b.gguf", vector, strength=0.4)
+    assert (made.strategy, made.blocks, made.fit) == ("as-llama", (1, 2), {})
+    assert (made.added, made.changed) == (["blk.1.ffn_down.bias", "blk.2.ffn_down.bias"], [])
+    file, other = ModelFile(qwen2_path), ModelFile(tmp_path / "b.gguf")
+    given, found = file.fields, other.fields
+    assert found["general.architecture"] == "llama"
+    for key, value in given.items():
+        if key != "general.architecture":
+            assert np.array_equal(found[key.replace("qwen2.", "llama.")], value)
+    assert not [key for key in found if key.startswith("qwen2.")]
+    before, after = tensors(qwen2_path), tensors(tmp_path / "b.gguf")
+    moved = {
+        f"blk.{il}.{name}.{kind}" for il in range(4) for name in ("attn_q", "attn_k") for kind in ("weight", "bias")
+    }
+    assert {name for name in before if before[name] != after[name]} == moved
+    rows, old = (f.rows(f.tensors["blk.2.attn_k.weight"]) for f in (other, file))
+    assert np.array_equal(rows[16:20], old[[16, 24, 17, 25]])  # the second head: pairs (2j, 2j + 1) were (j, j + 8)
+    with ps.Model(qwen2_path, n_ctx=64, n_parallel=1) as model:
+        tokens = model.tokenize(TEXT)
+        (wanted,), (base,) = model.logits([TEXT], steer=vector * 0.4), model.logits([TEXT])
+    got = plain_logits(tmp_path / "b.gguf", tokens)
+    assert np.abs(got - wanted).max() < 2e-3  # keys and values are kept in 16 bits
+    assert np.abs(wanted - base).max() > 0.5
+    with ps.Model(tmp_path / "b.gguf", n_ctx=64) as baked:
+        assert isinstance(baked.chat("hi", max_tokens=4, temperature=0.0), str)
+
+
+@pytest.mark.larger_model
+def test_a_real_qwen_is_baked_as_exactly_as_rounding_lets(qwen_path: Path, tmp_path: Path) -> None:
+    with ps.Model(qwen_path, n_ctx=64, repack=False) as model:
+        vector = samples.vector(n_layer=model.n_layer, n_embd=model.n_embd, layers=(15, 16), norms=model.norms, seed=3)
+    assert bake(qwen_path, tmp_path / "b.gguf", vector, strength=0.2).strategy == "as-llama"
+    found = verify(tmp_path / "b.gguf", qwen_path, n_texts=2)
+    assert found.ok, found.reasons
+    assert found.kl_mean < 0.02 * found.kl_base_engine  # type: ignore[operator]
+
+
+LIKE_NO_LLAMA = {
+    "another tensor": (lambda f: f.tensors.update({"output.bias": f.tensors["output_norm.weight"]}), "output.bias"),
+    "half a rotation": (lambda f: f.fields.update({"qwen2.rope.dimension_count": 8}), "turns 8 of 16"),
+    "heads that do not divide": (lambda f: f.fields.update({"qwen2.attention.head_count": 5}), "do not divide"),
+    "fused queries": (lambda f: f.tensors.pop("blk.1.attn_q.weight"), "blk.1.attn_q.weight"),
+    "another architecture": (lambda f: setattr(f, "architecture", "qwen3"), "'qwen3'"),
+}
+
+
+@pytest.mark.parametrize("how", LIKE_NO_LLAMA)
+def test_what_is_no_llama_by_another_name_is_told(qwen2_path: Path, how: str) -> None:
+    file = ModelFile(qwen2_path)
+    assert why_not_llama(file) == ""
+    change, said = LIKE_NO_LLAMA[how]
+    change(file)
+    assert said in why_not_llama(file)
+
+
 def test_the_engine_that_fits_the_biases_adds_what_the_file_does(qwen2_path: Path, tmp_path: Path) -> None:
     """The fit never writes a file: constants are added after the attention. The file is to compute the same."""
     vector = vector_for(qwen2_path, layers=(2,))
-    made = bake(qwen2_path, tmp_path / "b.gguf", vector, strength=0.3, n_threads=1)
+    made = bake(qwen2_path, tmp_path / "b.gguf", vector, strength=0.3, strategy="value-bias", n_threads=1)
     file, other = ModelFile(qwen2_path), ModelFile(tmp_path / "b.gguf")
     rows = {}
     for il in (2, 3):
@@ -203,9 +262,9 @@ def test_recurrent_blocks_are_refused_by_name(recurrent: Loaded, hybrid: Loaded,
 
 
 def test_a_strategy_that_does_not_fit_or_exist_is_refused(tiny_path: Path, qwen2_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ps.ModelError, match=r"'qwen2', so it cannot be baked exactly; export it as a control vector"):
+    with pytest.raises(ps.ModelError, match=r"'qwen2', so it cannot be baked this way; export it as a control vector"):
         bake(qwen2_path, tmp_path / "b.gguf", vector_for(qwen2_path), strategy="block-bias")
-    with pytest.raises(ps.ArgumentError, match="strategy must be auto, block-bias, value-bias, not 'best'"):
+    with pytest.raises(ps.ArgumentError, match="strategy must be auto, block-bias, as-llama, value-bias, not 'best'"):
         bake(tiny_path, tmp_path / "b.gguf", vector_for(tiny_path), strategy="best")
 
 
@@ -235,6 +294,7 @@ import sys, re, threading, time
 import numpy as np
 from pathlib import Path
 import personasteer as ps
+from personasteer.ship.as_llama import why_not_llama
 from personasteer.ship.bake import bake
 
 def anonymous():

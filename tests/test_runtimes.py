@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 
 import gguf
 import llama_cpp
@@ -140,18 +144,62 @@ def test_no_time_and_no_path_stand_in_any_file(tiny_path: Path, tmp_path: Path) 
 # -- llama.cpp's own programs -----------------------------------------------------------------------------------------
 
 
-def completion(*arguments: str) -> str:
-    """What llama-completion writes after the prompt, greedily."""
+def program(name: str) -> str:
     folder = os.environ.get("PERSONASTEER_LLAMA_CPP_BIN")
     if not folder:
         pytest.skip("PERSONASTEER_LLAMA_CPP_BIN does not name a folder with llama.cpp's programs")
-    program = Path(folder) / "llama-completion"
-    if not program.is_file():
-        pytest.skip(f"{program} does not exist")
-    command = [str(program), "-no-cnv", "-n", "24", "--temp", "0", "-p", PROMPT, "--no-display-prompt", *arguments]
+    found = Path(folder) / name
+    if not found.is_file():
+        pytest.skip(f"{found} does not exist")
+    return str(found)
+
+
+def completion(*arguments: str) -> str:
+    """What llama-completion writes after the prompt, greedily."""
+    command = [program("llama-completion"), "-no-cnv", "-n", "24", "--temp", "0", "-p", PROMPT, "--no-display-prompt",
+               *arguments]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[str]:
+    """The address of a llama-server on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program("llama-server"), "--host", "127.0.0.1", "--port", str(port), "-c", "256", "-np", "1", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                assert process.poll() is None, f"llama-server ended with {process.returncode}"
+                try:
+                    urlopen(f"{address}/health", timeout=5).close()
+                    break
+                except OSError:  # not listening yet, or still loading
+                    time.sleep(0.1)
+            yield address
+        finally:
+            process.terminate()
+
+
+def posted(url: str, content: dict[str, Any]) -> dict[str, Any]:
+    request = Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=300) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def served(*arguments: str) -> tuple[str, str]:
+    """What llama-server writes after the prompt, and its answer in a chat, greedily."""
+    how = {"temperature": 0, "n_predict": 24, "max_tokens": 24, "cache_prompt": False}
+    with serving(*arguments) as address:
+        text = posted(f"{address}/completion", {"prompt": PROMPT, **how})["content"]
+        messages = [{"role": "user", "content": "How will my exam go?"}]
+        chat = posted(f"{address}/v1/chat/completions", {"messages": messages, **how})
+    return text, chat["choices"][0]["message"]["content"]
 
 
 @pytest.mark.llama_cpp_programs
@@ -174,3 +222,45 @@ def test_llama_cpps_own_program_runs_every_form(smollm2: Loaded, pessimistic: ps
     assert words[0] == words[1]  # later words may turn where two are equally likely
     half = completion(*base, "--control-vector-scaled", f"{made['control-vector']}:0.5")
     assert half not in (plain, texts["control-vector"])
+
+
+@pytest.mark.llama_cpp_programs
+def test_llama_server_runs_every_form(smollm2: Loaded, pessimistic: ps.PersonaVector, tmp_path: Path) -> None:
+    base = ("-m", str(smollm2.path))
+    made = {form: str(export(form, smollm2.path, pessimistic, tmp_path / f"{form}.gguf")) for form in FORMS}
+    options = {
+        "control-vector": (*base, "--control-vector", made["control-vector"]),
+        "projection": (*base, "--control-vector", made["projection"]),
+        "lora": (*base, "--lora", made["lora"]),
+        "bake": ("-m", made["bake"]),
+        "ablate": ("-m", made["ablate"]),
+    }
+    plain = served(*base)
+    answers = {form: served(*arguments) for form, arguments in options.items()}
+    for form, texts in answers.items():
+        assert all(len(text.split()) > 5 for text in texts), form
+        assert texts != plain, form
+    words = [answers[form][0].split()[:6] for form in ("control-vector", "projection", "bake")]
+    assert words[0] == words[1] == words[2]
+
+
+@pytest.mark.llama_cpp_programs
+@pytest.mark.larger_model
+def test_a_baked_qwen_runs_in_llama_cpps_own_programs(qwen_path: Path, tmp_path: Path) -> None:
+    with ps.Model(qwen_path, n_ctx=256, n_parallel=1, repack=False) as model:
+        found = ps.contrast(
+            model,
+            positive=["Everything will go wrong, it always does.", "There is no hope that this ends well."],
+            negative=["Everything will go right, it always does.", "There is every hope that this ends well."],
+        )
+        vector = replace(found.at((14, 15, 16)), norms=model.norms)
+        save_control_vector(vector, tmp_path / "v.gguf", strength=0.5)
+    texts = {"control-vector": completion("-m", str(qwen_path), "--control-vector", str(tmp_path / "v.gguf"))}
+    for strategy in ("as-llama", "value-bias"):
+        out = tmp_path / f"{strategy}.gguf"
+        assert bake(qwen_path, out, vector, strength=0.5, strategy=strategy).strategy == strategy
+        texts[strategy] = completion("-m", str(out))
+        assert served("-m", str(out))[0].split()[:6] == texts[strategy].split()[:6]
+    plain = completion("-m", str(qwen_path))
+    assert all(len(text.split()) > 5 and text != plain for text in texts.values()), texts
+    assert texts["as-llama"].split()[:6] == texts["control-vector"].split()[:6]

@@ -206,11 +206,39 @@ def test_a_baked_model_is_the_engine_but_for_rounding(
     assert any("logits differ by up to" in r for r in broken.reasons)
 
 
+@pytest.mark.parametrize("how", ["", "queries", "keys", "values", "a hyperparameter", "the architecture", "a bias"])
+def test_a_qwen2_baked_as_a_llama_is_the_base_in_another_order(
+    vector: ps.PersonaVector, tmp_path: Path, how: str
+) -> None:
+    path, out = tiny_models.write_qwen_model(tmp_path / "m.gguf"), tmp_path / "b.gguf"
+    with ps.Model(path, n_ctx=64) as model:
+        other = replace(vector, norms=model.norms)
+    bake(path, out, other, strength=0.3)
+    names = {"queries": "attn_q.weight", "keys": "attn_k.bias", "values": "attn_v.weight", "a bias": "ffn_down.bias"}
+    if how in names:
+        edit_tensor(out, f"blk.2.{names[how]}", lambda t: t.put(0, 1e-3))
+    elif how:
+        field = {"a hyperparameter": Field("llama.rope.freq_base", gguf.GGUFValueType.FLOAT32, 9999.0),
+                 "the architecture": Field.of("general.architecture", "qwen3")}[how]  # fmt: skip
+        rewrite(ModelFile(out), tmp_path / "c.gguf", fields=[field])
+        out = tmp_path / "c.gguf"
+    if how == "the architecture":
+        with pytest.raises(ps.ModelError, match="another architecture"):
+            verify(out, path, **QUICK)
+        return
+    found = verify(out, path, **QUICK)
+    assert found.details["strategy"] == "as-llama"
+    assert found.ok == (how == ""), found.reasons
+    said = {"": "", "queries": "order of a llama", "keys": "order of a llama", "values": "attn_v",
+            "a hyperparameter": "key-values differ", "a bias": "logits differ"}[how]  # fmt: skip
+    assert any(said in reason for reason in [*found.reasons, *([""] if not how else [])])
+
+
 def test_a_value_bias_is_judged_by_its_effect(vector: ps.PersonaVector, tmp_path: Path) -> None:
     path = tiny_models.write_qwen_model(tmp_path / "m.gguf")
     with ps.Model(path, n_ctx=64) as model:
-        other = replace(vector, norms=model.norms).at((3,))
-    bake(path, tmp_path / "b.gguf", other, strength=0.3, n_threads=1)
+        other = replace(vector, norms=model.norms).at((2,))
+    bake(path, tmp_path / "b.gguf", other, strength=0.3, strategy="value-bias", n_threads=1)
     found = verify(tmp_path / "b.gguf", path, **QUICK)
     assert found.details["strategy"] == "value-bias"
     assert found.effect_ratio is not None

@@ -32,7 +32,7 @@ from personasteer.identity import check_model_file
 from personasteer.model import Model
 from personasteer.ship import scaled_directions
 from personasteer.ship.ablate import ablate_weights
-from personasteer.ship.bake import bake
+from personasteer.ship.bake import LLAMA, bake
 from personasteer.ship.bundle import write_bundle
 from personasteer.ship.contents import ModelInFile
 from personasteer.ship.directions import Removed, directions_to_remove
@@ -88,7 +88,7 @@ def export(
         int | None,
         typer.Option("--layer", help="lora, ablate: the block whose direction is removed; its best when left out."),
     ] = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="bake: auto, block-bias or value-bias.")] = "auto",
+    strategy: Annotated[str, typer.Option("--strategy", help="bake: auto, block-bias, as-llama, value-bias.")] = "auto",
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="ablate: importance matrix of llama-imatrix.")
     ] = None,
@@ -225,6 +225,8 @@ def _bake(order: Order) -> tuple[dict[str, Any], list[str]]:
         stage=order.stage,
     )
     lines = [f"{order.out}: {baked.strategy} at blocks {list(baked.blocks)}; use it as: llama-server -m {order.out}"]
+    if baked.strategy == LLAMA:
+        lines.append("  a qwen2 written as the llama that computes alike: its queries and keys in another order")
     for key, value in baked.fit.items():
         lines.append(f"  {key}: {value:.3g}" if isinstance(value, float) else f"  {key}: {value}")
     return {**baked.summary(), "file": str(order.out)}, lines

@@ -83,6 +83,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         low, high = found["effect_interval"] or (None, None)
         within = "" if low is None else f" (95 % of resamples: {low:.2f} to {high:.2f})"
         lines.append(f"  effect: {found['effect_ratio']:.3f} of the engine's{within}{own}")
+        if found["effect_slope"] is not None:
+            lines.append(f"  comparison by comparison: {found['effect_slope']:.3f}")
     elif found["effect_shipped"] is not None:
         lines.append(f"  effect: log-odds {found['effect_shipped']:+.3f}")
     lines += [f"  {key.replace('_', ' ')}: {_said(value)}" for key, value in found["details"].items() if value != []]

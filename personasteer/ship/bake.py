@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,23 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.ship.as_llama import as_llama, why_not_llama
 from personasteer.ship.biases import accepts
 from personasteer.ship.control_vector import scaled_directions
 from personasteer.ship.fields import Field, vector_fields
-from personasteer.ship.rewrite import Added, ModelFile, Progress, Tensor, dequantized, quantized, rewrite
+from personasteer.ship.rewrite import Added, EditRows, ModelFile, Progress, Tensor, dequantized, quantized, rewrite
 from personasteer.ship.values import OTHER_FORMS, check_shift, fit_values, why_not_values
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
 
-BLOCK, VALUE = "block-bias", "value-bias"
-STRATEGIES = (BLOCK, VALUE)
+BLOCK, LLAMA, VALUE = "block-bias", "as-llama", "value-bias"
+STRATEGIES = (BLOCK, LLAMA, VALUE)
+REORDERED = 0.5  # of a shift, for quantized products that are summed in another order in all blocks before it
 LEAST, MOST, FAR = 0.9, 1.1, 1.5  # of the steering's effect, and of its divergence on everyday text
 
 
 @dataclass(frozen=True)
 class Baked:
-    """What was written. strategy: "block-bias", exact, or "value-bias", an approximation with its `fit`."""
+    """What was written. strategy: "block-bias", "as-llama", both exact, or "value-bias", an approximation with its fit.
+
+    added, changed: tensors.
+    """
 
     file: str
     strategy: str
@@ -56,10 +61,12 @@ def bake(
 ) -> Baked:
     """Write a model that adds rho w_il m_il v_il / ||v_il|| to its residual stream by itself, without any flag.
 
-    "block-bias", exact: as `blk.<il>.ffn_down.bias`, where llama.cpp's loader of the architecture takes one. Else
-    "value-bias", an approximation: as `blk.<il>.attn_v.bias`, fitted to what the steering does on everyday and on the
-    trait's texts (see personasteer.ship.value_bias). What a loader takes is found out by loading. Everything but these
-    biases keeps its bytes; the model is streamed from disk to disk.
+    "block-bias", exact: as `blk.<il>.ffn_down.bias`, where llama.cpp's loader of the architecture takes one.
+    "as-llama", as exact: the same in a qwen2 that is written as the llama which computes alike, the rows of its queries
+    and keys in another order (see personasteer.ship.as_llama). Else "value-bias", an approximation: as
+    `blk.<il>.attn_v.bias`, fitted to what the steering does on everyday and on the trait's texts (see
+    personasteer.ship.value_bias). What a loader takes is found out by loading. Everything else keeps its bytes; the
+    model is streamed from disk to disk.
 
     Args:
         vector: with the norms m_il of this model; its trait calibrates a value bias.
@@ -78,13 +85,24 @@ def bake(
     rows = rows_to_bake(file, vector, rho)
     report = stage or (lambda _: lambda done, total: None)
     exact = {f"blk.{il}.ffn_down.bias": row for il, row in rows.items()}
-    takes_blocks = strategy != VALUE and accepts(file, list(exact), file.n_embd)
-    if takes_blocks:
-        check = partial(check_shift, file, {il: row.astype(np.float64) for il, row in rows.items()}, "block", n_threads)
+    check = partial(check_shift, file, {il: row.astype(np.float64) for il, row in rows.items()}, "block", n_threads)
+    if strategy in ("auto", BLOCK) and accepts(file, list(exact), file.n_embd):
         return write_biases(file, Path(out), BLOCK, vector, rho, exact, check=check, progress=report("writing"))
     where = f"{file.path.name}: llama.cpp loads no bias at the end of a block of architecture {file.architecture!r}"
     if strategy == BLOCK:
-        raise ModelError(f"{where}, so it cannot be baked exactly; {OTHER_FORMS}")
+        raise ModelError(f"{where}, so it cannot be baked this way; {OTHER_FORMS}")
+    if strategy in ("auto", LLAMA):
+        why_not = why_not_llama(file)
+        fields, removed, edits = as_llama(file) if not why_not else ([], [], {})
+        if not why_not and accepts(file, list(exact), file.n_embd, fields=fields, removed=removed):
+            check = partial(check, most_off=REORDERED)
+            return write_biases(
+                file, Path(out), LLAMA, vector, rho, exact, fields=fields, removed=removed, edits=edits, check=check,
+                progress=report("writing"),
+            )  # fmt: skip
+        if strategy == LLAMA:
+            raise ModelError(f"{file.path.name}: cannot be written as a llama ({why_not or 'it does not load'}); "
+                             f"{OTHER_FORMS}")  # fmt: skip
     why_not = why_not_values(file)
     if why_not:
         raise ModelError(f"{where if strategy == 'auto' else file.path.name}, and {why_not}; {OTHER_FORMS}")
@@ -130,11 +148,16 @@ def write_biases(
     rho: float,
     biases: Mapping[str, NDArray[Any]],
     *,
+    fields: Sequence[Field] = (),
+    removed: Sequence[str] = (),
+    edits: Mapping[str, EditRows] | None = None,
     fit: Mapping[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Baked:
-    """Write `file` with these added to its biases; those that it lacks become tensors of their own."""
+    """Write `file` with these added to its biases; those that it lacks become tensors of their own. The other arguments
+    are those of `rewrite`.
+    """
     present = {name: row for name, row in biases.items() if name in file.tensors}
     missing = {name: row for name, row in biases.items() if name not in file.tensors}
 
@@ -148,7 +171,7 @@ def write_biases(
     for name, row in present.items():
         if file.tensors[name].n_rows * file.tensors[name].n_per_row != row.size:
             raise ModelError(f"{file.path.name}: tensor {name} has another shape than a bias of {row.size} numbers")
-    fields = [
+    ours = [
         Field.of("personasteer.kind", "bake"),
         Field.of("personasteer.strategy", strategy),
         *vector_fields(vector, rho),
@@ -156,8 +179,9 @@ def write_biases(
     rewrite(
         file,
         out,
-        fields=fields,
-        edits={name: edit_of(row) for name, row in present.items()},
+        fields=[*fields, *ours],
+        removed=removed,
+        edits={**(edits or {}), **{name: edit_of(row) for name, row in present.items()}},
         added={name: Added.of(row) for name, row in missing.items()},
         check=check,
         progress=progress,

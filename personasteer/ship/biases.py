@@ -9,18 +9,22 @@ from collections.abc import Sequence
 
 from personasteer._native import load_core
 from personasteer.errors import ModelError
+from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import ModelFile
 
 
-def accepts(file: ModelFile, biases: Sequence[str], size: int) -> bool:
-    """Whether llama.cpp loads the model with these biases of `size` numbers: tried with a file of the same tensors, all
-    zero, that takes no room on the disk.
+def accepts(
+    file: ModelFile, biases: Sequence[str], size: int, *, fields: Sequence[Field] = (), removed: Sequence[str] = ()
+) -> bool:
+    """Whether llama.cpp loads the model with these biases of `size` numbers, and with other key-values: tried with a
+    file of the same tensors, all zero, that takes no room on the disk.
     """
     new = [(name, "f32", [size]) for name in biases if name not in file.tensors]
-    if not new:
+    if not new and not fields:
         return True
     core = load_core()
-    header, _, n_data, _, alignment = core.change_gguf_header(os.fsencode(file.path), [], [], new)
+    values = [f.native for f in fields]
+    header, _, n_data, _, alignment = core.change_gguf_header(os.fsencode(file.path), list(removed), values, new)
     handle, name = tempfile.mkstemp(prefix="personasteer-", suffix=".gguf")
     try:
         with os.fdopen(handle, "wb") as f:

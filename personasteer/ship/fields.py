@@ -75,17 +75,24 @@ def add_fields(writer: Any, fields: Sequence[Field]) -> None:
 
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The key-values of a GGUF file: texts, numbers, lists of texts, 1-D arrays. Raises ModelError."""
-    found: dict[str, Any] = {}
-    for key, kind, element, value in load_core().read_gguf_fields(os.fsencode(path)):
-        name = key.decode("utf-8", "replace")
+    return {field.key: field.value for field in typed_fields(path)}
+
+
+def typed_fields(path: str | os.PathLike[str]) -> list[Field]:
+    """The key-values of a GGUF file with their types, in its order. Raises ModelError."""
+    found = []
+    for key, kind, element, data in load_core().read_gguf_fields(os.fsencode(path)):
+        value: Any = None  # of an array of arrays
         if kind == Type.STRING:
-            found[name] = value.decode("utf-8", "replace")
-        elif isinstance(value, list):
-            found[name] = [text.decode("utf-8", "replace") for text in value]
-        elif kind == Type.ARRAY:
-            found[name] = np.frombuffer(value, NUMBERS[Type(element)]) if element != Type.ARRAY else None
-        else:
-            found[name] = np.frombuffer(value, NUMBERS[Type(kind)])[0].item()
+            value = data.decode("utf-8", "replace")
+        elif isinstance(data, list):
+            value = [text.decode("utf-8", "replace") for text in data]
+        elif kind != Type.ARRAY:
+            value = np.frombuffer(data, NUMBERS[Type(kind)])[0].item()
+        elif element != Type.ARRAY:
+            value = np.frombuffer(data, NUMBERS[Type(element)])
+        name = key.decode("utf-8", "replace")
+        found.append(Field(name, Type(kind), value, Type(element) if kind == Type.ARRAY else None))
     return found
 
 

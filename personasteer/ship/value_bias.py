@@ -2,12 +2,15 @@
 
 Attention weights sum to 1, so a bias b on the values of block j adds the same M_j b to the residual stream of every
 token, M_j = W_o R: R repeats b for the query heads that share a key-value head. A block's M_j reaches few directions
-(n_head_kv * head_dim of n_embd), so the rows c_j that an addition adds to the block outputs are spread over blocks:
+(n_head_kv * head_dim of n_embd), so the rows c_j that an addition adds to the block outputs are spread over all blocks
+from the first steered one on:
 
-    minimize over b   sum_l a_l ||sum_{j<=l} M_j b_j - y_l||^2 / m_l^2 + lambda ||b||^2
+    minimize over b   sum_l ||sum_{j<=l} M_j b_j - y_l||^2 / m_l^2 + lambda ||b||^2
 
 with y_l = sum_{j<=l} c_j: every block should see the shift that it would see under steering, within what is reachable.
-(Asking for the last sum alone has a solution without error whose shifts before it have little to do with the trait.)
+(Asking for the last sum alone has a solution without error whose shifts before it have little to do with the trait. And
+blocks before the first steered one could prepare its shift, which comes nearer to it, but what they add on their way
+does more harm: benchmarks/README.md.)
 Blocks answer to a shift, and to the error that is left, which the sums leave out. So what they do is measured, and the
 sums asked for once or twice more:
 
@@ -27,9 +30,6 @@ from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError
 
-LEAD = 3  # blocks before the first steered one that prepare its shift: one block's bias reaches too little of it
-EARLIEST = 2  # where that may begin: a shift of a tenth of the norm before attention has its sink breaks a model
-LEAD_WEIGHT = 0.3  # a_l there, where any shift is an error; 1 elsewhere
 RIDGE = 1e-2  # lambda, in units of the mean diagonal of the normal equations
 CORRECTIONS = 2  # measured corrections of the sums; later ones change little
 TOLERANCE = 0.03  # of the effect, of what is wanted
@@ -51,11 +51,6 @@ def value_bias_map(w_o: NDArray[np.floating], n_head: int, n_head_kv: int) -> ND
     n_embd, width = w_o.shape
     by_group = w_o.astype(np.float64).reshape(n_embd, n_head_kv, n_head // n_head_kv, width // n_head)
     return np.asarray(by_group.sum(axis=2).reshape(n_embd, -1))
-
-
-def biased_layers(first: int, n_layer: int) -> range:
-    """The blocks that get a bias where the first steered one is `first`: up to LEAD before it, and all from it on."""
-    return range(min(first, max(first - LEAD, EARLIEST)), n_layer)
 
 
 def wanted_sums(rows: Mapping[int, NDArray[np.floating]], n_layer: int) -> NDArray[np.float64]:
@@ -83,9 +78,7 @@ def solve(
     wanted: NDArray[np.float64],
     norms: NDArray[np.floating],
     *,
-    first: int,
     ridge: float = RIDGE,
-    lead_weight: float = LEAD_WEIGHT,
 ) -> dict[int, NDArray[np.float64]]:
     """Biases {il: (n_head_kv * head_dim,)} whose running sums are near `wanted`, by the module's formula.
 
@@ -96,7 +89,6 @@ def solve(
         maps: {il: M_il} of the blocks that get a bias; the sums count from the first of them on.
         wanted: (n_layer, n_embd) y_l; see wanted_sums.
         norms: (n_layer,) m_l, the norms of the block outputs.
-        first: the first steered block; blocks before it have the weight a_l = lead_weight.
 
     Raises:
         ArgumentError: no maps, or shapes that do not fit.
@@ -107,7 +99,7 @@ def solve(
     if any(maps[il].shape[0] != wanted.shape[1] for il in layers):
         raise ArgumentError(f"maps into {maps[layers[0]].shape[0]} numbers do not fit sums of {wanted.shape[1]}")
     counted = np.arange(layers[0], len(wanted))
-    weights = np.where(counted < first, lead_weight, 1.0) / np.asarray(norms, np.float64)[counted] ** 2
+    weights = 1.0 / np.asarray(norms, np.float64)[counted] ** 2
     at = np.array(layers) - layers[0]
     ends = np.cumsum([maps[il].shape[1] for il in layers])
 
@@ -156,7 +148,7 @@ def fit(
     worse, the next goes half as far. Measures corrections + 1 times.
 
     Args:
-        maps: {il: M_il} of the blocks that get a bias: see biased_layers and value_bias_map.
+        maps: {il: M_il} of the blocks from the first steered one on: see value_bias_map.
         rows: {il: c_il} that steering adds, in the unsteered model's norms.
         norms: (n_layer,) m_l of the unsteered model.
         steered: (n_layer, n_embd) D_l = E[h_l steered] - E[h_l], over tokens of everyday and of the trait's texts that
@@ -172,7 +164,7 @@ def fit(
     best: tuple[float, dict[int, NDArray[np.float64]], NDArray[np.float64]] | None = None
     errors: list[float] = []
     for _ in range(corrections + 1):
-        biases = solve(maps, asked, norms, first=first)
+        biases = solve(maps, asked, norms)
         left = goal - _shift(measure(biases), asked.shape)
         errors.append(_relative_size(left[first:], goal[first:], norms[first:]))
         if best is None or errors[-1] < best[0]:

@@ -21,7 +21,6 @@ from personasteer.ship.control_vector import adding
 from personasteer.ship.rewrite import ModelFile, Progress
 from personasteer.ship.value_bias import (
     CORRECTIONS,
-    biased_layers,
     calibrate,
     fit,
     naive_solve,
@@ -29,12 +28,12 @@ from personasteer.ship.value_bias import (
     wanted_sums,
 )
 from personasteer.ship.writers import norm_behind
-from personasteer.statistics import divergence, log_softmax
+from personasteer.statistics import divergence, log_softmax, slope
 from personasteer.steering import Edit, SteeredModel, Steering, Term, site_at
 from personasteer.traits import neutral_pairs
 from personasteer.vectors import PersonaVector
 
-N_QUESTIONS = 20  # with two comparisons of continuations each: what the effect is calibrated on
+N_QUESTIONS, N_PAIRS = 20, 4  # comparisons of continuations that the effect is calibrated on: pairs differ widely
 HELD_OUT = 8  # everyday texts, the first ones, that nothing is fitted to: `verify` compares on them
 OTHER_FORMS = "export it as a control vector instead"
 TRIAL = "A day."
@@ -89,7 +88,13 @@ class Constants(Edit):
 
 
 def check_shift(
-    file: ModelFile, rows: Mapping[int, NDArray[np.float64]], site: str, n_threads: int | None, path: Path
+    file: ModelFile,
+    rows: Mapping[int, NDArray[np.float64]],
+    site: str,
+    n_threads: int | None,
+    path: Path,
+    *,
+    most_off: float = MOST_OFF,
 ) -> None:
     """Raise ModelError where the baked file at `path` does not shift the first biased block's output as the rows that
     its biases stand for do in the engine: some architectures scale what a block writes.
@@ -112,7 +117,7 @@ def check_shift(
         made = output(model) - before
     gain = float(np.vdot(made, wanted) / np.vdot(wanted, wanted))
     left = float(np.linalg.norm(made - gain * wanted) / np.linalg.norm(wanted))
-    if not (abs(gain - 1) <= MOST_OFF and left <= MOST_OFF):
+    if not (abs(gain - 1) <= most_off and left <= most_off):
         raise ModelError(
             f"{file.path.name}: the bias acts {gain:.2f} times as strongly as it should at block {il}: architecture "
             f"{file.architecture!r} scales what its blocks write, or does something else with it; {OTHER_FORMS}"
@@ -137,7 +142,7 @@ def fit_values(
     """
     n_head = file.hyperparameter("attention.head_count")
     n_head_kv = int(file.fields.get(f"{file.architecture}.attention.head_count_kv", n_head))
-    layers = biased_layers(min(rows), file.n_layer)
+    layers = range(min(rows), file.n_layer)
     maps = {}
     reading = stage("reading attention")
     for done, il in enumerate(layers):
@@ -149,9 +154,9 @@ def fit_values(
         trait = trait_behind(vector)
         cells: tuple[Cell, ...] = ()
         if trait is not None and trait.continuations:
-            cells = make_cells(trait.derive_questions[:N_QUESTIONS], trait.selection_pairs, 2)
+            cells = make_cells(trait.derive_questions[:N_QUESTIONS], trait.selection_pairs, N_PAIRS)
         texts = [*neutral_pairs()[HELD_OUT:]]
-        for i, cell in enumerate(cells[::2]):  # another question each, the two sides in turn
+        for i, cell in enumerate(cells[::N_PAIRS]):  # another question each, the two sides in turn
             texts.append((cell.question, cell.anti if i % 2 else cell.trait))
         meter = Meter(stage("measuring shifts"), len(texts) * (CORRECTIONS + 3))
 
@@ -207,12 +212,14 @@ def fit_values(
 def _effect(
     model: Model, cells: tuple[Cell, ...], texts: list[tuple[str, str]], steered: Steering
 ) -> Callable[[Steering], float]:
-    """How much of the effect of `steered` another steering has: of its change of the log-odds, or of the logits."""
+    """How much of the effect of `steered` another steering has: the slope of its changes of the comparisons' log-odds,
+    or of the logits, on those of `steered`. The ratio of their means says little where most comparisons hardly change.
+    """
     if cells:
-        base, full = cell_log_odds(model, cells, [None, steered]).mean(axis=1)
+        base, full = cell_log_odds(model, cells, [None, steered])
 
         def of_log_odds(steering: Steering) -> float:
-            return float((cell_log_odds(model, cells, [steering]).mean() - base) / (full - base))
+            return slope(cell_log_odds(model, cells, [steering])[0] - base, full - base)
 
         return of_log_odds
     given = [_logits(model, text, None) for text in texts]
