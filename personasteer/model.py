@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from personasteer import engine, identity
 from personasteer._native import build_id, extra_buffers_work, load_core
-from personasteer.chat import ChatTemplate, Conversation, as_messages
+from personasteer.chat import ChatTemplate, Conversation, Message, as_messages
 from personasteer.control_vector import run_by_control_vector
 from personasteer.engine import OnToken, Progress, Request, Taps
 from personasteer.errors import ArgumentError, ModelError, TemplateError
@@ -31,6 +31,7 @@ from personasteer.mixes import MixCache
 from personasteer.progress import Meter
 from personasteer.prompts import Prompt, with_roles
 from personasteer.shared_prefixes import N_BATCH, fold_last_rows, in_sharing_order, texts_at_once
+from personasteer.spans import tokens_in_spans
 from personasteer.steering import Steer, Steering, as_steering, per_request
 from personasteer.traits import neutral_pairs
 
@@ -320,6 +321,31 @@ class Model:
     def measured_prompt(self, prompt: Conversation, system: str | None = None) -> list[int]:
         """The tokens that `pair_tokens` puts before an answer."""
         return self.pair_tokens(prompt, "", system)[0]
+
+    def transcript_tokens(
+        self, messages: Sequence[Message], *, today: datetime | None = None
+    ) -> tuple[list[int], list[tuple[str, int, int]]]:
+        """The tokens of a whole conversation, and (role, begin, end) of each message's own words among them; where the
+        last one is not the assistant's, up to where the assistant writes, with ("assistant", n, n) at the end.
+
+        Undated like `pair_tokens` unless `today` says otherwise. A message that the template leaves out, or whose
+        words are none, is not there.
+
+        Raises:
+            TemplateError: no template, or one that does not take these messages.
+        """
+        open_end = messages[-1]["role"] != "assistant"
+        how: dict[str, Any] = {"today": today or MEASURED_ON, "thinking": False, "add_generation_prompt": open_end}
+        text, spans = self.template.spans(messages, **how)
+        bos = self._special(self._open().bos)
+        tokens = self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+        pieces = [self._native.piece(t, True) for t in tokens]
+        placed = []
+        for span in spans:
+            at = np.flatnonzero(tokens_in_spans(pieces, text, [(span.begin, span.end)]))
+            if len(at):
+                placed.append((span.role, int(at[0]), int(at[-1]) + 1))
+        return tokens, [*placed, *([("assistant", len(tokens), len(tokens))] if open_end else [])]
 
     def _pair(self, prompt: Conversation, answer: str, system: str | None = None, *, roles: bool = False) -> Prompt:
         if self._template is None and isinstance(prompt, str) and system is None:

@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 VERBS = (
-    "demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture",
+    "demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture", "monitor",
     "import", "export", "verify", "bundle", "push", "bench",
 )  # fmt: skip
 _debug = False

@@ -26,7 +26,6 @@ log = logging.getLogger("personasteer")
 
 BLOCK, LLAMA, VALUE = "block-bias", "as-llama", "value-bias"
 STRATEGIES = (BLOCK, LLAMA, VALUE)
-REORDERED = 0.5  # of a shift, for quantized products that are summed in another order in all blocks before it
 LEAST, MOST, FAR = 0.9, 1.1, 1.5  # of the steering's effect, and of its divergence on everyday text
 
 
@@ -95,7 +94,7 @@ def bake(
         why_not = why_not_llama(file)
         fields, removed, edits = as_llama(file) if not why_not else ([], [], {})
         if not why_not and accepts(file, list(exact), file.n_embd, fields=fields, removed=removed):
-            check = partial(check, most_off=REORDERED)
+            check = partial(check, reordered=True)
             return write_biases(
                 file, Path(out), LLAMA, vector, rho, exact, fields=fields, removed=removed, edits=edits, check=check,
                 progress=report("writing"),

@@ -1,0 +1,165 @@
+"""Readings of whole conversations: before each answer, and over every turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.chat import Message, as_messages
+from personasteer.engine import Progress, Request
+from personasteer.errors import ArgumentError
+from personasteer.model import Model
+from personasteer.monitor.thresholds import Threshold
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation as it was read.
+
+    Args:
+        role: of the message.
+        begin, end: its tokens.
+        before: for each threshold the reading at the token before the message, where an answer is about to begin; only
+            of the assistant's messages, None of others.
+        states: for each threshold ok, watch or alarm; empty where `before` is None.
+        probabilities: for each threshold P(trait), as `Threshold.probability`.
+        means: for each threshold the mean reading over the message's tokens; empty for an answer that is to come.
+    """
+
+    role: str
+    begin: int
+    end: int
+    before: dict[str, float] | None
+    states: dict[str, str]
+    probabilities: dict[str, float]
+    means: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A conversation: its turns, its tokens, and (n_tokens, n_thresholds) readings of them."""
+
+    turns: list[Turn]
+    tokens: list[int]
+    readings: NDArray[np.float32]
+
+    @property
+    def worst(self) -> dict[str, str]:
+        """For each threshold the worst state of any turn."""
+        order = {"ok": 0, "watch": 1, "alarm": 2}
+        found: dict[str, str] = {}
+        for turn in self.turns:
+            for name, state in turn.states.items():
+                found[name] = max(found.get(name, "ok"), state, key=order.__getitem__)
+        return found
+
+
+def watch_transcripts(
+    model: Model,
+    thresholds: Sequence[Threshold],
+    conversations: Iterable[Sequence[Message]],
+    *,
+    progress: Progress | None = None,
+) -> list[Reading]:
+    """Read given conversations in one pass each, teacher-forced, without generating.
+
+    What the model is about to do stands at the last token before an answer, and is compared with the threshold there;
+    an alarm lasts into the next answers until a reading is below `watch`. Where a conversation does not end with an
+    answer, the one that is to come is its last turn: an early warning.
+
+    Raises:
+        VectorError: a threshold for a model of another shape. ArgumentError: no threshold, two of one name, no message.
+        TemplateError: a template that does not take these messages.
+    """
+    _check(model, thresholds)
+    spans = []
+    requests = []
+    reads = tuple({t.layer: t.direction} for t in thresholds)
+    last = any(t.layer == model.n_layer - 1 for t in thresholds)  # its rows are those with outputs
+    for conversation in conversations:
+        tokens, placed = model.transcript_tokens(as_messages(conversation))
+        if not placed:
+            raise ArgumentError("a conversation has no words to read")
+        spans.append(placed)
+        requests.append(Request(tokens, None, outputs=(0, len(tokens)) if last else (0, 0), reads=reads))
+    if not requests:
+        raise ArgumentError("there is no conversation to read")
+    layers = sorted({t.layer for t in thresholds})
+    at = [layers.index(t.layer) for t in thresholds]
+    found = []
+    for request, placed, result in zip(requests, spans, model.run_requests(requests, progress=progress), strict=True):
+        readings = np.asarray(result["readings"])[:, at, range(len(thresholds))]
+        found.append(Reading(_turns(thresholds, placed, readings), list(request.tokens), readings))
+    return found
+
+
+def _check(model: Model, thresholds: Sequence[Threshold]) -> None:
+    names = [t.name for t in thresholds]
+    if not names or len(set(names)) < len(names):
+        raise ArgumentError(f"thresholds must be of vectors of different names, not {names}")
+    for threshold in thresholds:
+        threshold.check(model)
+
+
+def _turns(
+    thresholds: Sequence[Threshold], placed: Sequence[tuple[str, int, int]], readings: NDArray[np.float32]
+) -> list[Turn]:
+    states = {t.name: "ok" for t in thresholds}
+    turns = []
+    for role, begin, end in placed:
+        means = {t.name: float(readings[begin:end, k].mean()) for k, t in enumerate(thresholds) if end > begin}
+        before = None
+        if role == "assistant" and begin > 0:
+            before = {t.name: float(readings[begin - 1, k]) for k, t in enumerate(thresholds)}
+            states = {t.name: t.state(before[t.name], states[t.name]) for t in thresholds}
+        probabilities = {t.name: t.probability(before[t.name]) for t in thresholds} if before else {}
+        turns.append(Turn(role, begin, end, before, dict(states) if before else {}, probabilities, means))
+    return turns
+
+
+def read_conversations(path: Path) -> list[list[dict[str, str]]]:
+    """The conversations of a .jsonl file: one a line as {"messages": [..]} or a list of messages; or a message a line,
+    {"role": .., "content": ..}, which together are one conversation.
+
+    Raises ArgumentError where it is missing, empty or something else.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ArgumentError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8 text'})") from e
+    whole: list[list[dict[str, str]]] = []
+    single: list[dict[str, str]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise ArgumentError(f"{where}: not valid JSON ({e})") from e
+        if isinstance(value, Mapping) and "messages" in value:
+            value = value["messages"]
+        try:
+            if isinstance(value, Mapping):
+                single += as_messages([value])
+            elif isinstance(value, list) and value:
+                whole.append(as_messages(value))
+            else:
+                raise ArgumentError('neither {"messages": [..]} nor a message with "role" and "content"')
+        except ArgumentError as e:
+            raise ArgumentError(f"{where}: {e}") from e
+    if single and whole:
+        raise ArgumentError(f"{path}: has messages and whole conversations on its lines; it must be one kind")
+    if not single and not whole:
+        raise ArgumentError(f"{path}: holds no conversation")
+    return whole or [single]
