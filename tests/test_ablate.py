@@ -15,7 +15,7 @@ from personasteer.ship import ablate as module
 from personasteer.ship.ablate import ablate_weights, read_importance
 from personasteer.ship.directions import best_block, directions_to_remove, in_all_blocks
 from personasteer.ship.fields import Field, read_fields
-from personasteer.ship.rewrite import Added, ModelFile, rewrite
+from personasteer.ship.rewrite import Added, ModelFile, dequantized, quantized, rewrite
 from personasteer.ship.writers import residual_writers
 from personasteer.steering import SITES
 from personasteer.tiny_model import write_tiny_model
@@ -345,3 +345,26 @@ def test_an_architecture_without_known_writers_is_refused(tmp_path: Path) -> Non
             fields=[Field.of("x", 1)], added={"y": Added.of(np.ones(1))})  # fmt: skip
     with pytest.raises(ps.ModelError, match=r"does not say unheard-of.embedding_length"):
         ablate_weights(tmp_path / "n.gguf", tmp_path / "a.gguf", removed())
+
+
+@pytest.mark.parametrize(("kind", "most"), [("Q8_0", 0.03), ("Q5_0", 0.25), ("Q4_0", 0.4)])
+def test_a_table_that_hardly_writes_along_a_direction_is_not_rounded_along_it_again(
+    tmp_path: Path, kind: str, most: float
+) -> None:
+    """Rows that read a tenth of what rows of their length read by chance: rounding each for itself leaves more."""
+    path = write_tiny_model(tmp_path / "m.gguf", n_embd=512, quantization=gguf.GGMLQuantizationType[kind])
+    what = directions_to_remove([(samples.vector(n_embd=512), None)], layer=2)
+    file = ModelFile(path)
+    table = file.tensors["token_embd.weight"]
+    rows = file.rows(table).astype(np.float64)
+    rows -= 0.9 * (rows @ what.basis.T) @ what.basis
+    made = quantized(table, rows.astype(np.float32))
+    with path.open("r+b") as f:
+        f.seek(table.offset)
+        f.write(made)
+    done = ablate_weights(path, tmp_path / "a.gguf", what)
+    (found,) = (t for t in done.tensors if t.name == "token_embd.weight")
+    rounded = dequantized(table, quantized(table, (rows - (rows @ what.basis.T) @ what.basis).astype(np.float32)))
+    before = np.linalg.norm(file.rows(table) @ what.basis.T)
+    alone = float(np.linalg.norm(rounded @ what.basis.T) / before)
+    assert found.reading < min(most, alone / 2)

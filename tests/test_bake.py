@@ -163,7 +163,8 @@ def test_a_real_qwen_is_baked_as_exactly_as_rounding_lets(qwen_path: Path, tmp_p
     assert bake(qwen_path, tmp_path / "b.gguf", vector, strength=0.2).strategy == "as-llama"
     found = verify(tmp_path / "b.gguf", qwen_path, n_texts=2)
     assert found.ok, found.reasons
-    assert found.kl_mean < 0.02 * found.kl_base_engine  # type: ignore[operator]
+    assert found.kl_mean is not None
+    assert found.kl_mean < 0.005
 
 
 LIKE_NO_LLAMA = {

@@ -34,7 +34,7 @@ from personasteer.ship.ablate import ablation_fields
 from personasteer.ship.fields import Field, read_fields, save_gguf
 from personasteer.ship.plain import PlainModel
 from personasteer.ship.rewrite import ModelFile, rewrite
-from personasteer.ship.verify import changed_tensors, kind_of
+from personasteer.ship.verify import _ratio_interval, changed_tensors, kind_of
 
 QUICK: dict[str, Any] = {"n_texts": 2, "n_threads": 1}
 FIGURES = {"kind", "max_abs_dlogit", "kl_mean", "kl_p99", "effect_ratio", "ok"}
@@ -462,3 +462,14 @@ def test_a_model_that_computes_no_numbers_is_refused(tiny_path: Path, vector: ps
     edit_tensor(tmp_path / "b.gguf", "blk.1.ffn_down.bias", lambda b: np.copyto(b, np.nan))
     with pytest.raises(ps.PersonasteerError, match="not finite"):
         verify(tmp_path / "b.gguf", tiny_path, **QUICK)
+
+
+def test_an_effect_that_may_be_none_has_no_interval() -> None:
+    rng = np.random.default_rng(1)
+    wanted = rng.normal(0.5, 0.1, 40)
+    low, high = _ratio_interval(1.1 * wanted, wanted) or (0.0, 0.0)
+    assert low == pytest.approx(1.1)
+    assert high == pytest.approx(1.1)
+    low, high = _ratio_interval(wanted + rng.normal(0.05, 0.2, 40), wanted) or (0.0, 0.0)
+    assert 0.8 < low < 1.1 < high < 1.4
+    assert _ratio_interval(wanted, rng.normal(0.01, 0.5, 40)) is None

@@ -79,10 +79,14 @@ def lines_of(found: dict[str, Any]) -> list[str]:
             f"by the engine {number('kl_base_engine')}"
         )
     if found["effect_ratio"] is not None:
-        own = "" if found["effect_shipped"] is None else f", log-odds {found['effect_shipped']:+.3f}"
-        low, high = found["effect_interval"] or (None, None)
-        within = "" if low is None else f" (95 % of resamples: {low:.2f} to {high:.2f})"
-        lines.append(f"  effect: {found['effect_ratio']:.3f} of the engine's{within}{own}")
+        interval, shipped = found["effect_interval"], found["effect_shipped"]
+        if shipped is not None and interval is None:
+            engine = found["effect_engine"]
+            lines.append(f"  effect: log-odds {shipped:+.3f}, the engine's {engine:+.3f}: too small for a ratio")
+        else:
+            within = "" if interval is None else " (95 % of resamples: {:.2f} to {:.2f})".format(*interval)
+            own = "" if shipped is None else f", log-odds {shipped:+.3f}"
+            lines.append(f"  effect: {found['effect_ratio']:.3f} of the engine's{within}{own}")
         if found["effect_slope"] is not None:
             lines.append(f"  comparison by comparison: {found['effect_slope']:.3f}")
     elif found["effect_shipped"] is not None:

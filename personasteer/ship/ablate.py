@@ -31,6 +31,7 @@ from personasteer.ship.rewrite import (
 from personasteer.ship.writers import Writer, has_tied_output, residual_writers
 
 ROWS = 512  # of a matrix at a time
+TRIES = 8  # quantizations of a row of a table
 GROUPS = 64  # of the rows with most weight, quantized one after the other
 
 
@@ -205,13 +206,32 @@ def _squares(given: Rows, wanted: Rows, got: Rows) -> list[float]:
 def _rows_without(
     tensor: Tensor, basis: NDArray[np.float64], share: float, importance: Rows | None, rows: Rows
 ) -> tuple[bytes, NDArray[np.float64]]:
-    """(bytes, squared sums) of rows e - share V^T (V e)."""
-    wanted = (rows - share * ((rows @ basis.T) @ basis)).astype(np.float32)
-    data = quantized(tensor, wanted, importance)
-    got = dequantized(tensor, data)
+    """(bytes, squared sums) of rows e - share V^T (V e), each quantized so that its rounding writes little along V.
+
+    What a row writes too much is taken from what is quantized next, so that some of its numbers are rounded the other
+    way: twice as much each time where that changes little, half as much where it changes too much. The best of some
+    tries is kept, row by row.
+    """
     reading = rows @ basis.T
-    left = [float(np.square(x).sum()) for x in (reading, got @ basis.T - (1.0 - share) * reading)]
-    return data, np.array([*_squares(rows, wanted, got), *left])
+    wanted = (rows - share * (reading @ basis)).astype(np.float32)
+    target = wanted.astype(np.float64)
+    packed = np.zeros((len(rows), tensor.row_bytes), np.uint8)
+    got, left = np.zeros_like(wanted), np.full_like(reading, np.inf)
+    gain, before = np.ones(len(rows)), np.zeros_like(reading)
+    for _ in range(TRIES):
+        data = quantized(tensor, target.astype(np.float32), importance)
+        values = dequantized(tensor, data)
+        over = values @ basis.T - (1.0 - share) * reading
+        better = np.square(over).sum(axis=1) < np.square(left).sum(axis=1)
+        packed[better] = np.frombuffer(data, np.uint8).reshape(len(rows), -1)[better]
+        got[better], left[better] = values[better], over[better]
+        turned = (over * before).sum(axis=1) < 0
+        slow = np.square(over).sum(axis=1) > np.square(before).sum(axis=1) / 4
+        gain *= np.where(turned, 0.5, np.where(slow & before.any(axis=1), 2.0, 1.0))
+        target -= gain[:, None] * (over @ basis)
+        before = over
+    squares = [float(np.square(x).sum()) for x in (reading, left)]
+    return packed.tobytes(), np.array([*_squares(rows, wanted, got), *squares])
 
 
 def _matrix_without(

@@ -45,7 +45,6 @@ ROUNDING = 3.0  # times the noise: equal but for rounding
 SAME_DISTRIBUTION = 0.05  # of the divergence that the steering itself makes
 FINE = 0.03  # rounding of a type of 8 bits
 REMOVED, COARSE = 0.01, 0.25  # of what a tensor wrote may be left: from 8 bits on, below
-ROUNDED_ROWS = 0.6  # ... of a table, whose rows are rounded each for itself
 JUDGED = 80  # comparisons for an effect that is judged
 TINY = np.finfo(float).tiny
 
@@ -59,9 +58,10 @@ class Verification:
     max_abs_dlogit: largest difference of a logit between the shipped file and the engine, over all texts. kl_mean,
     kl_p99: KL(engine || shipped). effect_ratio: change of the trait's log-odds (`effect` "log-odds") or, where no trait
     is known, the slope of the changes of the logits ("logits"), shipped over engine; effect_interval: 95 %, over
-    comparisons resampled; effect_slope: sum(m w) / sum(w^2) of the changes w by the engine and m by the file, of all
-    comparisons: steadier where some of them hardly change. noise: max_abs_dlogit between the engine and itself with a
-    strength changed by one part in a million. None: not measured for this kind.
+    comparisons resampled, None where the engine's own effect may be none; effect_slope: sum(m w) / sum(w^2) of the
+    changes w by the engine and m by the file, of all comparisons: steadier where some of them hardly change. noise:
+    max_abs_dlogit between the engine and itself with a strength changed by one part in a million. None: not measured
+    for this kind.
     """
 
     kind: str
@@ -244,7 +244,7 @@ class _Verifier:
             left, off = _edit_error(file, shipped, writer, basis, wanted)
             largest[kind] = max(largest.get(kind, 0.0), left)
             limit = _rounding_of(writer.tensor)
-            most = REMOVED if limit <= FINE else ROUNDED_ROWS if writer.kind == "table" else COARSE
+            most = REMOVED if limit <= FINE else COARSE
             if not left <= most:
                 self._fail(f"{name} ({kind}) still writes {left:.1%} of what it wrote along the directions")
             elif not off <= limit:
@@ -672,11 +672,18 @@ def _digest(file: ModelFile, tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def _ratio_interval(made: NDArray[np.float64], wanted: NDArray[np.float64], n: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of mean(made) / mean(wanted), the comparisons resampled together."""
+def _ratio_interval(
+    made: NDArray[np.float64], wanted: NDArray[np.float64], n: int = 2000
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval of mean(made) / mean(wanted), the comparisons resampled together; None where 0 is within
+    that of mean(wanted).
+    """
     at = np.random.default_rng(0).integers(0, len(made), (n, len(made)))
-    ratios = made[at].mean(axis=1) / wanted[at].mean(axis=1)
-    low, high = np.quantile(ratios[np.isfinite(ratios)], [0.025, 0.975])
+    below, means = made[at].mean(axis=1), wanted[at].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    if low <= 0 <= high:
+        return None
+    low, high = np.quantile(below / means, [0.025, 0.975])
     return float(low), float(high)
 
 
