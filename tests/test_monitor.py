@@ -173,7 +173,7 @@ def test_a_conversation_is_read_before_each_answer(model: ps.Model, threshold: m
         assert prompt == found.tokens[: turn.begin]
         (raw,) = model.capture([[*talk[:i], {"role": "assistant", "content": "x"}]], pool="raw", span="prompt")
         wanted = float(raw[-1, threshold.layer] @ threshold.direction)
-        assert turn.before[threshold.name] == pytest.approx(wanted, abs=1e-3)
+        assert turn.before[threshold.name] == pytest.approx(wanted, abs=0.02)  # other shapes, other roundings
         assert model.detokenize(found.tokens[turn.begin : turn.end]).strip() == talk[i]["content"]
     assert found.turns[2].states == {threshold.name: "alarm"}
     assert found.worst == {threshold.name: "alarm"}

@@ -1,0 +1,110 @@
+"""How often does a monitor alarm on ordinary prompts, and how well does it see prompts that ask for a trait?
+
+    python benchmarks/monitor.py MODEL VECTOR.gguf.. [--threads N] [--json FILE]
+
+Thresholds are calibrated as `personasteer monitor` does it, on two thirds of the library's ordinary questions; the
+other third, which nothing was chosen on, gives the rate of alarms (5 % are expected) and of watches (20 %), with the
+interval in which 95 % and 99.9 % of samples of that size lie. The AUROC is that of the trait's held-out questions under
+its five encouraging system prompts over the same ordinary ones. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import personasteer as ps
+from personasteer import monitor
+from personasteer.cli._common import model_path
+from personasteer.evaluate import trait_of
+from personasteer.monitor.thresholds import last_states
+from personasteer.statistics import auroc
+
+EXPECTED = 0.05
+
+
+def binomial_interval(p: float, n: int, share: float) -> tuple[float, float]:
+    """The central range of rates k / n that holds at least `share` of a binomial distribution."""
+    tail = (1 - share) / 2
+    k = np.arange(n + 1)
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k]
+    below = np.cumsum(np.exp(np.array(logs) + k * math.log(p) + (n - k) * math.log1p(-p)))
+    return float(np.searchsorted(below, tail)) / n, float(np.searchsorted(below, 1 - tail)) / n
+
+
+def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, Any]]:
+    """A row for each vector."""
+    thresholds = monitor.calibrate(model, vectors)
+    fresh = monitor.clean_prompts(held_out=True)
+    ordinary = last_states(model, [(q, None) for q, _ in fresh])
+    rows = []
+    for vector, t in zip(vectors, thresholds, strict=True):
+        trait = trait_of(vector)
+        own = np.array([name == trait.name for _, name in fresh])
+        asked = last_states(model, [(q, s) for q in trait.evaluate_questions for s, _ in trait.system])
+        low, high = (states[:, t.layer].astype(np.float64) @ t.direction for states in (ordinary[~own], asked))
+        rows.append(
+            {
+                "model": model.name,
+                "trait": trait.name,
+                "layer": t.layer,
+                "n": len(low),
+                "alarms": int((low >= t.alarm).sum()),
+                "watches": int((low >= t.watch).sum()),
+                "auroc": float(auroc(high[:, None], low[:, None])[0]),
+                "seen": float((high >= t.alarm).mean()),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each row, and the pooled rate."""
+    lines = [
+        "| model | trait | block | ordinary prompts | alarms | 95 % of samples | watches | AUROC | asked for, seen |",
+        "| --- " * 9 + "|",
+    ]
+    for r in rows:
+        low, high = binomial_interval(EXPECTED, r["n"], 0.95)
+        lines.append(
+            f"| {r['model']} | {r['trait']} | {r['layer']} | {r['n']} | {r['alarms'] / r['n']:.1%} | {low:.1%} to "
+            f"{high:.1%} | {r['watches'] / r['n']:.1%} | {r['auroc']:.3f} | {r['seen']:.0%} |"
+        )
+    n, k = (sum(r[key] for r in rows) for key in ("n", "alarms"))
+    low, high = binomial_interval(EXPECTED, n, 0.95)
+    outside = [sum(not _within(r, share) for r in rows) for share in (0.95, 0.999)]
+    lines.append(
+        f"\nPooled: {k / n:.2%} of {n} readings alarm ({low:.2%} to {high:.2%} expected of independent ones); outside "
+        f"95 %: {outside[0]} of {len(rows)}, outside 99.9 %: {outside[1]}."
+    )
+    return "\n".join(lines)
+
+
+def _within(row: dict[str, Any], share: float) -> bool:
+    low, high = binomial_interval(EXPECTED, row["n"], share)
+    return low <= row["alarms"] / row["n"] <= high
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="GGUF file, or demo")
+    parser.add_argument("vectors", nargs="+", metavar="VECTOR.gguf")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    with ps.Model(model_path(args.model), n_ctx=512, n_threads=args.threads) as model:
+        rows = measure(model, [ps.PersonaVector.load(v) for v in args.vectors])
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
