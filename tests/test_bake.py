@@ -171,6 +171,7 @@ LIKE_NO_LLAMA = {
     "another tensor": (lambda f: f.tensors.update({"output.bias": f.tensors["output_norm.weight"]}), "output.bias"),
     "half a rotation": (lambda f: f.fields.update({"qwen2.rope.dimension_count": 8}), "turns 8 of 16"),
     "heads that do not divide": (lambda f: f.fields.update({"qwen2.attention.head_count": 5}), "do not divide"),
+    "blocks without end": (lambda f: f.fields.update({"qwen2.block_count": 2**31}), "blk.4.attn_q.weight"),
     "fused queries": (lambda f: f.tensors.pop("blk.1.attn_q.weight"), "blk.1.attn_q.weight"),
     "another architecture": (lambda f: setattr(f, "architecture", "qwen3"), "'qwen3'"),
 }
