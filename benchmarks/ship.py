@@ -128,6 +128,8 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = ["" if f[key] is None else f"{f[key]:.3g}" for key in keys]
         if f["effect_interval"]:
             cells[keys.index("effect_ratio")] += " ({:.2f} to {:.2f})".format(*f["effect_interval"])
+        elif f["effect"] == "log-odds":
+            cells[keys.index("effect_ratio")] = "too small"
         rows.append(
             "| " + " | ".join([r["model"], r["form"], name, *cells, "yes" if f["ok"] else "no", _note(r)]) + " |"
         )
