@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and the cache of what was measured."""
+"""Reading texts line by line, writing files whole or not at all, and the cache of what was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_dir
 
@@ -45,6 +46,27 @@ def check_output(path: Path, inputs: Iterable[str | os.PathLike[str]] = ()) -> N
     for given in inputs:
         if path.exists() and Path(given).exists() and path.samefile(given):
             raise ArgumentError(f"{path}: is what this is made from; write to another file")
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """(where it stands, for messages; line) of each line that is not blank.
+
+    Raises ArgumentError where the file cannot be read.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        raise ArgumentError(f"{path}: cannot be read ({reason})") from e
+    return [(f"{path}, line {i}", line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def parse_line(line: str, where: str) -> Any:
+    """The JSON of a line of `read_lines`. Raises ArgumentError."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ArgumentError(f"{where}: not valid JSON ({e})") from e
 
 
 def _temporary_beside(path: Path) -> Path:

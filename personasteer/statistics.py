@@ -88,6 +88,14 @@ def divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.flo
     return out
 
 
+def cohen_d(high: NDArray[np.float64], low: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Difference of means over the pooled standard deviation, per column of (n, ...), (m, ...); NaN without spread."""
+    spread = np.sqrt((high.var(0) + low.var(0)) / 2)
+    spread[spread == 0] = np.nan  # one text a side: no spread to compare with
+    out: NDArray[np.float64] = (high.mean(0) - low.mean(0)) / spread
+    return out
+
+
 def slope(y: NDArray[np.floating], x: NDArray[np.floating]) -> float:
     """sum(x y) / sum(x^2) over all numbers: of the line through 0; NaN where all x are 0."""
     square = float(np.square(x, dtype=np.float64).sum())

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -24,7 +23,7 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
-from personasteer.files import atomic_write, check_output
+from personasteer.files import atomic_write, check_output, parse_line, read_lines
 from personasteer.model import Item
 
 
@@ -78,24 +77,16 @@ def capture(
 
 def read_items(path: Path) -> list[Item]:
     """The texts, pairs or messages of a file. Raises ArgumentError when it is missing, malformed or empty."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
-        raise ArgumentError(f"{path}: cannot be read ({reason})") from e
-    lines = [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = read_lines(path)
     if not lines:
         raise ArgumentError(f"{path}: holds no text")
     if path.suffix != ".jsonl":
         return [line for _, line in lines]
-    return [_item(line, f"{path}, line {i}") for i, line in lines]
+    return [_item(line, where) for where, line in lines]
 
 
 def _item(line: str, where: str) -> Item:
-    try:
-        value: Any = jsonlib.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ArgumentError(f"{where}: not valid JSON ({e})") from e
+    value = parse_line(line, where)
     if isinstance(value, str):
         return value
     if isinstance(value, dict) and isinstance(value.get("messages"), list):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ElicitationError
-from personasteer.statistics import auroc
+from personasteer.statistics import auroc, cohen_d
 
 LEAST_SAMPLES = 8  # a side; fewer held-out samples say nothing
 MASSIVE = 20.0  # times the block's median |mean activation|
@@ -182,20 +182,13 @@ def held_out_quality(
         units = [d / np.linalg.norm(d, axis=1, keepdims=True) for d in directions]
         reliability = (units[0] * units[1]).sum(1)
         crossed = [_readings(halves[1], units[0]), _readings(halves[0], units[1])]
-        separation = np.mean([_cohen(*c) for c in crossed], axis=0)
+        separation = np.mean([cohen_d(*c) for c in crossed], axis=0)
         area = np.mean([_auroc(*c) for c in crossed], axis=0)
     return Quality(separation.astype(np.float32), area.astype(np.float32), reliability.astype(np.float32))
 
 
 def _readings(samples: Samples, unit: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.einsum("nle,le->nl", samples.positive, unit), np.einsum("nle,le->nl", samples.negative, unit)
-
-
-def _cohen(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> NDArray[np.float64]:
-    spread = np.sqrt((positive.var(0) + negative.var(0)) / 2)
-    spread[spread == 0] = np.nan  # one text a side: no spread to compare with
-    out: NDArray[np.float64] = (positive.mean(0) - negative.mean(0)) / spread
-    return out
 
 
 def _auroc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> NDArray[np.float64]:

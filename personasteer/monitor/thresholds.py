@@ -24,7 +24,7 @@ from personasteer.files import atomic_write, read_cache, write_cache
 from personasteer.identity import PARTS
 from personasteer.model import Model
 from personasteer.progress import Meter
-from personasteer.statistics import auroc
+from personasteer.statistics import auroc, cohen_d
 from personasteer.steering import check_fits
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
@@ -221,7 +221,7 @@ def _threshold(
     low, high = (np.einsum("nld,ld->nl", s, units, dtype=np.float64) for s in (clean, shown))
     choosing = [np.arange(len(x)) % 3 < 2 for x in (low, high)]
     areas = auroc(high[choosing[1]], low[choosing[0]])
-    gaps = _gaps(high[choosing[1]], low[choosing[0]])
+    gaps = np.nan_to_num(cohen_d(high[choosing[1]], low[choosing[0]]))
     layer = max(usable, key=lambda il: (round(float(areas[il]), 3), float(gaps[il])))
     x, y = low[:, layer], high[:, layer]
     slope, intercept = _logistic(y, x)
@@ -231,13 +231,6 @@ def _threshold(
         vector.name, layer, units[layer].astype(np.float32), watch, alarm, slope, intercept, tested, len(x), len(y),
         dict(model.origin),
     )  # fmt: skip
-
-
-def _gaps(high: NDArray[np.float64], low: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cohen's d per column."""
-    spread = np.sqrt((high.var(axis=0) + low.var(axis=0)) / 2)
-    gaps: NDArray[np.float64] = (high.mean(axis=0) - low.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
-    return gaps
 
 
 def _percentile(values: NDArray[np.float64], percent: float) -> float:

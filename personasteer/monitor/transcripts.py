@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 from personasteer.chat import Message, as_messages
 from personasteer.engine import Progress, Request
 from personasteer.errors import ArgumentError
+from personasteer.files import parse_line, read_lines
 from personasteer.model import Model
-from personasteer.monitor.thresholds import Threshold
+from personasteer.monitor.thresholds import STATES, Threshold
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ class Reading:
     @property
     def worst(self) -> dict[str, str]:
         """For each threshold the worst state of any turn."""
-        order = {"ok": 0, "watch": 1, "alarm": 2}
         found: dict[str, str] = {}
         for turn in self.turns:
             for name, state in turn.states.items():
-                found[name] = max(found.get(name, "ok"), state, key=order.__getitem__)
+                found[name] = max(found.get(name, "ok"), state, key=STATES.index)
         return found
 
 
@@ -133,20 +132,10 @@ def read_conversations(path: Path) -> list[list[dict[str, str]]]:
 
     Raises ArgumentError where it is missing, empty or something else.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ArgumentError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8 text'})") from e
     whole: list[list[dict[str, str]]] = []
     single: list[dict[str, str]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise ArgumentError(f"{where}: not valid JSON ({e})") from e
+    for where, line in read_lines(path):
+        value = parse_line(line, where)
         if isinstance(value, Mapping) and "messages" in value:
             value = value["messages"]
         try:
