@@ -178,17 +178,19 @@ void bind_session(py::module_ & m) {
         .def(
             "submit",
             [](session & s, std::vector<llama_token> tokens, const mix_list & mixes, std::vector<int> mix_of_token,
-               const phase_list & generated, int response_begin, const std::shared_ptr<readout> & reads, bool decides,
-               int max_tokens, float temperature, int top_k, float top_p, float min_p, float repeat_penalty,
-               uint32_t seed, const std::string & grammar, const std::vector<py::bytes> & stop, int n_logprobs,
-               const std::pair<std::string, std::string> & think_marks, bool thinking, std::pair<int, int> outputs,
-               bool keep_logits, bool keep_scores, const std::vector<std::pair<int, int>> & pools,
-               const std::vector<std::pair<int, int>> & raws, bool reuse_prefix, bool ignore_end) {
+               const phase_list & generated, int response_begin, const std::shared_ptr<readout> & reads, int reads_from,
+               bool decides, int max_tokens, float temperature, int top_k, float top_p, float min_p,
+               float repeat_penalty, uint32_t seed, const std::string & grammar, const std::vector<py::bytes> & stop,
+               int n_logprobs, const std::pair<std::string, std::string> & think_marks, bool thinking,
+               std::pair<int, int> outputs, bool keep_logits, bool keep_scores,
+               const std::vector<std::pair<int, int>> & pools, const std::vector<std::pair<int, int>> & raws,
+               bool reuse_prefix, bool ignore_end) {
                 request r;
                 r.tokens = std::move(tokens);
                 r.steer = to_steering(mixes, std::move(mix_of_token), generated);
                 r.response_begin = response_begin;
                 r.reads = reads;
+                r.reads_from = reads_from;
                 r.decides = decides;
                 r.max_tokens = max_tokens;
                 r.sampling.temperature = temperature;
@@ -219,10 +221,10 @@ void bind_session(py::module_ & m) {
                 return s.submit(std::move(r));
             },
             py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(),
-            "generated"_a = py::list(), "response_begin"_a = -1, "reads"_a = py::none(), "decides"_a = false,
-            "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f, "min_p"_a = 0.05f,
-            "repeat_penalty"_a = 1.0f, "seed"_a = 0, "grammar"_a = "", "stop"_a = py::list(), "n_logprobs"_a = -1,
-            "think_marks"_a = std::pair<std::string, std::string>(), "thinking"_a = false,
+            "generated"_a = py::list(), "response_begin"_a = -1, "reads"_a = py::none(), "reads_from"_a = 0,
+            "decides"_a = false, "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f,
+            "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "seed"_a = 0, "grammar"_a = "", "stop"_a = py::list(),
+            "n_logprobs"_a = -1, "think_marks"_a = std::pair<std::string, std::string>(), "thinking"_a = false,
             "outputs"_a = std::pair<int, int>(0, 0), "keep_logits"_a = false, "keep_scores"_a = false,
             "pools"_a = py::list(), "raws"_a = py::list(), "reuse_prefix"_a = false, "ignore_end"_a = false)
         .def(

@@ -265,6 +265,9 @@ int session::submit(request r) {
     if (r.pools.size() * slots.size() > size_t(wanted_taps.n_pools)) {
         throw context_error("a request has more pools than the taps keep");
     }
+    if (r.reads_from < 0) {
+        throw context_error("the first token to read is negative");
+    }
     if (r.reads) {
         const readout & o = *r.reads;
         if (o.n < 1 || o.layers != checked_layers(o.layers) || o.n_embd != mdl->n_embd() ||
@@ -467,7 +470,7 @@ void session::admit() {
                 limit = std::min(limit, p.begin);
             }
             if (r.reads) {
-                limit = 0;
+                limit = std::min(limit, r.reads_from);
             }
             const auto shared = [&](const slot & s, bool promised) {
                 const size_t n = promised ? size_t(s.n_given) : s.cached.size();

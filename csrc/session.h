@@ -55,6 +55,7 @@ struct request {
     steering steer;
     int response_begin = -1; // where fading and phases count from; -1: the last given token
     readout_ptr reads;       // directions to project every token on
+    int reads_from = 0;      // tokens before it may come from a computed prefix, without readings
     bool decides = false;    // once the prompt is read, the steering of the response is asked for
 
     int max_tokens = 0; // 0: only the given text is computed

@@ -17,6 +17,7 @@ from personasteer.steering import Roles, SteeredModel, Steering
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, total)
 OnToken: TypeAlias = Callable[[int, str], None]  # (index of the request, text)
+AtPrompt: TypeAlias = Callable[[list[NDArray[np.float32]], int], Steering]  # (readings, n_prompt): edits to add
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Request:
 
     n_prompt is the P of the scopes (None: all given tokens are prompt); roles holds the role of each given token, where
     a chat template tells; think_marks opens and closes a thinking block, and `thinking` says that the text ends in one.
-    reads: directions to project every token on, {il: (n_embd,)} each. n_logprobs >= 0: log p of every generated token,
-    and of so many most probable ones.
+    reads: directions to project every token on, {il: (n_embd,)} each; tokens before reads_from may come from a computed
+    prefix and have no reading then. at_prompt is asked once the prompt is read, for edits of the response beside those
+    of `steering`. n_logprobs >= 0: log p of every generated token, and of so many most probable ones.
     """
 
     tokens: Sequence[int]
@@ -70,6 +72,8 @@ class Request:
     pools: tuple[tuple[int, int], ...] = ()
     raw: tuple[int, int] | None = None
     reads: tuple[Mapping[int, NDArray[Any]], ...] = ()
+    reads_from: int = 0
+    at_prompt: AtPrompt | None = None
     share_prefix: bool = False
     ignore_end: bool = False  # go on after an end-of-turn token
     roles: Roles | None = None
@@ -130,6 +134,11 @@ class Compiled:
         self._check_last_block()
         columns = [*self._conditions.directions, *(dict(r) for r in request.reads)]
         self._reads: Reads | None = make_reads(columns, model.n_embd)
+        self._own = [
+            (first, [self._reads.layers.index(il) for il in sorted(column)])
+            for first, column in enumerate(request.reads, len(self._conditions.directions))
+            if self._reads
+        ]
         self._resteered = False
         self._rho = 0.0  # of the plans before this one
         if self._conditions:  # what is wrong with an edit shows now, not when its condition holds
@@ -159,7 +168,8 @@ class Compiled:
             **self._native(self.plan),
             "response_begin": -1 if r.n_prompt is None or r.n_prompt > len(r.tokens) else r.n_prompt - 1,
             "reads": core.Readout(self._reads.layers, self._reads.directions) if self._reads else None,
-            "decides": bool(self._conditions),
+            "reads_from": 0 if self._conditions else r.reads_from,
+            "decides": bool(self._conditions) or r.at_prompt is not None,
             "max_tokens": r.max_tokens,
             "stop": [s.encode() for s in r.stop],
             "think_marks": r.think_marks,
@@ -184,24 +194,29 @@ class Compiled:
         }
 
     def decide(self, readings: NDArray[np.float32]) -> tuple[Any, ...] | None:
-        """The response's steering, now that the prompt is read; None where no condition holds, or where other edits
-        have been given meanwhile.
+        """The response's steering, now that the prompt is read; None where no condition holds and nothing is added, or
+        where other edits have been given meanwhile.
         """
-        n_prompt = self.request.n_prompt
-        if self._resteered or not self._conditions or self._reads is None or n_prompt is None:
+        r = self.request
+        if self._resteered or self._reads is None or r.n_prompt is None:
             return None
-        verdicts = self._conditions.decide(readings, self._reads.layers, n_prompt)
-        if not any(verdicts):
+        verdicts = self._conditions.decide(readings, self._reads.layers, r.n_prompt) if self._conditions else []
+        added = r.at_prompt(self.own_readings(readings), r.n_prompt) if r.at_prompt else Steering()
+        self._check_no_conditions(added)
+        if not (any(verdicts) or added):
             return None
-        before, self.plan = self.plan, self._compile(self.request.steering, verdicts)
+        before, self.plan = self.plan, self._compile(r.steering + added, verdicts)
         return None if self.plan.same_as(before) else tuple(self._native(self.plan).values())
+
+    def _check_no_conditions(self, steering: Steering) -> None:
+        if Conditions(steering, self._model):
+            raise ArgumentError('a condition on the prompt comes too late: use When(..., on="token")')
 
     def resteer(self, steering: Steering) -> dict[str, Any]:
         """The arguments of the native steer for other edits from here on. Raises ArgumentError for a condition on the
         prompt, which has been read.
         """
-        if Conditions(steering, self._model):
-            raise ArgumentError('a condition on the prompt comes too late: use When(..., on="token")')
+        self._check_no_conditions(steering)
         plan = self._compile(steering)
         self._rho, self.plan, self._resteered = self.rho, plan, True
         return self._native(plan)
@@ -218,14 +233,7 @@ class Compiled:
 
     def own_readings(self, readings: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """(tokens, layers of the read-out) for each of the request's own read-outs, its layers ascending."""
-        if self._reads is None:
-            return []
-        out = []
-        first = len(self._conditions.directions)
-        for k, column in enumerate(self.request.reads):
-            at = [self._reads.layers.index(il) for il in sorted(column)]
-            out.append(np.asarray(readings[:, at, first + k]))
-        return out
+        return [np.asarray(readings[:, at, k]) for k, at in self._own]
 
 
 def run(

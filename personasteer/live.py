@@ -7,15 +7,15 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.chat import Conversation
 from personasteer.engine import Compiled, Request, Sampling, TextStream
-from personasteer.errors import ArgumentError, ModelError, PersonasteerError, TemplateError
+from personasteer.errors import ArgumentError, ModelError, PersonasteerError, TemplateError, VectorError
 from personasteer.grammar import grammar_of
 from personasteer.prompts import Prompt
 from personasteer.steering import Steer, SteeredModel, Steering, as_steering, check_fits
@@ -24,7 +24,19 @@ if TYPE_CHECKING:
     from personasteer.model import Model
     from personasteer.vectors import PersonaVector
 
-Reading: TypeAlias = "PersonaVector | tuple[PersonaVector, Sequence[int]]"
+Reading: TypeAlias = "PersonaVector | tuple[PersonaVector, Sequence[int]] | Mapping[int, NDArray[Any]]"
+
+
+class Observer(Protocol):
+    """Looks at a request of a session while it runs."""
+
+    def at_prompt(self, readings: list[NDArray[np.float32]], n_prompt: int) -> Steering:
+        """Asked once the prompt's n_prompt tokens are read, with their readings: edits of the response beside the
+        request's own. Must not call the session.
+        """
+
+    def after_token(self, stream: Stream) -> None:
+        """Told after each token, and when the request is done; may steer, cancel, or submit another."""
 
 
 def make_request(
@@ -44,6 +56,7 @@ def make_request(
     json_schema: Mapping[str, Any] | str | None = None,
     logprobs: int | None = None,
     readings: Sequence[Reading] = (),
+    read_prompt: bool = True,
     reuse_cache: bool = False,
 ) -> Request:
     """A request from the options of chat and generate. Raises ArgumentError for one outside its range."""
@@ -62,6 +75,7 @@ def make_request(
         Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
         tuple(filter(None, stops)),
         reads=tuple(_reading(r, model) for r in readings),
+        reads_from=0 if read_prompt else (prompt.n_prompt or len(prompt.tokens)) - 1,
         share_prefix=reuse_cache,
         roles=prompt.roles,
         think_marks=prompt.think_marks,
@@ -72,16 +86,36 @@ def make_request(
 
 
 def _reading(reading: Any, model: SteeredModel) -> dict[int, NDArray[np.float64]]:
-    """{il: v-hat} of a vector at its recommended layers, or at given ones."""
+    """{il: v-hat} of a vector at its recommended layers, or at given ones; or given directions as they are."""
+    if isinstance(reading, Mapping):
+        return {_block(il, model): _direction(u, model) for il, u in reading.items()}
     vector, layers = reading if isinstance(reading, tuple) and len(reading) == 2 else (reading, None)
     if not hasattr(vector, "directions_at"):
-        raise ArgumentError(f"readings takes PersonaVectors, or (vector, layers), not {type(vector).__name__}")
+        raise ArgumentError(
+            f"readings takes PersonaVectors, (vector, layers) or {{block: direction}}, not {type(vector).__name__}"
+        )
     at = tuple(sorted({int(il) for il in (vector.layers if layers is None else layers)}))
     if not at:
         raise ArgumentError(f"vector {vector.name!r} names no layer to read: pass (vector, layers)")
     check_fits(vector, model)
     data, lengths = vector.directions_at(at)
     return dict(zip(at, data / lengths[:, None], strict=True))
+
+
+def _block(il: Any, model: SteeredModel) -> int:
+    if not isinstance(il, (int, np.integer)) or not 0 <= il < model.n_layer:
+        raise VectorError(f"block {il!r} to read is out of range: the model has blocks 0 to {model.n_layer - 1}")
+    return int(il)
+
+
+def _direction(u: Any, model: SteeredModel) -> NDArray[np.float64]:
+    try:
+        direction = np.asarray(u, np.float64)
+    except (TypeError, ValueError) as e:
+        raise VectorError(f"a direction to read must be numbers, not {type(u).__name__}") from e
+    if direction.shape != (model.n_embd,) or not np.isfinite(direction).all():
+        raise VectorError(f"a direction to read must be {model.n_embd} finite numbers")
+    return direction
 
 
 @dataclass(frozen=True)
@@ -114,8 +148,8 @@ class Answer:
 class Stream:
     """One request of a session: iterate for its text, piece by piece, or ask for the whole `result`."""
 
-    def __init__(self, session: Session, compiled: Compiled, request_id: int) -> None:
-        self._session, self._compiled, self._id = session, compiled, request_id
+    def __init__(self, session: Session, compiled: Compiled, request_id: int, observer: Observer | None = None) -> None:
+        self._session, self._compiled, self._id, self._observer = session, compiled, request_id, observer
         self._text = TextStream(compiled.request.stop)
         self._pieces: deque[str] = deque()
         self._answer: Answer | None = None
@@ -174,9 +208,9 @@ class Stream:
         """The largest dose that a token gets, or got before `steer`."""
         return self._compiled.rho
 
-    def readings(self) -> list[NDArray[np.float32]]:
-        """The readings of the tokens computed so far, as in Answer."""
-        return self._session._readings(self)
+    def readings(self, first: int = 0) -> list[NDArray[np.float32]]:
+        """The readings of the tokens computed so far, as in Answer; from the token `first` on."""
+        return self._session._readings(self, first)
 
 
 class Session:
@@ -202,16 +236,19 @@ class Session:
         prompt: str | None = None,
         system: str | None = None,
         steer: Steer = None,
+        observer: Observer | None = None,
         **options: Any,
     ) -> Stream:
         """Queue a conversation (through the chat template), or a plain `prompt`.
 
         Args:
             steer: as in Model.chat.
+            observer: is asked for more edits once the prompt is read, and told of each token.
             options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
                 stop=(); grammar (GBNF with the start symbol root) or json_schema; logprobs=n, for log p of each token
-                and of the n most probable ones; readings=[vector or (vector, layers), ...], projected on for every
-                token.
+                and of the n most probable ones; readings=[vector or (vector, layers) or {block: direction}, ...],
+                projected on for every token; read_prompt=False leaves out the prompt but its last token, so that a
+                computed prefix can be taken over.
 
         Raises:
             ContextError: the prompt does not fit. ArgumentError: an option outside its range, a broken grammar.
@@ -230,7 +267,9 @@ class Session:
         seed = options.pop("seed", None)
         seed = self._model.seed if seed is None else seed
         request = make_request(self._model, given, steering, seed=seed, **options)
-        return self._submit(request)
+        if observer:
+            request = replace(request, at_prompt=observer.at_prompt)
+        return self._submit(request, observer)
 
     def _chat_prompt(self, conversation: Conversation, system: str | None, *, needs_roles: bool) -> Prompt:
         """With roles, which a later `steer` may need, where the template shows them."""
@@ -248,7 +287,7 @@ class Session:
                 "read it; chat and generate take additions with raw=True"
             )
 
-    def _submit(self, request: Request) -> Stream:
+    def _submit(self, request: Request, observer: Observer | None = None) -> Stream:
         native = self._open()
         self._check_hook(request.steering, request.reads)
         if request.steering:
@@ -256,7 +295,7 @@ class Session:
         compiled = Compiled(request, self._model)
         with self._lock:  # no step may see the request before it is known here
             request_id = native.submit(**compiled.arguments(0))
-            stream = self._streams[request_id] = Stream(self, compiled, request_id)
+            stream = self._streams[request_id] = Stream(self, compiled, request_id, observer)
         return stream
 
     def step(self) -> bool:
@@ -267,11 +306,15 @@ class Session:
                 raise ModelError("a callback of a running computation cannot start another on the same model")
             self._model._running = True
             try:
+                observed = [s for s in self._streams.values() if s._observer]
                 for request_id, _, piece, _ in native.step(self._decide) if native.busy else ():
                     stream = self._streams[request_id]
                     if text := stream._text.push(piece):
                         stream._pieces.append(text)
                 self._collect(native)
+                for stream in observed:
+                    assert stream._observer is not None
+                    stream._observer.after_token(stream)
                 return bool(native.busy)
             except BaseException as e:  # Ctrl-C may come anywhere in between
                 native.reset()
@@ -368,9 +411,9 @@ class Session:
         if not stream.done:
             native.steer(id=stream._id, **stream._compiled.resteer(steering))
 
-    def _readings(self, stream: Stream) -> list[NDArray[np.float32]]:
+    def _readings(self, stream: Stream, first: int) -> list[NDArray[np.float32]]:
         if stream._answer is not None:
-            return stream._answer.readings
+            return [r[first:] for r in stream._answer.readings]
         if self._native is None:
             return []
-        return stream._compiled.own_readings(stream._compiled.shaped(self._native.readings_of(stream._id, 0)))
+        return stream._compiled.own_readings(stream._compiled.shaped(self._native.readings_of(stream._id, first)))

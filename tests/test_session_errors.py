@@ -191,6 +191,11 @@ def test_read_outs_of_another_width_out_of_order_or_of_a_block_twice_are_refused
     assert_usable(session, tiny)
 
 
+def test_the_first_token_to_read_is_not_negative(tiny: Loaded) -> None:
+    with pytest.raises(ContextError, match="first token to read is negative"):
+        session_of(tiny).submit(tokens=[3, 4], reads_from=-1)
+
+
 # ---- requests
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from personasteer import engine
 from personasteer._native import load_core
-from personasteer.engine import Progress, Request, Sampling, Taps
+from personasteer.engine import Compiled, Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError
 from personasteer.mixes import MixCache
 from personasteer.model import Model
@@ -78,11 +78,11 @@ def measure_overhead(
 
     Modes: "off" (a second plain context: the noise); every operator with K random vectors at all layers, the windows
     binding for about half of the tokens ("turn" is a norm-preserving addition, "when" an addition with a condition on
-    each token); "readings" on K directions at all layers; "capture" (mean over the text of all blocks but the last,
-    pooled in the graph), "capture_last" (of all blocks: an output row per token), "capture_raw" (every row of all
-    blocks but the last); "off x16" and "personas x16": sixteen sequences of prompt_tokens / 4 tokens in one batch,
-    unsteered, and each with an addition and a cap of its own at all layers. Each is run right next to a run of the
-    plain one of its batch size, before it in one round and after it in the next.
+    each token); "readings" on K directions at all layers; "live", the same, looked at after each decode; "capture"
+    (mean over the text of all blocks but the last, pooled in the graph), "capture_last" (of all blocks: an output row
+    per token), "capture_raw" (every row of all blocks but the last); "off x16" and "personas x16": sixteen sequences of
+    prompt_tokens / 4 tokens in one batch, unsteered, and each with an addition and a cap of its own at all layers. Each
+    is run right next to a run of the plain one of its batch size, before it in one round and after it in the next.
 
     Args:
         operators: of OPERATORS.
@@ -103,7 +103,7 @@ def measure_overhead(
     all_layers = tuple(range(model.n_layer))
     modes = [_Mode("off", hook=False)]
     modes += [_Mode(name, k) for name in operators for k in ks]
-    modes += [_Mode("readings", k) for k in ks if k <= 8]
+    modes += [_Mode(name, k) for name in ("readings", "live") for k in ks if k <= 8]
     modes += [
         _Mode("capture", taps=Taps(pool_layers=all_layers[:-1])),
         _Mode("capture_last", taps=Taps(pool_layers=all_layers), last_layer=True),
@@ -210,7 +210,7 @@ class _Runner:
                 pools=(span,) if mode.taps and mode.taps.pool_layers else (),
                 raw=span if mode.taps and mode.taps.raw_layers else None,
                 reads=tuple(dict(enumerate(v.directions)) for v in vectors[: mode.k])
-                if mode.name == "readings"
+                if mode.name in ("readings", "live")
                 else (),
             )
             for i in range(mode.n_sequences)
@@ -224,12 +224,32 @@ class _Runner:
         """Seconds of the prefill, up to the first token, and of one decode after it, steering's set-up included."""
         watched = _Stopwatch(self.session)
         start = time.perf_counter()
-        if self.mode.hook:
+        if self.mode.name == "live":
+            self._run_live(watched)
+        elif self.mode.hook:
             engine.run(watched, self.model, self.requests, taps=self.mode.taps)
         else:
             self._run_plain(watched)
         first, *later = watched.marks
         return {"prefill": first - start, "decode": (later[-1] - first) / len(later)}
+
+    def _run_live(self, session: Any) -> None:
+        """As engine.run, with a look at the readings after each decode, as an observer of a session takes it."""
+        session.reset()
+        session.set_taps()
+        compiled = Compiled(self.requests[0], self.model)
+        request_id = session.submit(**compiled.arguments(0))
+        n_seen = 0
+
+        def look() -> None:
+            nonlocal n_seen
+            fresh = compiled.own_readings(compiled.shaped(session.readings_of(request_id, n_seen)))
+            n_seen += len(fresh[0])
+
+        session.look = look
+        while session.busy:
+            session.step()
+        session.take_results()
 
     def _run_plain(self, session: Any) -> None:
         session.reset()
@@ -241,14 +261,17 @@ class _Runner:
 
 
 class _Stopwatch:
-    """A session that notes when each step that gave a token was over."""
+    """A session that notes when each step that gave a token was over, and the look at it."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
+        self.look: Callable[[], None] | None = None
         self.marks: list[float] = []
 
     def step(self, *decide: Any) -> Any:
         tokens = self._session.step(*decide)
+        if self.look:
+            self.look()
         if tokens:
             self.marks.append(time.perf_counter())
         return tokens
@@ -258,7 +281,9 @@ class _Stopwatch:
 
 
 def _expected(model: Model, mode: _Mode, phase: str) -> float:
-    rows = {"add": 1, "turn": 1, "readings": mode.k, "personas x16": 3}.get(mode.name, 2 * mode.k)  # vectors a block
+    rows = {"add": 1, "turn": 1, "readings": mode.k, "live": mode.k, "personas x16": 3}.get(
+        mode.name, 2 * mode.k
+    )  # vectors a block
     floats = rows * model.n_layer * model.n_embd
     if phase == "prefill":
         return 1 + floats / float(model._native.n_params)
