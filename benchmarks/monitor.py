@@ -2,10 +2,11 @@
 
     python benchmarks/monitor.py MODEL VECTOR.gguf.. [--threads N] [--json FILE]
 
-Thresholds are calibrated as `personasteer monitor` does it, on two thirds of the library's ordinary questions; the
-other third, which nothing was chosen on, gives the rate of alarms (5 % are expected) and of watches (20 %), with the
-interval in which 95 % and 99.9 % of samples of that size lie. The AUROC is that of the trait's held-out questions under
-its five encouraging system prompts over the same ordinary ones. Prints a Markdown table.
+Thresholds are calibrated as `personasteer monitor` does it, and kept as it keeps them, on two thirds of the library's
+ordinary questions, every second under an everyday system prompt; the other third, which nothing was chosen on, gives
+the rate of alarms (5 % are expected) and of watches (20 %), with the interval in which 95 % and 99.9 % of samples of
+that size lie. The AUROC is that of the trait's held-out questions under its five encouraging system prompts over the
+same ordinary ones, and over these questions under its opposite system prompts. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import personasteer as ps
 from personasteer import monitor
 from personasteer.cli._common import model_path
 from personasteer.evaluate import trait_of
+from personasteer.monitor import everyday_system
 from personasteer.monitor.thresholds import last_states
 from personasteer.statistics import auroc
 
@@ -40,15 +42,19 @@ def binomial_interval(p: float, n: int, share: float) -> tuple[float, float]:
 
 def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, Any]]:
     """A row for each vector."""
-    thresholds = monitor.calibrate(model, vectors)
+    thresholds = monitor.thresholds_for(model, vectors)
     fresh = monitor.clean_prompts(held_out=True)
-    ordinary = last_states(model, [(q, None) for q, _ in fresh])
+    ordinary = last_states(model, [(q, everyday_system(q)) for q, _ in fresh])
+    prompted = np.array([everyday_system(q) is not None for q, _ in fresh])
     rows = []
     for vector, t in zip(vectors, thresholds, strict=True):
         trait = trait_of(vector)
         own = np.array([name == trait.name for _, name in fresh])
-        asked = last_states(model, [(q, s) for q in trait.evaluate_questions for s, _ in trait.system])
-        low, high = (states[:, t.layer].astype(np.float64) @ t.direction for states in (ordinary[~own], asked))
+        asked = last_states(
+            model, [(q, pair[side]) for side in (0, 1) for q in trait.evaluate_questions for pair in trait.system]
+        )
+        readings = (states[:, t.layer].astype(np.float64) @ t.direction for states in (ordinary[~own], asked))
+        low, (high, opposite) = next(readings), np.split(next(readings), 2)
         rows.append(
             {
                 "model": model.name,
@@ -56,8 +62,10 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
                 "layer": t.layer,
                 "n": len(low),
                 "alarms": int((low >= t.alarm).sum()),
+                "alarms_prompted": float((low >= t.alarm)[prompted[~own]].mean()),
                 "watches": int((low >= t.watch).sum()),
                 "auroc": float(auroc(high[:, None], low[:, None])[0]),
+                "auroc_opposite": float(auroc(high[:, None], opposite[:, None])[0]),
                 "seen": float((high >= t.alarm).mean()),
             }
         )
@@ -67,14 +75,16 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each row, and the pooled rate."""
     lines = [
-        "| model | trait | block | ordinary prompts | alarms | 95 % of samples | watches | AUROC | asked for, seen |",
-        "| --- " * 9 + "|",
+        "| model | trait | block | ordinary prompts | alarms | 95 % of samples | with a system prompt | watches "
+        "| AUROC | over opposite prompts | asked for, seen |",
+        "| --- " * 11 + "|",
     ]
     for r in rows:
         low, high = binomial_interval(EXPECTED, r["n"], 0.95)
         lines.append(
             f"| {r['model']} | {r['trait']} | {r['layer']} | {r['n']} | {r['alarms'] / r['n']:.1%} | {low:.1%} to "
-            f"{high:.1%} | {r['watches'] / r['n']:.1%} | {r['auroc']:.3f} | {r['seen']:.0%} |"
+            f"{high:.1%} | {r['alarms_prompted']:.1%} | {r['watches'] / r['n']:.1%} | {r['auroc']:.3f} | "
+            f"{r['auroc_opposite']:.3f} | {r['seen']:.0%} |"
         )
     n, k = (sum(r[key] for r in rows) for key in ("n", "alarms"))
     low, high = binomial_interval(EXPECTED, n, 0.95)

@@ -49,7 +49,7 @@ FEW = [q for q, _ in monitor.clean_prompts()][:60]
 def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Thresholds from few prompts, kept in a place of their own."""
     monkeypatch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("personasteer.monitor.thresholds.clean_prompts", lambda: tuple((q, "") for q in FEW))
+    monkeypatch.setattr("personasteer.monitor.everyday.clean_prompts", lambda: tuple((q, "") for q in FEW))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,31 @@ def test_own_clean_prompts_are_taken_and_too_few_are_refused(model: ps.Model, ve
     assert found.alarm > monitor.calibrate(model, [vector], clean=FEW)[0].alarm
     with pytest.raises(ps.ArgumentError, match="39 clean prompts are too few"):
         monitor.calibrate(model, [vector], clean=own[:39])
+
+
+def test_every_second_ordinary_question_has_an_everyday_system_prompt() -> None:
+    given = [monitor.everyday_system(q) for q, _ in (*monitor.clean_prompts(), *monitor.clean_prompts(held_out=True))]
+    some = [s for s in given if s is not None]
+    assert 0.45 < len(some) / len(given) < 0.55
+    assert len(set(some)) == 16
+    asked = " ".join(text for name in traits.names() for pair in traits.get(name).system for text in pair)
+    assert not [s for s in set(some) if s in asked]
+    assert given == [
+        monitor.everyday_system(q) for q, _ in (*monitor.clean_prompts(), *monitor.clean_prompts(held_out=True))
+    ]
+
+
+def test_a_system_prompt_as_such_is_no_trait(model: ps.Model, vector: ps.PersonaVector) -> None:
+    """Own ordinary prompts may be conversations: with the trait's prompt in them they are ordinary, too."""
+    plain = [[{"role": "user", "content": q}] for q in FEW]
+    loud = [[{"role": "system", "content": SYSTEM}, *talk] for talk in plain]
+    usual, used_to_it = (monitor.calibrate(model, [vector], clean=clean)[0] for clean in (plain, loud))
+    states = last_states(model, [(q, SYSTEM) for q, _ in monitor.clean_prompts(held_out=True)[:60]])
+    seen = [(states[:, t.layer] @ t.direction >= t.alarm).mean() for t in (usual, used_to_it)]
+    assert seen[0] > 0.9
+    assert seen[1] < 0.3
+    with pytest.raises(ps.ArgumentError, match="must end with the user's message"):
+        monitor.calibrate(model, [vector], clean=[*plain, said("a", "b")])
 
 
 @pytest.mark.parametrize("percentiles", [(95.0, 80.0), (0.0, 95.0), (80.0, 100.0)])
@@ -234,6 +259,7 @@ BAD_FILES = {
     "no thresholds": "{}",
     "a newer schema": '{"schema": 99, "thresholds": []}',
     "a threshold without a direction": '{"schema": 1, "thresholds": [{"name": "x"}]}',
+    "a running mean of another kind": '{"schema": 1, "thresholds": [%s]}',
     "numbers that are none": '{"schema": 1, "thresholds": [5]}',
     "deep": "[" * 100_000,
 }
@@ -242,7 +268,8 @@ BAD_FILES = {
 @pytest.mark.parametrize("how", BAD_FILES)
 def test_a_file_that_holds_no_thresholds_is_refused_in_one_line(tmp_path: Path, how: str) -> None:
     file = tmp_path / "t.json"
-    file.write_text(BAD_FILES[how])
+    broken = {**simple().as_dict(), "running": {"layer": 1, "window": 0}}
+    file.write_text(BAD_FILES[how].replace("%s", json.dumps(broken)))
     with pytest.raises(ps.VectorError) as caught:
         monitor.load_thresholds(file)
     assert str(file) in str(caught.value)
@@ -255,6 +282,19 @@ def test_calibrated_thresholds_are_kept_for_the_model_and_vector(
     (first,) = monitor.thresholds_for(model, [vector])
     monkeypatch.setattr("personasteer.monitor.thresholds.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     assert monitor.thresholds_for(model, [vector])[0].as_dict() == first.as_dict()
+
+
+def test_running_means_are_added_to_what_is_kept(
+    model: ps.Model, vector: ps.PersonaVector, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bare,) = monitor.thresholds_for(model, [vector])
+    assert bare.running is None
+    monkeypatch.setattr("personasteer.monitor.thresholds.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    (whole,) = monitor.thresholds_for(model, [vector], running=True)
+    assert whole.running is not None
+    assert {**whole.as_dict(), "running": None} == bare.as_dict()
+    kept = monitor.thresholds_for(model, [vector])[0].as_dict()
+    assert kept == whole.as_dict() == monitor.Threshold.from_dict(json.loads(json.dumps(kept))).as_dict()
 
 
 def test_other_weights_are_warned_of_and_another_template_is_refused(

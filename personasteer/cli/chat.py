@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json as jsons
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from personasteer.cli._common import (
@@ -25,14 +30,23 @@ from personasteer.cli._common import (
     ThreadsOption,
     VectorsOption,
     as_dict,
+    check_new,
     load_adapters,
     load_steering,
     open_model,
     print_json,
     read_text,
+    split_strength,
+    stages,
     stderr,
     write_piece,
 )
+from personasteer.errors import ArgumentError, PersonasteerError
+from personasteer.model import Model
+from personasteer.monitor import Event, Guard, GuardedAnswer, Rule, load_policy
+from personasteer.vectors import PersonaVector
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def register(app: typer.Typer) -> None:
@@ -60,18 +74,36 @@ def chat(
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
     lora: LoraOption = None,
+    watch: Annotated[
+        list[str] | None,
+        typer.Option("--watch", metavar="FILE", help="Read this trait before and while it answers; may be repeated."),
+    ] = None,
+    guard: Annotated[
+        Path | None, typer.Option("--guard", metavar="POLICY.toml", help="Act on alarms by the rules of this file.")
+    ] = None,
+    guard_log: Annotated[
+        Path | None, typer.Option("--guard-log", metavar="FILE.jsonl", help="Append what happened, a line an event.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Chat through the model's template, steered by any number of vectors.
+    """Chat through the model's template, steered by any number of vectors, and watched or guarded for others.
+
+    --watch prints each reading to stderr, the first one before the first token. It and --guard calibrate the model the
+    first time, which takes some minutes, and keep what they found.
 
     Example: `personasteer chat -m demo -v pessimistic.gguf:0.3 -p "How will my exam go?"`
     """
     steering = load_steering(vector, scope, offset, cap=cap, floor=floor, ablate=ablate)
     if prompt is None and json:
         raise typer.BadParameter("--json needs -p")
-    with open_model(
-        model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed, lora=load_adapters(lora)
-    ) as m:
+    rules = _rules(watch, guard, guard_log, offset)
+    with (
+        open_model(
+            model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed,
+            lora=load_adapters(lora),
+        ) as m,
+        ExitStack() as stack,
+    ):  # fmt: skip
         options: dict[str, Any] = {
             "max_tokens": predict,
             "temperature": temp,
@@ -81,10 +113,17 @@ def chat(
             "grammar": read_text(grammar),
             "json_schema": read_text(json_schema),
         }
+        guarded = _guard(m, rules, guard_log, quiet=json, stack=stack) if rules else None
         if json:
             with m.session() as s:
-                print_json(as_dict(prompt or "", s.submit(prompt or "", system=system, **options).result()))
+                if guarded:
+                    print_json(
+                        _guarded_dict(prompt or "", guarded.submit(s, prompt, system=system, **options).result())
+                    )
+                else:
+                    print_json(as_dict(prompt or "", s.submit(prompt or "", system=system, **options).result()))
             return
+        live = stack.enter_context(m.session()) if guarded else None
         messages: list[dict[str, str]] = []
         while True:
             if prompt is None:
@@ -96,8 +135,79 @@ def chat(
                 if not line.strip():
                     continue
             messages.append({"role": "user", "content": prompt if prompt is not None else line.strip()})
-            answer = m.chat(messages, system=system, reuse_cache=True, on_token=write_piece, **options)
-            typer.echo()
+            if guarded and live:
+                stream = guarded.submit(live, messages, system=system, **options)
+                for piece in stream:
+                    write_piece(0, piece)
+                typer.echo()
+                found = stream.result()
+                answer = found.text
+                _print_running(found)
+            else:
+                answer = m.chat(messages, system=system, reuse_cache=True, on_token=write_piece, **options)
+                typer.echo()
             if prompt is not None:
                 return
             messages.append({"role": "assistant", "content": answer})
+
+
+def _rules(watch: list[str] | None, guard: Path | None, guard_log: Path | None, offset: int) -> list[Rule]:
+    if guard_log is not None and not (watch or guard):
+        raise ArgumentError("--guard-log goes with --guard or --watch")
+    for spec in watch or []:
+        if split_strength(spec)[1] is not None:
+            raise ArgumentError(f"{spec}: reading takes no strength")
+    rules = load_policy(guard) if guard else []
+    if guard_log is not None:
+        check_new(guard_log, [*(watch or []), *([guard] if guard else [])], force=True)
+    named = {rule.vector.name for rule in rules}
+    watched = [PersonaVector.load(file, offset=offset) for file in watch or []]
+    return rules + [Rule(v) for v in watched if v.name not in named]
+
+
+def _guard(m: Model, rules: list[Rule], log: Path | None, *, quiet: bool, stack: ExitStack) -> Guard:
+    with stages() as stage:
+        guard = Guard(m, rules, progress=stage("calibrating"))
+    write: Callable[[str], object] | None = None
+    if log is not None:
+        try:
+            write = stack.enter_context(log.open("a", encoding="utf-8", buffering=1)).write
+        except OSError as e:
+            raise ArgumentError(f"{log}: cannot write here ({e.strerror})") from e
+
+    def on_event(event: Event) -> None:
+        if write:
+            try:
+                write(jsons.dumps(event.as_dict(), ensure_ascii=False) + "\n")
+            except OSError as e:
+                raise PersonasteerError(f"{log}: cannot be written ({e.strerror})") from e
+        if not quiet and (event.action != "log" and (event.action or event.moment == "before")):
+            p = "" if event.probability is None else f", p {event.probability:.2f}"
+            done = f": {event.action}" if event.action else ""
+            when = "before the answer" if event.moment == "before" else f"at token {event.token}"
+            text = f"[{event.name} {event.reading:.2f}{p}, {event.state} {when}{done}]"
+            stderr.print(text, markup=False, soft_wrap=True, style="bold red" if event.state == "alarm" else "dim")
+
+    guard.on_event = on_event
+    return guard
+
+
+def _print_running(found: GuardedAnswer) -> None:
+    for name, means in found.running.items():
+        if len(means):
+            low, high = float(means.min()), float(means.max())
+            bars = "".join(
+                BARS[round(7 * (x - low) / ((high - low) or 1.0))] for x in means[:: max(1, len(means) // 40)]
+            )
+            text = f"[{name} while answering {low:.2f} {bars} {high:.2f}, {found.states.get(name, 'ok')}]"
+            stderr.print(text, markup=False, soft_wrap=True, style="dim")
+
+
+def _guarded_dict(prompt: str, found: GuardedAnswer) -> dict[str, Any]:
+    return {
+        **as_dict(prompt, found.answer),
+        "before": found.before,
+        "running": {name: np.round(means, 4).tolist() for name, means in found.running.items()},
+        "attempts": found.attempts,
+        "events": [e.as_dict() for e in found.events],
+    }

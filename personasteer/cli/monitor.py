@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.table import Table
@@ -21,18 +21,29 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
+from personasteer.evaluate.report import check_folder
 from personasteer.monitor import (
     Reading,
     Threshold,
+    TurnDrift,
+    calibrate,
+    check_readings_file,
+    drift_of_turns,
     load_thresholds,
+    read_baseline,
     read_conversations,
+    read_tokens,
+    save_readings,
     save_thresholds,
     thresholds_for,
     watch_transcripts,
+    watched,
 )
+from personasteer.monitor.page import report_files, write_report
 from personasteer.vectors import PersonaVector
 
 MARKS = {"ok": "", "watch": " watch", "alarm": " ALARM"}
+Drifts: TypeAlias = list[dict[str, TurnDrift | None]]  # of each conversation and trait
 
 
 def register(app: typer.Typer) -> None:
@@ -52,11 +63,33 @@ def monitor(
     ] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="One prompt to read.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt of -p.")] = None,
+    clean: Annotated[
+        Path | None,
+        typer.Option("--clean", metavar="FILE.jsonl", help="Calibrate on these conversations, ordinary for you."),
+    ] = None,
     thresholds: Annotated[
         Path | None, typer.Option("--thresholds", metavar="FILE.json", help="Use these instead of calibrating.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE.json", help="Write the thresholds that are used.")
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokens", metavar="FILE.jsonl|.parquet", help="Write the reading of every token at every block."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="DIR", help="Write index.html, text.png, drift.png and layers.png into this folder."
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline", metavar="FILE.jsonl", help="Conversations without drift, instead of the beginning of each."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what exists.")] = False,
     ctx: CtxOption = 2048,
@@ -68,12 +101,18 @@ def monitor(
     """Read prompts and conversations for traits, before and while they show.
 
     The reading at the last token before an answer is compared with what ordinary prompts read on this very model: an
-    alarm exceeds 95 % of them. The thresholds are calibrated the first time and kept. With --json a line a turn.
+    alarm exceeds 95 % of them. The thresholds are calibrated the first time and kept; those of --clean are kept where
+    -o FILE.json says. With --json a line a turn.
+
+    A conversation of five answers and more also tells whether and from which turn on these readings drift. --tokens and
+    --report read every token at every block but the last; with --thresholds only at theirs.
 
     Example: `personasteer monitor -m demo -v pessimistic.gguf -p "Why even try?"`
     """
     if not vectors and thresholds is None:
         raise ArgumentError("name at least one vector (-v FILE), or thresholds (--thresholds FILE)")
+    if clean is not None and thresholds is not None:
+        raise ArgumentError("--clean calibrates, and --thresholds brings what was calibrated: give one of the two")
     if vectors and thresholds is not None:
         raise ArgumentError("--thresholds brings its own directions: leave -v out")
     if prompt is not None and transcript is not None:
@@ -82,37 +121,75 @@ def monitor(
         raise ArgumentError("nothing to read: give -p TEXT, --transcript FILE.jsonl, or -o FILE.json for thresholds")
     if system is not None and prompt is None:
         raise ArgumentError("--system goes with -p")
-    if out is not None:
-        check_new(out, [*(vectors or []), *([transcript] if transcript else [])], force=force)
+    if baseline is not None and transcript is None:
+        raise ArgumentError("--baseline goes with --transcript")
+    if (tokens or report) and prompt is None and transcript is None:
+        raise ArgumentError("nothing to read for --tokens and --report: give -p TEXT or --transcript FILE.jsonl")
+    inputs: list[str | Path] = [*(vectors or []), *(path for path in (transcript, thresholds, baseline, clean) if path)]
+    if tokens is not None:
+        check_readings_file(tokens)
+    for path in (out, tokens):
+        if path is not None:
+            check_new(path, inputs, force=force)
     for spec in vectors or []:
         if split_strength(spec)[1] is not None:
             raise ArgumentError(f"{spec}: reading takes no strength")
     loaded = [PersonaVector.load(file, offset=offset) for file in vectors or []]
     given = load_thresholds(thresholds) if thresholds else []
     conversations = read_conversations(transcript) if transcript else []
+    ordinary = read_conversations(clean) if clean else []
     if prompt is not None:
         messages = [{"role": "user", "content": prompt}]
         conversations = [[*([{"role": "system", "content": system}] if system is not None else []), *messages]]
-    with open_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers) as m, stages() as stage:
-        used = given or thresholds_for(m, loaded, progress=stage("calibrating"))
+    compared = read_baseline(baseline) if baseline else []
+    if report is not None:
+        check_folder(report)
+        for name in report_files(len(conversations), len(given or loaded)) if report.is_dir() else []:
+            check_new(report / name, inputs, force=force)
+    options = {"n_ctx": ctx, "n_parallel": max(1, min(4, len(conversations))), "n_threads": threads}
+    with open_model(model, n_gpu_layers=gpu_layers, **options) as m, stages() as stage:
+        used = given or (
+            calibrate(m, loaded, clean=ordinary, progress=stage("calibrating"))
+            if ordinary
+            else thresholds_for(m, loaded, progress=stage("calibrating"))
+        )
         if out is not None:
             save_thresholds(used, out)
-        found = watch_transcripts(m, used, conversations, progress=stage("reading")) if conversations else []
+        others = watch_transcripts(m, used, compared, progress=stage("reading the baseline")) if compared else []
+        if tokens or report:
+            last = any(t.layer == m.n_layer - 1 for t in used)
+            read = read_tokens(
+                m, given or loaded, conversations, thresholds=used, last_layer=last, progress=stage("reading")
+            )
+            found = [watched(r, used) for r in read]
+        else:
+            found = watch_transcripts(m, used, conversations, progress=stage("reading")) if conversations else []
+    drifts = [{t.name: drift_of_turns(r, t.name, baseline=others) for t in used} for r in found]
+    if tokens is not None:
+        save_readings(read, tokens)
+    if report is not None:
+        write_report(report, read, thresholds=used, baseline=others)
     if json:
-        _print_lines(used, found)
-    else:
-        _print_tables(used, found)
+        _print_lines(used, found, drifts)
+        return
+    _print_tables(used, found, drifts)
+    if tokens is not None:
+        stdout.print(f"tokens: {tokens}", markup=False, soft_wrap=True)
+    if report is not None:
+        stdout.print(f"report: {report}/index.html and its figures", markup=False, soft_wrap=True)
 
 
-def _print_lines(thresholds: list[Threshold], found: list[Reading]) -> None:
+def _print_lines(thresholds: list[Threshold], found: list[Reading], drifts: Drifts) -> None:
     for t in thresholds if not found else []:
         print_json({key: value for key, value in t.as_dict().items() if key != "direction"})
     for i, reading in enumerate(found):
         for k, turn in enumerate(reading.turns):
             print_json({"conversation": i, "turn": k, **turn.as_dict()})
+        if known := {name: drift.as_dict() for name, drift in drifts[i].items() if drift}:
+            print_json({"conversation": i, "drift": known})
 
 
-def _print_tables(thresholds: list[Threshold], found: list[Reading]) -> None:
+def _print_tables(thresholds: list[Threshold], found: list[Reading], drifts: Drifts) -> None:
     for t in thresholds:
         stdout.print(
             f"{t.name}: block {t.layer}, watch from {t.watch:.2f}, alarm from {t.alarm:.2f} "
@@ -127,6 +204,16 @@ def _print_tables(thresholds: list[Threshold], found: list[Reading]) -> None:
             n = str(turn.end - turn.begin) if turn.end > turn.begin else "to come"
             table.add_row(str(k), turn.role, n, *(_cell(turn, t.name) for t in thresholds))
         stdout.print(table)
+        for name, drift in drifts[i].items():
+            if drift:
+                stdout.print(f"{name}: {_drift(drift)}", markup=False, soft_wrap=True)
+
+
+def _drift(drift: TurnDrift) -> str:
+    said = "does not drift"
+    if drift.turn is not None:
+        said = f"drifts {'up' if drift.chart.direction > 0 else 'down'} from turn {drift.turn} on"
+    return f"{said} (before answers the baseline reads {drift.chart.mean:.2f} ± {drift.chart.spread:.2f})"
 
 
 def _cell(turn: Any, name: str) -> str:

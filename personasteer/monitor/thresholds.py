@@ -9,33 +9,42 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personasteer import traits
+from personasteer.chat import Conversation, as_messages
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ModelError, PersonasteerError, VectorError
 from personasteer.evaluate import trait_of
 from personasteer.files import atomic_write, read_cache, write_cache
 from personasteer.identity import PARTS
 from personasteer.model import Model
+from personasteer.monitor.discriminant import discriminants
+from personasteer.monitor.everyday import ordinary_prompts
+from personasteer.monitor.running import (
+    FEWEST,
+    N_CLEAN_ANSWERS,
+    N_TRAIT_ANSWERS,
+    Running,
+    calibrate_running,
+    check_numbers,
+    direction_of,
+    percentile,
+    state_of,
+)
 from personasteer.progress import Meter
 from personasteer.statistics import auroc, cohen_d
 from personasteer.steering import check_fits
-from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
 
 STATES = ("ok", "watch", "alarm")
 WATCH, ALARM = 80.0, 95.0  # percentiles of clean prompts
-FEWEST = 40  # clean prompts that a 95th percentile is taken of
-HELD_OUT = 3  # every third clean prompt is left for testing
-RESAMPLES = 200  # of the clean readings: their percentiles' mean varies less than the percentile itself
 SCHEMA = 1
 CACHE = "thresholds.json"
 
@@ -46,13 +55,15 @@ class Threshold:
 
     Args:
         name: of the vector.
-        layer: the block that is read: the one that best tells the trait's prompts from clean ones.
-        direction: (n_embd,) u, of length 1; the reading is x = <h_layer, u>, in the model's own units.
+        layer: the block that is read: the one that best tells the trait's prompts from clean and from opposite ones.
+        direction: (n_embd,) u, of length 1; the reading is x = <h_layer, u>, in the model's own units. u is the
+            vector's last-prompt-token direction, less what ordinary prompts differ in: see `discriminants`.
         watch, alarm: readings that clean prompts exceed in 20 % and in 5 % of cases.
         slope, intercept: P(trait | x) = 1 / (1 + exp(-(slope x + intercept))), for as many trait prompts as clean ones.
         auroc: of trait prompts over clean ones that the layer was not chosen on.
         n_clean, n_trait: how many there were.
         origin: the model's fingerprint, and the parts of its identity.
+        running: what to compare the answer with while it is generated; None where it was not calibrated.
     """
 
     name: str
@@ -66,11 +77,10 @@ class Threshold:
     n_clean: int
     n_trait: int
     origin: Mapping[str, Any] = field(default_factory=dict)
+    running: Running | None = None
 
     def __post_init__(self) -> None:
-        numbers = (self.watch, self.alarm, self.slope, self.intercept)
-        if not (np.isfinite(self.direction).all() and np.isfinite(numbers).all()) or self.watch > self.alarm:
-            raise VectorError(f"threshold of {self.name!r}: its numbers are not finite, or watch is above alarm")
+        check_numbers(repr(self.name), self.direction, self.watch, self.alarm, self.slope, self.intercept)
 
     def probability(self, reading: float) -> float:
         """That a prompt of this reading shows the trait, of two equally frequent kinds."""
@@ -78,11 +88,7 @@ class Threshold:
 
     def state(self, reading: float, before: str = "ok") -> str:
         """ok, watch or alarm. An alarm lasts until the reading is below `watch`: one that swings does not flicker."""
-        if reading >= self.alarm:
-            return "alarm"
-        if reading >= self.watch:
-            return "alarm" if before == "alarm" else "watch"
-        return "ok"
+        return state_of(reading, before, self.watch, self.alarm)
 
     def check(self, model: Model) -> None:
         """Warn where the model has other weights than it was calibrated on.
@@ -90,7 +96,8 @@ class Threshold:
         Raises VectorError for a model of another shape, ModelError for another chat template or tokenizer: what stands
         at the last prompt token is then something else.
         """
-        if len(self.direction) != model.n_embd or not 0 <= self.layer < model.n_layer:
+        layers = [self.layer, *([self.running.layer] if self.running else [])]
+        if len(self.direction) != model.n_embd or not all(0 <= il < model.n_layer for il in layers):
             raise VectorError(
                 f"the threshold of {self.name!r} is for block {self.layer} of width {len(self.direction)}"
             )
@@ -111,7 +118,9 @@ class Threshold:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**vars(self), "direction": [float(x) for x in self.direction], "origin": dict(self.origin)}
+        running = self.running.as_dict() if self.running else None
+        direction = [float(x) for x in self.direction]
+        return {**vars(self), "direction": direction, "origin": dict(self.origin), "running": running}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Threshold:
@@ -119,55 +128,51 @@ class Threshold:
         try:
             numbers = {key: float(data[key]) for key in ("watch", "alarm", "slope", "intercept", "auroc")}
             counts = {key: int(data[key]) for key in ("layer", "n_clean", "n_trait")}
-            direction = np.asarray(data["direction"], np.float32)
-            if direction.ndim != 1 or not isinstance(data["name"], str):
-                raise VectorError("no direction, or no name")
-            return cls(name=data["name"], direction=direction, origin=dict(data["origin"]), **numbers, **counts)  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            if not isinstance(data["name"], str):
+                raise VectorError("no name")
+            running = Running.from_dict(data["running"]) if data.get("running") is not None else None
+            more: dict[str, Any] = {**numbers, **counts, "origin": dict(data["origin"]), "running": running}
+            return cls(name=data["name"], direction=direction_of(data["direction"]), **more)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
             raise VectorError(f"not the data of a threshold: {type(e).__name__}: {e}") from e
-
-
-def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
-    """(question, the trait whose library it is from) of ordinary questions, in a fixed mixed order: two thirds to
-    calibrate on, or the third that is left for testing.
-    """
-    given = [(q, name) for name in traits.names() for q in _questions(traits.get(name))]
-    mixed = sorted(dict(given).items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-    return tuple(pair for i, pair in enumerate(mixed) if (i % HELD_OUT == 0) == held_out)
-
-
-def _questions(trait: Trait) -> tuple[str, ...]:
-    return (*trait.derive_questions, *trait.evaluate_questions)
 
 
 def calibrate(
     model: Model,
     vectors: Sequence[PersonaVector],
     *,
-    clean: Sequence[str] | None = None,
+    clean: Sequence[Conversation] | None = None,
     percentiles: tuple[float, float] = (WATCH, ALARM),
+    running: bool = False,
     progress: Progress | None = None,
 ) -> list[Threshold]:
     """Thresholds of vectors on this very model: its weights, quantization and chat template.
 
-    Reads the last token of prompts, where the answer begins, along the vectors' last-prompt-token directions. Trait
-    prompts are the trait's own deriving questions under its encouraging system prompts; clean ones are ordinary
-    questions without a system prompt, those of other traits in the library. The block is the one with the largest AUROC
-    on two thirds of them; AUROC is reported on the rest.
+    Reads the last token of prompts, where the answer begins, along the vectors' last-prompt-token directions
+    less what clean prompts differ in (`discriminants`). Trait prompts are the trait's own deriving questions under its
+    encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, every second
+    under an everyday system prompt. Percentiles are of cross-fitted readings. The block is the one
+    with the largest AUROC over clean prompts and over the same questions under the trait's opposite system prompts,
+    whichever is smaller, on two thirds of them all; AUROC over clean ones is reported on the rest.
 
     Args:
-        clean: prompts that count as ordinary for you, at least 40, instead of the library's.
+        clean: prompts that count as ordinary for you, at least 40, instead of the library's: texts of the user, or
+            messages that end with the user's.
         percentiles: of clean prompts, for watch and alarm.
+        running: also calibrate the running mean over answers. The model answers 120 clean prompts, and 40 of each
+            trait's, with 32 tokens each.
 
     Raises:
         VectorError: a vector without last-prompt-token directions. TraitError: one whose trait is not known.
         ArgumentError: too few clean prompts, percentiles out of order. TemplateError: a model without a system role.
     """
-    low, high = percentiles
-    if not 0 < low <= high < 100:
+    if not 0 < percentiles[0] <= percentiles[1] < 100:
         raise ArgumentError(f"percentiles must be two ascending numbers between 0 and 100, not {percentiles}")
     if clean is not None and len(clean) < FEWEST:
         raise ArgumentError(f"{len(clean)} clean prompts are too few for a percentile: give at least {FEWEST}")
+    for given in clean or ():
+        if as_messages(given)[-1]["role"] == "assistant":
+            raise ArgumentError("a clean prompt must end with the user's message, not with an answer")
     for vector in vectors:
         check_fits(vector, model)
         if vector.last_prompt is None:
@@ -175,31 +180,36 @@ def calibrate(
                 f"vector {vector.name!r} has no last-prompt-token directions: derive it with personasteer"
             )
     behind = [trait_of(v) for v in vectors]
-    prompts = [(q, "") for q in clean] if clean is not None else list(clean_prompts())
-    encouraged = [[(q, system) for q in t.derive_questions for system, _ in t.system] for t in behind]
-    meter = Meter(progress, len(prompts) + sum(map(len, encouraged)))
-    ordinary = last_states(model, [(q, None) for q, _ in prompts], meter.part(len(prompts)))
+    prompts, whose = ordinary_prompts(clean)
+    asked = [[(q, pair[side]) for side in (0, 1) for q in t.derive_questions for pair in t.system] for t in behind]
+    n_states = len(prompts) + sum(map(len, asked))
+    n_answers = N_CLEAN_ANSWERS + N_TRAIT_ANSWERS * len(vectors) if running else 0
+    meter = Meter(progress, n_states + n_answers)
+    ordinary = last_states(model, prompts, meter.part(len(prompts)))
+    fitted = discriminants(ordinary, np.stack([v.last_prompt for v in vectors if v.last_prompt is not None]))
     found = []
-    for vector, trait, pairs in zip(vectors, behind, encouraged, strict=True):
-        own = np.array([name == trait.name for _, name in prompts])
-        shown = last_states(model, pairs, meter.part(len(pairs)))
-        found.append(_threshold(model, vector, ordinary[~own], shown, (low, high)))
-    return found
+    for k, (vector, trait, pairs) in enumerate(zip(vectors, behind, asked, strict=True)):
+        units, offsets, own = fitted.units[k], fitted.offsets[k], np.array([name == trait.name for name in whose])
+        asked_for, opposite = np.split(last_states(model, pairs, meter.part(len(pairs))), 2)
+        high, other = (np.einsum("nld,ld->nl", s, units, dtype=np.float64) - offsets for s in (asked_for, opposite))
+        found.append(_threshold(model, vector, units, offsets, fitted.readings[k][~own], high, other, percentiles))
+    if not running:
+        return found
+    answered = calibrate_running(model, vectors, clean=clean, percentiles=percentiles, progress=meter.part(n_answers))
+    return [replace(t, running=r) for t, r in zip(found, answered, strict=True)]
 
 
 def last_states(
-    model: Model, prompts: Sequence[tuple[str, str | None]], progress: Progress | None = None
+    model: Model, prompts: Sequence[tuple[Conversation, str | None]], progress: Progress | None = None
 ) -> NDArray[np.float32]:
-    """(n, n_layer, n_embd) block outputs at the last token of (question, system prompt), rendered as when derived."""
+    """(n, n_layer, n_embd) block outputs at the last token of (conversation, system prompt), rendered as when derived:
+    where the answer begins.
+    """
     items: list[Any] = [
-        [
-            {"role": "system", "content": system},
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": ""},
-        ]
-        if system
-        else (question, "")
-        for question, system in prompts
+        (given, "")
+        if isinstance(given, str) and not system
+        else [*as_messages(given, system or None), {"role": "assistant", "content": ""}]
+        for given, system in prompts
     ]
     states: NDArray[np.float32] = model.capture(items, pool="last", span="prompt", share_prefix=True, progress=progress)
     return states
@@ -208,35 +218,30 @@ def last_states(
 def _threshold(
     model: Model,
     vector: PersonaVector,
-    clean: NDArray[np.float32],
-    shown: NDArray[np.float32],
+    units: NDArray[np.float64],
+    offsets: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    other: NDArray[np.float64],
     percentiles: tuple[float, float],
 ) -> Threshold:
-    assert vector.last_prompt is not None
-    lengths = np.linalg.norm(vector.last_prompt.astype(np.float64), axis=1)
-    usable = [il for il in range(vector.n_layer) if np.isfinite(lengths[il]) and lengths[il] > 0]
+    """From (n, n_layer) readings, less `offsets`, of clean prompts, of the trait's, and of its opposite's."""
+    usable = [il for il in range(len(units)) if units[il].any()]
     if not usable:
         raise VectorError(f"vector {vector.name!r} has no usable last-prompt-token direction")
-    units = np.nan_to_num(vector.last_prompt / np.where(lengths > 0, lengths, 1)[:, None])
-    low, high = (np.einsum("nld,ld->nl", s, units, dtype=np.float64) for s in (clean, shown))
     choosing = [np.arange(len(x)) % 3 < 2 for x in (low, high)]
-    areas = auroc(high[choosing[1]], low[choosing[0]])
-    gaps = np.nan_to_num(cohen_d(high[choosing[1]], low[choosing[0]]))
+    seen, against = high[choosing[1]], (low[choosing[0]], other[choosing[1]])
+    areas = np.min([auroc(seen, x) for x in against], axis=0)
+    gaps = np.min([np.nan_to_num(cohen_d(seen, x)) for x in against], axis=0)
     layer = max(usable, key=lambda il: (round(float(areas[il]), 3), float(gaps[il])))
-    x, y = low[:, layer], high[:, layer]
+    x, y = (side[:, layer] + offsets[layer] for side in (low, high))
     slope, intercept = _logistic(y, x)
-    watch, alarm = (_percentile(x, p) for p in percentiles)
+    watch, alarm = (percentile(x, p) for p in percentiles)
     tested = float(auroc(y[~choosing[1], None], x[~choosing[0], None])[0])
     return Threshold(
         vector.name, layer, units[layer].astype(np.float32), watch, alarm, slope, intercept, tested, len(x), len(y),
         dict(model.origin),
     )  # fmt: skip
-
-
-def _percentile(values: NDArray[np.float64], percent: float) -> float:
-    """The mean percentile of resamples."""
-    at = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    return float(np.percentile(values[at], percent, axis=1).mean())
 
 
 def _logistic(high: NDArray[np.float64], low: NDArray[np.float64]) -> tuple[float, float]:
@@ -262,20 +267,29 @@ def _logistic(high: NDArray[np.float64], low: NDArray[np.float64]) -> tuple[floa
 
 
 def thresholds_for(
-    model: Model, vectors: Sequence[PersonaVector], *, progress: Progress | None = None
+    model: Model, vectors: Sequence[PersonaVector], *, running: bool = False, progress: Progress | None = None
 ) -> list[Threshold]:
-    """Thresholds of vectors on this model with the library's clean prompts: kept in the cache, or calibrated now."""
+    """Thresholds of vectors on this model with the library's clean prompts: kept in the cache, or calibrated now.
+    running: with those of running means.
+    """
     keys = [_key(model, v) for v in vectors]
     known = read_cache(CACHE)
     found: dict[str, Threshold] = {}
     for key in keys:
         with suppress(VectorError, KeyError, AttributeError):
             found[key] = Threshold.from_dict(known[key])  # type: ignore[arg-type]
-    missing = {key: v for key, v in zip(keys, vectors, strict=True) if key not in found}
+    of_key = dict(zip(keys, vectors, strict=True))
+    missing = [key for key in of_key if key not in found]
+    silent = [key for key in of_key if running and key in found and not found[key].running]
+    meter = Meter(progress, len(missing) + len(silent))
     if missing:
-        made = calibrate(model, list(missing.values()), progress=progress)
+        made = calibrate(model, [of_key[k] for k in missing], running=running, progress=meter.part(len(missing)))
         found |= dict(zip(missing, made, strict=True))
-        write_cache(CACHE, read_cache(CACHE) | {key: found[key].as_dict() for key in missing})
+    if silent:
+        answered = calibrate_running(model, [of_key[k] for k in silent], progress=meter.part(len(silent)))
+        found |= {k: replace(found[k], running=r) for k, r in zip(silent, answered, strict=True)}
+    if missing or silent:
+        write_cache(CACHE, read_cache(CACHE) | {k: found[k].as_dict() for k in (*missing, *silent)})
     return [found[key] for key in keys]
 
 
