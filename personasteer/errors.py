@@ -10,6 +10,7 @@ PersonasteerError
 ├── TraitError             a trait is unknown or its file breaks the rules
 ├── BundleError            a bundle is incomplete, changed, for another model, or breaks the rules
 ├── EndpointError          a server cannot be reached, or answers with an error or with something else
+├── RegistryError          the registry of models cannot be opened, read or written, or lacks what was asked for
 └── ElicitationError       the model did not show the trait, so no vector can be certified
 """
 
@@ -55,6 +56,10 @@ class BundleError(PersonasteerError):
 
 class EndpointError(PersonasteerError):
     """A server cannot be reached, or answers with an error or with something else."""
+
+
+class RegistryError(PersonasteerError):
+    """The registry of models cannot be opened, read or written, or lacks what was asked for."""
 
 
 class ElicitationError(PersonasteerError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import guard
 import methods
 import numpy as np
 import pytest
@@ -394,3 +395,26 @@ def test_a_rejected_trait_is_derived_from_its_continuations_once(
     monkeypatch.setattr(ps, "Model", None)
     traits_of_library.main()
     assert capsys.readouterr().out == first
+
+
+# -- guard ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pessimistic", "sycophantic", "casual", "poetic"])
+def test_a_trait_has_more_than_fifty_prompts_that_ask_for_a_character(name: str) -> None:
+    trait = traits.get(name)
+    prompts = guard.persona_prompts(trait)
+    assert len({p for p, _ in prompts}) == len(prompts) == 52
+    assert all(q in p and "{" not in p for p, q in prompts)
+    assert {q for _, q in prompts} <= set(trait.evaluate_questions)
+    library = " ".join(text for pair in trait.system for text in pair)
+    assert not [p for p, _ in prompts if p in library]
+
+
+def test_the_table_of_a_guard_has_a_line_for_each_rule() -> None:
+    arm = {"shows": 0.5, "score": 40.0, "coherence": 0.9, "touched": 0.1, "identical": 90, "untouched": 90}
+    row = {"model": "m", "trait": "t", "n": 52, "alarms_before": 0.75, "alarms": 1.0}
+    text = guard.table([{**row, "arms": dict.fromkeys(guard.RULES, arm)}])
+    assert text.count("| m | t |") == len(guard.RULES)
+    assert "| m | t | cap | 50% of 52 | 40.0 | 0.90 | 10% | 90 of 90 |" in text
+    assert "75% of the persona prompts" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -192,6 +193,20 @@ def test_a_stream_that_is_stopped_before_its_first_token_says_nothing(
         assert stream.result().text == ""
         other = guard(Rule(vector)).submit(session, "one", system=LOUD, **GREEDY)
         assert "".join(other) == other.result().text != ""
+
+
+@pytest.mark.parametrize("rule", [{}, {"action": "stop", "message": "Not that."}, {"action": "stop"}])
+def test_a_guarded_stream_can_be_awaited(
+    model: ps.Model, guard: Any, vector: ps.PersonaVector, rule: dict[str, Any]
+) -> None:
+    async def read(session: Any) -> str:
+        stream = guard(Rule(vector, when="before", **rule)).submit(session, "one", system=LOUD, **GREEDY)
+        return "".join([piece async for piece in stream])
+
+    with model.session() as session:
+        said = asyncio.run(read(session))
+        wanted = guard(Rule(vector, when="before", **rule)).submit(session, "one", system=LOUD, **GREEDY).result().text
+    assert said == wanted
 
 
 def test_an_answer_is_made_anew_with_more_each_time(guard: Any, model: ps.Model, vector: ps.PersonaVector) -> None:

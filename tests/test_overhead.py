@@ -15,8 +15,9 @@ from personasteer.evaluate.overhead import OPERATORS, _Mode, _row, measure_overh
 def test_every_mode_has_a_row_for_prefill_and_for_decode(tiny_path: Path) -> None:
     with ps.Model(tiny_path, n_ctx=64, n_parallel=1) as model:
         rows = measure_overhead(model, ks=(1, 8, 17), pairs=3, prompt_tokens=16, decode_tokens=4)
-    modes = [("off", 0), ("add", 1), ("add", 8), ("cap", 1), ("cap", 8), ("readings", 1), ("readings", 8), ("live", 1), ("live", 8),
-             ("capture", 0), ("capture_last", 0), ("capture_raw", 0), ("off x16", 0), ("personas x16", 2)]  # fmt: skip
+    modes = [("off", 0), ("add", 1), ("add", 8), ("cap", 1), ("cap", 8), ("readings", 1), ("readings", 8), ("live", 1),
+             ("live", 8), ("capture", 0), ("capture_last", 0), ("capture_raw", 0), ("off x16", 0),
+             ("personas x16", 2)]  # fmt: skip
     assert [(r.phase, r.mode, r.k) for r in rows] == [(p, m, k) for p in ("prefill", "decode") for m, k in modes]
     for r in rows:
         assert r.pairs == 3

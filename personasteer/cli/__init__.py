@@ -26,8 +26,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    "demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture", "monitor",
-    "import", "export", "verify", "bundle", "push", "bench",
+    "demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture", "monitor", "track",
+    "audit", "import", "export", "verify", "bundle", "push", "bench",
 )  # fmt: skip
 _debug = False
 

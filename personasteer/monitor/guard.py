@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -338,6 +339,15 @@ class GuardedStream:
             yield self.result().text
             return
         for piece in self._stream:
+            if self._silenced:
+                return
+            yield piece
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        if self._holds_back:
+            yield (await asyncio.to_thread(self.result)).text
+            return
+        async for piece in self._stream:
             if self._silenced:
                 return
             yield piece

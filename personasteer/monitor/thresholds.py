@@ -45,7 +45,9 @@ log = logging.getLogger("personasteer")
 
 STATES = ("ok", "watch", "alarm")
 WATCH, ALARM = 80.0, 95.0  # percentiles of clean prompts
+EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model will do
 SCHEMA = 1
+METHOD = 2  # of calibration: thresholds that another one made are not taken from the cache
 CACHE = "thresholds.json"
 
 
@@ -151,9 +153,10 @@ def calibrate(
     Reads the last token of prompts, where the answer begins, along the vectors' last-prompt-token directions
     less what clean prompts differ in (`discriminants`). Trait prompts are the trait's own deriving questions under its
     encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, every second
-    under an everyday system prompt. Percentiles are of cross-fitted readings. The block is the one
-    with the largest AUROC over clean prompts and over the same questions under the trait's opposite system prompts,
-    whichever is smaller, on two thirds of them all; AUROC over clean ones is reported on the rest.
+    under an everyday system prompt. Percentiles are of cross-fitted readings. The block is the
+    one, not before a third of them, with the largest AUROC over clean prompts and over the same questions under the
+    trait's opposite system prompts, whichever is smaller, on two thirds of them all; AUROC over clean ones is reported
+    on the rest.
 
     Args:
         clean: prompts that count as ordinary for you, at least 40, instead of the library's: texts of the user, or
@@ -226,7 +229,7 @@ def _threshold(
     percentiles: tuple[float, float],
 ) -> Threshold:
     """From (n, n_layer) readings, less `offsets`, of clean prompts, of the trait's, and of its opposite's."""
-    usable = [il for il in range(len(units)) if units[il].any()]
+    usable = [il for il in range(len(units) // EARLIEST, len(units)) if units[il].any()]
     if not usable:
         raise VectorError(f"vector {vector.name!r} has no usable last-prompt-token direction")
     choosing = [np.arange(len(x)) % 3 < 2 for x in (low, high)]
@@ -295,7 +298,7 @@ def thresholds_for(
 
 def _key(model: Model, vector: PersonaVector) -> str:
     directions = b"" if vector.last_prompt is None else vector.last_prompt.tobytes()
-    own = json.dumps([vector.name, dict(vector.provenance)], sort_keys=True, default=str).encode()
+    own = json.dumps([METHOD, vector.name, dict(vector.provenance)], sort_keys=True, default=str).encode()
     return f"{model.fingerprint}|{hashlib.sha256(directions + own).hexdigest()}"
 
 
