@@ -46,7 +46,7 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     few = monitor.clean_prompts()[:45], monitor.clean_prompts(held_out=True)[:24]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("personasteer.monitor.audit._subjects", lambda own: subjects | {t.name: t for t in own})
+        patch.setattr("personasteer.monitor.audit.subjects_of", lambda own: subjects | {t.name: t for t in own})
         patch.setattr("personasteer.monitor.audit.AT_ONCE", 2)
         for module in ("everyday", "profile", "tracking"):
             patch.setattr(f"personasteer.monitor.{module}.clean_prompts", lambda held_out=False: few[held_out])
@@ -213,7 +213,7 @@ def test_a_tracked_model_can_stand_for_an_earlier_audit(
     sizes: None, path: Path, baked: Path, vector: ps.PersonaVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PERSONASTEER_REGISTRY", str(tmp_path / "r.sqlite"))
-    monkeypatch.setattr("personasteer.monitor.tracking._subjects", lambda own: {t.name: t for t in own})
+    monkeypatch.setattr("personasteer.monitor.tracking.subjects_of", lambda own: {t.name: t for t in own})
     with monitor.Registry() as registry, ps.Model(path, n_ctx=512, n_parallel=16) as m:
         monitor.track_model(m, [vector], registry, label="stable")
     log = measure(baked, vector, previous=load_earlier("stable"))

@@ -47,7 +47,7 @@ from personasteer.monitor.audit_page import findings, not_tested
 from personasteer.monitor.profile import N_PROMPTS, N_QUESTIONS, Profile, Shift, compare_profiles, measure_profile
 from personasteer.monitor.registry import Registry, TrackedVector
 from personasteer.monitor.thresholds import Threshold, last_states, thresholds_for
-from personasteer.monitor.tracking import PROFILE, _ordinary_prompts, _profile_of, _readings, _subjects, _texts
+from personasteer.monitor.tracking import PROFILE, fresh_prompts, profile_of, subjects_of, texts_of
 from personasteer.progress import Meter
 from personasteer.ship.fields import read_fields
 from personasteer.statistics import bootstrap_interval
@@ -101,7 +101,7 @@ def load_earlier(where: str | os.PathLike[str]) -> Earlier:
         raise ArgumentError(f"{where}: neither an audit (a folder, an audit.json) nor a tracked model ({e})") from e
     if stored is None:
         raise ArgumentError(f"{where}: was tracked without measurements: add it again")
-    return Earlier("previous", model.title, model.fingerprint, model.identity, "", _profile_of(stored),
+    return Earlier("previous", model.title, model.fingerprint, model.identity, "", profile_of(stored),
                    stored.content["texts"], {})  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def audit_model(
     file = describe_file(Path(path), fields)
     base_file = None if base is None else describe_file(Path(base), read_fields(base))
     derived = [find(t) for t in (traits if traits is not None else () if vectors else TRAITS)]
-    subjects = _subjects([*(t for v in vectors if (t := _trait(v)) is not None), *derived])
+    subjects = subjects_of([*(t for v in vectors if (t := _trait(v)) is not None), *derived])
     sizes = {"questions": n_questions, "random": n_random, "profile_questions": N_QUESTIONS, "n_ctx": n_ctx}
     versions = {name: version(name) for name in ("personasteer", "llama-cpp-python")}
     plan = {
@@ -183,7 +183,7 @@ def audit_model(
                 with Model(base, seed=seed, **options) as m:
                     run = _Run(m, kept, None, stage, seed)
                     of_base, why_no_base = run.profile("profile of the base", subjects, directions=True)
-    texts = _texts(subjects)
+    texts = texts_of(subjects)
     comparisons = []
     if profile is not None:
         own = [v for v in vectors if v.n_layer == file.n_layer and (t := _trait(v)) and t.name not in profile.log_odds]
@@ -397,14 +397,14 @@ class _Run:
 
         def compute() -> tuple[dict[str, NDArray[Any]], Any]:
             found = thresholds_for(self.model, [at[k] for k in watched], progress=self.stage("thresholds"))
-            prompts = _ordinary_prompts()
+            prompts = fresh_prompts()
             readings: list[list[NDArray[np.float64]]] = [[] for _ in found]
             progress = self.stage("fresh prompts")
             for begin in range(0, len(prompts), 64):
                 some = [(q, system) for q, system, _ in prompts[begin : begin + 64]]
                 states = last_states(self.model, some)
                 for of_one, t in zip(readings, found, strict=True):
-                    of_one.append(_readings(states, t))
+                    of_one.append(t.readings(states))
                 progress(min(begin + 64, len(prompts)), len(prompts))
             whose = np.array([name for _, _, name in prompts])
             arrays = {}

@@ -84,6 +84,11 @@ class Threshold:
     def __post_init__(self) -> None:
         check_numbers(repr(self.name), self.direction, self.watch, self.alarm, self.slope, self.intercept)
 
+    def readings(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(n,) <h_layer, u> of (n, n_layer, n_embd) block outputs."""
+        out: NDArray[np.float64] = states[:, self.layer].astype(np.float64) @ self.direction.astype(np.float64)
+        return out
+
     def probability(self, reading: float) -> float:
         """That a prompt of this reading shows the trait, of two equally frequent kinds."""
         return float(1 / (1 + math.exp(-float(np.clip(self.slope * reading + self.intercept, -60, 60)))))

@@ -196,7 +196,7 @@ def track_model(
     for _, vector in chosen.values():
         check_fits(vector, model)
     before = [kept.load() for kept, _ in registry.vectors(model.fingerprint)]
-    subjects = _subjects([trait_of(v) for v in (*before, *(v for _, v in chosen.values()))])
+    subjects = subjects_of([trait_of(v) for v in (*before, *(v for _, v in chosen.values()))])
     weight = WEIGHTS["ordinary"] + WEIGHTS["vector"] * len(chosen)
     meter = Meter(progress, WEIGHTS["thresholds"] + WEIGHTS["profile"] + weight)
     watched = {d: v for d, (_, v) in chosen.items() if v.last_prompt is not None and model.takes_system}
@@ -227,7 +227,7 @@ def _sound(model: Model, profile: Profile) -> Profile:
     return profile
 
 
-def _subjects(own: Sequence[Trait]) -> dict[str, Trait]:
+def subjects_of(own: Sequence[Trait]) -> dict[str, Trait]:
     """Whom a profile is about: the library's traits, and the vectors' own, which come first of one name."""
     library = {name: traits.get(name) for name in traits.names()}
     return library | {t.name: t for t in reversed(own)}
@@ -240,7 +240,7 @@ def _replay(
 ) -> dict[str, Replay]:
     """Of each (vector, its threshold, its comparisons or None for the trait's own)."""
     meter = Meter(progress, WEIGHTS["ordinary"] + WEIGHTS["vector"] * len(asked))
-    prompts = _ordinary_prompts()
+    prompts = fresh_prompts()
     read, part = any(t is not None for _, t, _ in asked.values()), meter.part(WEIGHTS["ordinary"])
     states = last_states(model, [(q, system) for q, system, _ in prompts], part) if read else None
     out = {}
@@ -254,7 +254,7 @@ def _replay(
             directions = (high.mean(0, dtype=np.float64) - low.mean(0, dtype=np.float64)).astype(np.float32)
             if threshold is not None and states is not None:
                 others = [i for i, (_, _, whose) in enumerate(prompts) if whose != trait.name]
-                ordinary, shown = (_readings(s, threshold) for s in (states[others], high))
+                ordinary, shown = (threshold.readings(s) for s in (states[others], high))
         if cells is None:
             questions = trait.evaluate_questions[:N_CELLS]
             pairs_of = trait.evaluation_pairs
@@ -263,14 +263,9 @@ def _replay(
     return out
 
 
-def _ordinary_prompts() -> list[tuple[str, str | None, str]]:
+def fresh_prompts() -> list[tuple[str, str | None, str]]:
     """(question, system prompt, the trait whose library it is from), as those that thresholds are calibrated on."""
     return [(q, everyday_system(q), name) for q, name in clean_prompts(held_out=True)[:N_ORDINARY]]
-
-
-def _readings(states: NDArray[np.float32], threshold: Threshold) -> NDArray[np.float64]:
-    out: NDArray[np.float64] = states[:, threshold.layer].astype(np.float64) @ threshold.direction.astype(np.float64)
-    return out
 
 
 def _doses(
@@ -285,21 +280,21 @@ def _doses(
 # -- as evaluations ---------------------------------------------------------------------------------------------------
 
 
-def _texts(subjects: Mapping[str, Trait]) -> dict[str, str]:
+def texts_of(subjects: Mapping[str, Trait]) -> dict[str, str]:
     """Digests of the fixed texts: of each trait, and of the ordinary prompts ("")."""
-    return {"": digest_of(clean_prompts(held_out=True), _ordinary_prompts())} | {
+    return {"": digest_of(clean_prompts(held_out=True), fresh_prompts())} | {
         name: digest_of(trait.as_dict()) for name, trait in subjects.items()
     }
 
 
 def _texts_of(vector: PersonaVector) -> dict[str, str]:
     trait = trait_of(vector)
-    return _texts({trait.name: trait})
+    return texts_of({trait.name: trait})
 
 
 def _origin(subjects: Mapping[str, Trait]) -> dict[str, Any]:
     """What a profile depends on beside its model."""
-    return {"texts": _texts(subjects), "build": build_id()}
+    return {"texts": texts_of(subjects), "build": build_id()}
 
 
 def _of_profile(model: Model, profile: Profile, subjects: Mapping[str, Trait]) -> Evaluation:
@@ -316,7 +311,7 @@ def _of_profile(model: Model, profile: Profile, subjects: Mapping[str, Trait]) -
     return Evaluation(PROFILE, model.fingerprint, _origin(subjects), arrays)
 
 
-def _profile_of(found: Evaluation) -> Profile:
+def profile_of(found: Evaluation) -> Profile:
     def under(prefix: str) -> dict[str, NDArray[Any]]:
         return {name.removeprefix(prefix): a for name, a in found.arrays.items() if name.startswith(prefix)}
 
@@ -421,7 +416,7 @@ def _checked(
     stored = _latest(registry, PROFILE, base)
     kept = registry.vectors(base.fingerprint)
     vectors = {k.digest: k.load() for k, _ in kept}
-    before = _profile_of(stored)
+    before = profile_of(stored)
     subjects = _same_subjects(stored, [trait_of(v) for v in vectors.values()], base)
     old = {}
     for k, _ in kept:
@@ -476,9 +471,9 @@ def _same_subjects(stored: Evaluation, own: Sequence[Trait], base: TrackedModel)
     """The traits of a stored profile. Raises RegistryError where their texts have changed since."""
     texts: Mapping[str, str] = stored.content["texts"]
     try:
-        known = _subjects(own)
+        known = subjects_of(own)
         subjects = {name: known[name] for name in texts if name}
-        if _texts(subjects) == texts:
+        if texts_of(subjects) == texts:
             return subjects
     except (KeyError, TraitError):
         pass
@@ -599,7 +594,7 @@ def compare_models(registry: Registry, first: str, second: str) -> Comparison:
         found.append(_compared(kept[0][x], kept[1][y], replays[0], replays[1], x == y, alike))
     shifts: list[Shift] = []
     if alike:
-        profiles = [_profile_of(s) for s in stored]
+        profiles = [profile_of(s) for s in stored]
         common = [name for name in profiles[0].log_odds if texts[0].get(name) == texts[1].get(name)]
         before, after = (replace(p, log_odds={n: p.log_odds[n] for n in common}) for p in profiles)
         same_template = a.identity.get("metadata") == b.identity.get("metadata")
