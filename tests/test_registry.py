@@ -194,7 +194,7 @@ while k < n or n == 0:
 
 def writer(file: Path, who: str, n: int) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-c", WRITER, str(file), who, str(n)]
-    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=file.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -409,7 +409,9 @@ def test_a_read_only_registry_is_read_and_not_written(file: Path) -> None:
         place = shutil.copy(filled(file), Path(folder, "registry.sqlite"))
         place.chmod(0o444)
         Path(folder).chmod(0o555)
-        found = subprocess.run([sys.executable, "-c", READ_ONLY, str(place)], capture_output=True, text=True)
+        found = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, str(place)], cwd=folder, capture_output=True, text=True
+        )
         Path(folder).chmod(0o755)
         assert found.returncode == 0, found.stderr
         assert found.stdout.splitlines() == [
@@ -444,7 +446,9 @@ for size in sizes:
 def test_a_full_disk_ends_in_one_line_and_keeps_what_was_there(file: Path) -> None:
     before = everything(filled(file))
     sizes = ["10000", "200000", "333333"]
-    found = subprocess.run([sys.executable, "-c", FULL, str(file), FIRST, *sizes], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, str(file), FIRST, *sizes], cwd=file.parent, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert len(lines) == 2 * len(sizes)
