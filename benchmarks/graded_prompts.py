@@ -1,12 +1,14 @@
 """Does the reading before an answer predict how strongly the answer will show the trait?
 
-    python benchmarks/graded_prompts.py MODEL VECTOR.gguf.. [--questions 10] [--work DIR] [--threads N] [--table]
+    python benchmarks/graded_prompts.py MODEL VECTOR.gguf.. [--questions 8] [--answers 2] [--work DIR] [--threads N]
+                                        [--table]
 
-Each trait's held-out questions are asked under eight system prompts from "never" to "as strongly as you can"
-(graded_prompts.toml). Read: the projection x at the last prompt token, at the block and along the direction of the
-monitor's threshold. Then the model answers greedily, and the answer alone, without that system prompt, is scored, not
-with the vector: y is the score of LogOddsJudge (the same model's log-odds of the answer under opposite system prompts),
-and besides whether a word of the trait's lexicon turns up.
+Each trait's held-out questions are asked under eight system prompts, from one that forbids it to one that asks for
+nothing else (graded_prompts.toml). The model gives --answers answers (temperature 0.7), and each alone, without that
+system prompt, is scored, not with the vector: y is the mean of their scores by LogOddsJudge (the same model's log-odds
+of an answer under opposite system prompts), and besides the share of them with a word of the trait's lexicon. Read,
+before any answer: the projection x at the last prompt token, at the block and along the direction of the monitor's
+threshold, which is calibrated and kept as `personasteer monitor` does.
 
 With x_pq and y_pq of prompt p and question q, and m_p their mean over the questions:
 
@@ -28,7 +30,7 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def pearson(x: Numbers, y: Numbers) -> float:
 
 
 def prompt_means(x: Numbers, known: NDArray[np.bool_]) -> Numbers:
-    """(prompts,) means of (prompts, questions) over what is known; NaN where nothing is."""
+    """(n,) means of the rows of (n, m) over what is known; NaN where nothing is."""
     count = known.sum(1)
     sums: Numbers = np.where(known, x, 0.0).sum(1)
     return np.where(count, sums / np.maximum(count, 1), np.nan)
@@ -118,33 +120,44 @@ def random_p95(result: Mapping[str, Any], figure: str) -> float:
 # -- measuring
 
 
-def measure(
-    model: ps.Model, vector: ps.PersonaVector, threshold: Threshold, prompts: Sequence[str], n_questions: int
-) -> dict[str, Any]:
-    """Readings, answers and their scores, each [prompt][question]."""
-    trait = trait_of(vector)
+def answer(model: ps.Model, trait: ps.Trait, prompts: Sequence[str], sizes: tuple[int, int]) -> dict[str, Any]:
+    """Texts [prompt][question][answer], and their mean scores [prompt][question].
+
+    sizes: questions, and answers to each.
+    """
+    n_questions, n_answers = sizes
     questions = trait.evaluate_questions[:n_questions]
     shape = len(prompts), len(questions)
-    asked = [(q, system) for system in prompts for q in questions]
-    states = last_states(model, asked)[:, threshold.layer].astype(np.float64)
-    readings = (states @ threshold.direction).reshape(shape)
-    given = [model.measured_prompt(q, system) for q, system in asked]
-    requests = [Request(p, len(p), max_tokens=TOKENS, sampling=Sampling(0.0), share_prefix=True) for p in given]
-    texts = np.array([r["text"].decode("utf-8", "replace") for r in model.run_alone(requests)], object).reshape(shape)
-    scores = judge(LogOddsJudge(model), trait, questions, texts)
-    random = np.random.default_rng(0).standard_normal((N_RANDOM, model.n_embd))
-    random /= np.linalg.norm(random, axis=1, keepdims=True)
-    others = [row.reshape(shape) for row in random @ states.T]
+    given = [model.measured_prompt(q, system) for system in prompts for q in questions]
+    requests = [
+        Request(p, len(p), max_tokens=TOKENS, sampling=Sampling(0.7, seed=k), share_prefix=True)
+        for p in given for k in range(n_answers)
+    ]  # fmt: skip
+    results = model.run_alone(requests)
+    texts = np.array([r["text"].decode("utf-8", "replace") for r in results], object).reshape(*shape, n_answers)
+    each = judge(LogOddsJudge(model), trait, questions, texts.swapaxes(1, 2)).swapaxes(1, 2).reshape(-1, n_answers)
     return {
         "trait": trait.name,
         "model": model.name,
-        "layer": threshold.layer,
         "prompts": list(prompts),
         "questions": list(questions),
-        "readings": readings.tolist(),
-        "scores": scores.tolist(),
-        "lexicon": [[in_lexicon(t, trait) for t in row] for row in texts],
+        "scores": prompt_means(each, np.isfinite(each)).reshape(shape).tolist(),
+        "lexicon": [[float(np.mean([in_lexicon(t, trait) for t in of_one])) for of_one in row] for row in texts],
         "texts": texts.tolist(),
+    }
+
+
+def read(model: ps.Model, threshold: Threshold, answered: Mapping[str, Any]) -> dict[str, Any]:
+    """Readings [prompt][question] before the answers, and the Pearson figures of random directions."""
+    scores = np.array(answered["scores"], np.float64)
+    asked = [(q, system) for system in answered["prompts"] for q in answered["questions"]]
+    states = last_states(model, asked)[:, threshold.layer].astype(np.float64)
+    random = np.random.default_rng(0).standard_normal((N_RANDOM, model.n_embd))
+    random /= np.linalg.norm(random, axis=1, keepdims=True)
+    others = [row.reshape(scores.shape) for row in random @ states.T]
+    return {
+        "layer": threshold.layer,
+        "readings": (states @ threshold.direction).reshape(scores.shape).tolist(),
         "random": {
             "overall": [pearson(x.ravel(), scores.ravel()) for x in others],
             "within": [within(x, scores) for x in others],
@@ -154,27 +167,20 @@ def measure(
 
 def judge(by: LogOddsJudge, trait: ps.Trait, questions: Sequence[str], texts: NDArray[np.object_]) -> Numbers:
     """Scores of texts (.., questions): those of one question after the other, which share its prompt."""
-    pairs = [(q, text) for q, column in zip(questions, texts.T, strict=True) for text in column]
+    pairs = [(q, text) for q, column in zip(questions, texts.T, strict=True) for text in column.ravel()]
     return by.score(trait, pairs).reshape(texts.T.shape).T
 
 
-def thresholds(
+def folders_of(
     model: ps.Model, vectors: Sequence[ps.PersonaVector], work: Path, settings: Mapping[str, Any]
-) -> list[tuple[Threshold, Folder]]:
-    """Each vector's threshold, calibrated once for all that lack one, and the folder of its trait."""
+) -> list[Folder]:
+    """The folder of each vector's trait, all of the same settings."""
     names = [trait_of(v).name for v in vectors]
     if len(set(names)) < len(names):
         sys.exit(f"two vectors of one trait ({', '.join(names)}): give each a work folder of its own")
     work.mkdir(parents=True, exist_ok=True)
     claim(work, {"fingerprint": model.fingerprint, "threads": model.n_threads, **settings})
-    folders = [Folder(work / name, {"vector": digest(v)}) for name, v in zip(names, vectors, strict=True)]
-    missing = [(folder, v) for folder, v in zip(folders, vectors, strict=True) if not folder.has("threshold")]
-    if missing:
-        print(f"calibrating {len(missing)} thresholds", file=sys.stderr, flush=True)
-        made = monitor.calibrate(model, [v for _, v in missing])
-        for (folder, _), threshold in zip(missing, made, strict=True):
-            folder.get("threshold", threshold.as_dict)
-    return [(Threshold.from_dict(folder.load()["threshold"]), folder) for folder in folders]
+    return [Folder(work / name, {"vector": digest(v)}) for name, v in zip(names, vectors, strict=True)]
 
 
 def digest(vector: ps.PersonaVector) -> str:
@@ -187,6 +193,14 @@ def digest(vector: ps.PersonaVector) -> str:
 def load(work: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """{trait: {unit: result}} of what is in a work folder."""
     return {folder.name: Folder(folder).load() for folder in sorted(work.iterdir()) if folder.is_dir()}
+
+
+def finished(work: Path) -> Iterator[dict[str, Any]]:
+    """Traits with answers and readings."""
+    for units in load(work).values():
+        if "readings" in units:
+            parts = units["answers"], units["readings"]
+            yield {**parts[0], **parts[1], "seconds": sum(p["seconds"] for p in parts)}
 
 
 # -- tables
@@ -217,7 +231,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             *(f"{spearman(grade, prompt_means(v, np.isfinite(v))):+.2f}" for v in (y, x)),
             *(_or_none(f) for f in (pearson(x.ravel(), words.ravel()), within(x, words), between(x, words))),
             f"{words.mean():.0%}",
-            f"{np.mean([repetition(t) for row in r['texts'] for t in row]):.2f}",
+            f"{np.mean([repetition(t) for t in np.ravel(r['texts'])]):.2f}",
         ]
         out.append("| " + " | ".join(cells) + " |")
         for names, holds in (
@@ -231,7 +245,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     out += ["", f"r of {TARGET} or more: {_count(reached, n)}. Above the random directions' 95th percentile: r in "
             f"{_count(above, n)}; r within in {_count(above_within, n)}."]  # fmt: skip
     unscored = sum(int((~np.isfinite(y)).sum()) for _, _, y, _ in found)
-    out[-1] += f" {unscored} empty answers. {sum(r['seconds'] for r in results) / 60:.0f} minutes."
+    out[-1] += f" {unscored} questions without an answer. {sum(r['seconds'] for r in results) / 60:.0f} minutes."
     n_prompts = max((len(x) for _, x, _, _ in found), default=0)
     out += ["", "| trait | mean of | " + " | ".join(f"prompt {k + 1}" for k in range(n_prompts)) + " |"]
     out += ["| --- " * (2 + n_prompts) + "|"]
@@ -254,7 +268,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="GGUF file, or demo")
     parser.add_argument("vectors", nargs="+", metavar="VECTOR.gguf")
-    parser.add_argument("--questions", type=int, default=10, help="held out, of each trait")
+    parser.add_argument("--questions", type=int, default=8, help="held out, of each trait")
+    parser.add_argument("--answers", type=int, default=2, help="to each question under each prompt")
     parser.add_argument("--work", type=Path, default=Path("graded-prompts-work"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true", help="only print what is there")
@@ -265,14 +280,19 @@ def main() -> None:
         without = ", ".join(name for v in vectors if (name := trait_of(v).name) not in prompts)
         if without:
             parser.error(f"graded_prompts.toml has no prompts for: {without}")
-        if options.questions < 2:
-            parser.error("--questions must be at least 2")
+        if options.questions < 2 or options.answers < 1:
+            parser.error("--questions must be at least 2, --answers at least 1")
         with ps.Model(model_path(options.model), n_ctx=1024, n_threads=options.threads) as model:
-            settings = {"questions": options.questions, "tokens": TOKENS, "random": N_RANDOM}
-            for v, (threshold, folder) in zip(vectors, thresholds(model, vectors, options.work, settings), strict=True):
-                own = prompts[trait_of(v).name]
-                folder.get("answers", lambda: measure(model, v, threshold, own, options.questions))  # noqa: B023 (at once)
-    print(tables([units["answers"] for units in load(options.work).values() if "answers" in units]))
+            sizes = options.questions, options.answers
+            settings = {"questions": sizes[0], "answers": sizes[1], "tokens": TOKENS, "random": N_RANDOM}
+            folders = folders_of(model, vectors, options.work, settings)
+            for v, folder in zip(vectors, folders, strict=True):
+                trait = trait_of(v)
+                folder.get("answers", lambda: answer(model, trait, prompts[trait.name], sizes))  # noqa: B023 (at once)
+            for threshold, folder in zip(monitor.thresholds_for(model, vectors), folders, strict=True):
+                answered = folder.load()["answers"]
+                folder.get("readings", lambda: read(model, threshold, answered))  # noqa: B023
+    print(tables(list(finished(options.work))))
 
 
 if __name__ == "__main__":

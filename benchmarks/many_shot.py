@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from graded_prompts import judge, load, prompt_means, thresholds
+from graded_prompts import folders_of, judge, load, prompt_means
 from numpy.typing import NDArray
 
 import personasteer as ps
+from personasteer import monitor
 from personasteer.cli._common import model_path
 from personasteer.derive.judge import LogOddsJudge
 from personasteer.engine import Request, Sampling, Taps
@@ -265,11 +266,12 @@ def run(options: argparse.Namespace, vectors: Sequence[ps.PersonaVector], traits
     made = {"tokens": TOKENS, "judged": N_JUDGED, "draws": [N_KEPT, N_DRAWS]}
     settings = {"shots": sizes[0], "questions": sizes[1], **made}
     with ps.Model(model_path(options.model), n_ctx=8192, n_threads=options.threads) as model:
-        watched = thresholds(model, vectors, options.work, settings)
-        for trait, (_, folder) in zip(traits, watched, strict=True):
+        folders = folders_of(model, vectors, options.work, settings)
+        for trait, folder in zip(traits, folders, strict=True):
             folder.get("answers", lambda: gather(model, trait))  # noqa: B023 (at once)
+        thresholds = monitor.thresholds_for(model, vectors)
         for seed in range(options.seeds):
-            for trait, (threshold, folder) in zip(traits, watched, strict=True):
+            for trait, threshold, folder in zip(traits, thresholds, folders, strict=True):
                 pool = folder.load()["answers"]
                 folder.get(f"seed-{seed}", lambda: measure(model, trait, threshold, pool, sizes, seed))  # noqa: B023
 

@@ -22,10 +22,10 @@ from personasteer import monitor, plots, traits
 from personasteer.cli import run
 from personasteer.evaluate import cell_log_odds, make_cells
 from personasteer.identity import identify
-from personasteer.monitor.audit import audit_model, load_earlier, wilson_interval
-from personasteer.monitor.audit_file import describe_template, examine_template
-from personasteer.monitor.audit_log import read_audit
-from personasteer.monitor.audit_page import check_new_folder, render_audit, write_audit
+from personasteer.monitor.audit.file import describe_template, examine_template
+from personasteer.monitor.audit.log import read_audit
+from personasteer.monitor.audit.measure import audit_model, load_earlier, wilson_interval
+from personasteer.monitor.audit.page import check_new_folder, render_audit, write_audit
 from personasteer.ship.bake import bake
 from personasteer.ship.fields import Field, read_fields
 from personasteer.ship.rewrite import ModelFile, rewrite
@@ -46,8 +46,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     few = monitor.clean_prompts()[:45], monitor.clean_prompts(held_out=True)[:24]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("personasteer.monitor.audit.subjects_of", lambda own: subjects | {t.name: t for t in own})
-        patch.setattr("personasteer.monitor.audit.AT_ONCE", 2)
+        patch.setattr("personasteer.monitor.audit.measure.subjects_of", lambda own: subjects | {t.name: t for t in own})
+        patch.setattr("personasteer.monitor.audit.measure.AT_ONCE", 2)
         for module in ("everyday", "profile", "tracking"):
             patch.setattr(f"personasteer.monitor.{module}.clean_prompts", lambda held_out=False: few[held_out])
         yield
@@ -371,7 +371,7 @@ def test_a_template_that_never_ends_ends_the_examination_and_not_the_audit(
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     found = examine_template({"tokenizer.chat_template": endless}, seconds=0.5)
     assert found.trouble == "it does not end within 0.5 s"
-    monkeypatch.setattr("personasteer.monitor.audit.examine_template", lambda _: found)  # so that it takes no 20 s
+    monkeypatch.setattr("personasteer.monitor.audit.measure.examine_template", lambda _: found)  # takes no 20 s
     log = audit_model(path, base=path)
     assert (log["profile"], log["vectors"], log["comparisons"]) == (None, [], [])
     assert finding(log, "template") == ("bad", "The chat template cannot be used: it does not end within 0.5 s.")
@@ -446,9 +446,9 @@ def test_an_interrupted_audit_goes_on_to_the_same_log(
         measure(path, vector, base=path, work=tmp_path, stage=stops)
     kept = {p.name for p in tmp_path.glob("*.safetensors")}
     assert {"profile-0.safetensors", "thresholds.safetensors"} <= kept
-    monkeypatch.setattr("personasteer.monitor.audit.thresholds_for", None)  # what is kept is not measured again
+    monkeypatch.setattr("personasteer.monitor.audit.measure.thresholds_for", None)  # what is kept is not measured again
     if ending == "profile of the base":
-        monkeypatch.setattr("personasteer.monitor.audit.evaluate", None)
+        monkeypatch.setattr("personasteer.monitor.audit.measure.evaluate", None)
     assert measure(path, vector, base=path, work=tmp_path) == clean
     with pytest.raises(ps.ArgumentError, match="differs in: seed"):
         measure(path, vector, base=path, work=tmp_path, seed=1)

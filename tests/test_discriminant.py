@@ -60,6 +60,17 @@ def test_the_readings_of_ordinary_states_are_like_those_of_fresh_ones() -> None:
     assert abs(found.readings[0, :, 0].mean()) < 0.5 * new.std()
 
 
+def test_what_is_known_of_a_question_does_not_read_the_question_itself() -> None:
+    """Nearly the same state twice: one of them, fitted to, makes the other read too evenly."""
+    n, n_embd = 100, 80
+    v = np.random.default_rng(5).standard_normal((1, N_LAYER, n_embd)).astype(np.float32)
+    twice = np.repeat(ordinary(n, n_embd), 2, axis=0)
+    alone, paired = discriminants(twice, v), discriminants(twice, v, np.repeat(np.arange(n), 2))
+    fresh = ordinary(4000, n_embd, 9)[:, 0] @ paired.units[0, 0]
+    assert paired.readings[0, :, 0].std() == pytest.approx(fresh.std(), rel=0.15)
+    assert alone.readings[0, :, 0].std() < 0.9 * fresh.std()
+
+
 def test_a_direction_that_is_none_stays_none() -> None:
     v = np.concatenate([a_direction(8), 0 * a_direction(8), np.nan * a_direction(8)])
     found = discriminants(ordinary(40, 8), v)

@@ -17,6 +17,7 @@ import samples
 import personasteer as ps
 from personasteer import monitor, traits
 from personasteer.cli import run
+from personasteer.monitor.everyday import ordinary_prompts
 from personasteer.monitor.thresholds import last_states
 from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import ModelFile, rewrite
@@ -74,7 +75,8 @@ def test_a_threshold_tells_prompts_of_the_trait_from_ordinary_ones(
 def test_one_in_twenty_of_fresh_ordinary_prompts_alarms(model: ps.Model, threshold: monitor.Threshold) -> None:
     fresh = [q for q, _ in monitor.clean_prompts(held_out=True)]
     assert not {q for q, _ in monitor.clean_prompts()} & set(fresh)
-    readings = last_states(model, [(q, None) for q in fresh])[:, threshold.layer] @ threshold.direction
+    states = last_states(model, [(q, monitor.everyday_system(q)) for q in fresh])
+    readings = states[:, threshold.layer] @ threshold.direction
     n = len(fresh)
     assert n >= 400
     rate, watched = (float((readings >= limit).mean()) for limit in (threshold.alarm, threshold.watch))
@@ -93,8 +95,18 @@ def test_the_prompts_of_a_trait_itself_do_not_count_as_ordinary_for_it(model: ps
     )
     vector = replace(vector, last_prompt=vector.directions)
     (found,) = monitor.calibrate(model, [vector])
-    assert found.n_clean == len(given) - len(asked)
+    assert found.n_clean == 2 * (len(given) - len(asked))  # as they are, and under an everyday system prompt
     assert asked <= {*trait.derive_questions, *trait.evaluate_questions}
+
+
+def test_ordinary_questions_are_asked_with_and_without_a_system_prompt() -> None:
+    prompts, numbers, whose = ordinary_prompts()
+    assert list(zip([q for q, _ in prompts[::2]], whose[::2], strict=True)) == list(monitor.clean_prompts())
+    assert [(q, n) for (q, _), n in zip(prompts[1::2], numbers[1::2], strict=True)] == [
+        (q, n) for (q, _), n in zip(prompts[::2], numbers[::2], strict=True)
+    ]
+    assert {s for _, s in prompts[::2]} == {None}
+    assert len({s for _, s in prompts[1::2]}) == 16
 
 
 def test_own_clean_prompts_are_taken_and_too_few_are_refused(model: ps.Model, vector: ps.PersonaVector) -> None:
@@ -368,11 +380,11 @@ def test_monitor_reads_a_prompt_and_a_transcript(
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [line["role"] for line in lines] == ["system", "user", "assistant", "user", "assistant"]
     assert lines[2]["states"] == {vector.name: "alarm"}
-    assert run(["monitor", "-m", str(path), "--thresholds", "th.json", "-p", "one two"]) == 0
+    assert run(["monitor", "-m", str(path), "--thresholds", "th.json", "-p", FEW[0]]) == 0
     shown = capfd.readouterr().out
     assert "to come" in shown
     assert "ALARM" not in shown
-    assert run(["monitor", "-m", str(path), "--thresholds", "th.json", "-p", "one two", "--system", SYSTEM]) == 0
+    assert run(["monitor", "-m", str(path), "--thresholds", "th.json", "-p", FEW[0], "--system", SYSTEM]) == 0
     assert "ALARM" in capfd.readouterr().out
 
 

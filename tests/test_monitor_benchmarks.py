@@ -110,24 +110,22 @@ def test_the_interval_over_questions_holds_the_figure_and_narrows_with_questions
 
 def test_every_trait_has_eight_prompts_that_are_not_the_library_s() -> None:
     prompts = graded_prompts.graded()
-    wanted = {"casual", "confident", "formal", "humorous", "optimistic", "pessimistic", "poetic", "sarcastic"}
-    wanted |= {"sycophantic", "warm"}
+    wanted = {"casual", "formal", "humorous", "optimistic", "pessimistic", "poetic", "sarcastic", "sycophantic", "warm"}
     assert wanted <= set(prompts) <= set(traits.names())
     everything = [text for of_one in prompts.values() for text in of_one]
-    assert len(set(everything)) == len(everything)
     library = {s for name in traits.names() for pair in traits.get(name).system for s in pair}
     assert not library & set(everything)
     for name, of_one in prompts.items():
-        assert len(of_one) == 8, name
-        assert of_one[0].startswith("Never "), name
-        assert of_one[7].startswith("Always "), name
+        assert len(set(of_one)) == 8, name
+        assert all(text.startswith("You are a helpful assistant") for text in of_one[2:5]), name
         lengths = [len(text.split()) for text in of_one]
         assert max(lengths) <= 2 * min(lengths), name
 
 
 @pytest.fixture(scope="module")
 def answered(model: ps.Model, vector: ps.PersonaVector, threshold: monitor.Threshold) -> dict[str, Any]:
-    result = graded_prompts.measure(model, vector, threshold, GRADED, 4)
+    result = graded_prompts.answer(model, trait_of(vector), GRADED, (4, 2))
+    result |= graded_prompts.read(model, threshold, result)
     return json.loads(json.dumps(result)) | {"seconds": 60.0}  # as it comes out of its file
 
 
@@ -147,15 +145,15 @@ def test_readings_answers_and_scores_are_those_of_one_request_at_a_time(
     model: ps.Model, vector: ps.PersonaVector, threshold: monitor.Threshold, answered: dict[str, Any]
 ) -> None:
     trait, k, q = trait_of(vector), 6, 2
-    question, text = trait.evaluate_questions[q], answered["texts"][k][q]
-    assert model.chat(question, system=GRADED[k], temperature=0, max_tokens=graded_prompts.TOKENS) == text
+    question, texts = trait.evaluate_questions[q], answered["texts"][k][q]
+    assert len(set(texts)) == 2
     turns = [{"role": "system", "content": GRADED[k]}, {"role": "user", "content": question}]
     state = model.capture([[*turns, {"role": "assistant", "content": ""}]], pool="last", span="prompt")[0]
     assert state[threshold.layer] @ threshold.direction == pytest.approx(answered["readings"][k][q], abs=SHAPES)
     # the judge has not seen the graded prompt
-    alone = LogOddsJudge(model).score(trait, [(question, text)])[0]
-    assert alone == pytest.approx(answered["scores"][k][q], abs=0.1)
-    assert answered["lexicon"][k][q] is (" a " in f" {text} ".replace(",", " "))
+    alone = [LogOddsJudge(model).score(trait, [(question, text)])[0] for text in texts]
+    assert np.mean(alone) == pytest.approx(answered["scores"][k][q], abs=0.1)
+    assert answered["lexicon"][k][q] == np.mean([" a " in f" {t} ".replace(",", " ") for t in texts])
 
 
 def test_the_table_says_what_was_reached_and_by_which_traits(answered: dict[str, Any]) -> None:
@@ -166,17 +164,15 @@ def test_the_table_says_what_was_reached_and_by_which_traits(answered: dict[str,
     x, y = (np.array(answered[key]) for key in ("readings", "scores"))
     assert f"| {graded_prompts.pearson(x.ravel(), y.ravel()):+.2f} |" in lines[2]
     assert lines[5].startswith("r of 0.75 or more: 1 of 2 (planted). ")
-    assert lines[5].endswith(" 0 empty answers. 2 minutes.")
+    assert lines[5].endswith(" 0 questions without an answer. 2 minutes.")
     assert lines[-1].count("| 50 ") == 8  # every prompt's mean score
 
 
 def command(monkeypatch: pytest.MonkeyPatch, benchmark: Any, *arguments: Any) -> None:
     monkeypatch.setattr("sys.argv", ["benchmark", *map(str, arguments)])
-    monkeypatch.setattr(monitor, "calibrate", functools.partial(REAL_CALIBRATE, clean=CLEAN))
+    few = functools.partial(monitor.calibrate, clean=CLEAN)
+    monkeypatch.setattr("personasteer.monitor.thresholds.calibrate", few)
     benchmark.main()
-
-
-REAL_CALIBRATE = monitor.calibrate
 
 
 def test_a_finished_trait_is_not_measured_again_and_other_settings_or_vectors_are_refused(
@@ -194,8 +190,9 @@ def test_a_finished_trait_is_not_measured_again_and_other_settings_or_vectors_ar
     run("--questions", 2)
     first = capsys.readouterr().out
     assert "| planted | " in first
-    assert {f.name for f in (work / "planted").iterdir()} == {"settings.json", "threshold.json", "answers.json"}
-    monkeypatch.setattr(graded_prompts, "measure", None)
+    assert {f.name for f in (work / "planted").iterdir()} == {"settings.json", "answers.json", "readings.json"}
+    monkeypatch.setattr(graded_prompts, "answer", None)
+    monkeypatch.setattr(graded_prompts, "read", None)
     run("--questions", 2)
     assert capsys.readouterr().out == first
     with pytest.raises(SystemExit, match="other settings"):
@@ -388,7 +385,7 @@ def test_an_interrupted_run_goes_on_with_the_seeds_that_are_missing(
     first = capsys.readouterr().out
     assert "| planted | 2 | " in first
     units = {f.stem: json.loads(f.read_text()) for f in (work / "planted").glob("*.json")}
-    assert set(units) == {"settings", "threshold", "answers", "seed-0", "seed-1", "seed-2"}
+    assert set(units) == {"settings", "answers", "seed-0", "seed-1", "seed-2"}
     (work / "planted" / "seed-1.json").unlink()
     monkeypatch.setattr(many_shot, "gather", None)
     run()

@@ -19,9 +19,9 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
-from personasteer.monitor.audit import TRAITS, audit_model, load_earlier
-from personasteer.monitor.audit_log import read_audit
-from personasteer.monitor.audit_page import check_new_folder, write_audit
+from personasteer.monitor.audit.log import read_audit
+from personasteer.monitor.audit.measure import TRAITS, audit_model, load_earlier
+from personasteer.monitor.audit.page import check_new_folder, write_audit
 from personasteer.vectors import PersonaVector
 
 

@@ -1,8 +1,6 @@
 """Reading a persona before it speaks: calibrated thresholds on projections, of prompts and of whole transcripts."""
 
-from personasteer.monitor.audit import audit_model, load_earlier
-from personasteer.monitor.audit_log import read_audit
-from personasteer.monitor.audit_page import render_audit, write_audit
+from personasteer.monitor.audit import audit_model, load_earlier, read_audit, render_audit, write_audit
 from personasteer.monitor.drift import Drift, find_drift
 from personasteer.monitor.everyday import clean_prompts, everyday_system
 from personasteer.monitor.guard import Event, Guard, GuardedAnswer, GuardedStream, Rule

@@ -28,11 +28,17 @@ class Discriminants:
     readings: NDArray[np.float64]
 
 
-def discriminants(states: NDArray[np.float32], directions: NDArray[np.float32]) -> Discriminants:
+def discriminants(
+    states: NDArray[np.float32], directions: NDArray[np.float32], groups: NDArray[np.int64] | None = None
+) -> Discriminants:
     """Of (n_states, n_layer, n_embd) ordinary states and (n_directions, n_layer, n_embd) directions.
 
     An ordinary prompt reads high on v itself where v has a part along what prompts differ in anyway; (S + c I)^-1 takes
     these parts down by their variance.
+
+    Args:
+        groups: (n_states,) numbers; states of one number, such as those of one question, are of the same fold. Each on
+            its own when None.
 
     Source: R. A. Fisher, Annals of Eugenics 7 (1936); shrinkage after O. Ledoit and M. Wolf, Journal of Multivariate
     Analysis 88 (2004).
@@ -40,33 +46,32 @@ def discriminants(states: NDArray[np.float32], directions: NDArray[np.float32]) 
     n, n_layer, n_embd = states.shape
     k = len(directions)
     found = Discriminants(np.zeros((k, n_layer, n_embd)), np.zeros((k, n_layer)), np.zeros((k, n, n_layer)))
-    fold = np.arange(n) % FOLDS
+    fold = (np.arange(n) if groups is None else groups) % FOLDS
     for il in range(n_layer):
         x, v = states[:, il].astype(np.float64), directions[:, il].astype(np.float64)
         v = np.where(np.isfinite(v).all(axis=1, keepdims=True), v, 0.0)
-        products = x @ x.T
-        found.units[:, il] = _units(x, products, v)
+        if not v.any():
+            continue
+        found.units[:, il] = _units(x, v)
         found.offsets[:, il] = found.units[:, il] @ x.mean(axis=0)
         for f in range(FOLDS):
-            own, others = np.flatnonzero(fold == f), np.flatnonzero(fold != f)
+            own, others = x[fold == f], x[fold != f]
             if len(own) and len(others):
-                u = _units(x[others], products[np.ix_(others, others)], v)
-                found.readings[:, own, il] = u @ (x[own] - x[others].mean(axis=0)).T
+                found.readings[:, fold == f, il] = _units(others, v) @ (own - others.mean(axis=0)).T
     return found
 
 
-def _units(x: NDArray[np.float64], products: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(k, n_embd) unit (S + c I)^-1 v of v (k, n_embd), from states x and x x^T: by Woodbury's identity in as many
-    dimensions as there are states, which are fewer than n_embd in most models.
+def _units(x: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(k, n_embd) unit (S + c I)^-1 v of v (k, n_embd), from states x (n, n_embd): solved in n_embd dimensions or, by
+    Woodbury's identity, in n, whichever are fewer.
     """
     n, n_embd = x.shape
-    mean = x.mean(axis=0)
-    rows = products.mean(axis=1)
-    centred = products - rows[:, None] - rows[None, :] + rows.mean()
-    c = SHRINKAGE * float(np.trace(centred)) / (n * n_embd)
-    if c > 0:
-        along = (x - mean) @ v.T
-        v = v - (np.linalg.solve(centred + n * c * np.eye(n), along).T @ (x - mean))
+    x = x - x.mean(axis=0)
+    nc = SHRINKAGE * float((x * x).sum()) / n_embd
+    if nc > 0 and n_embd <= n:
+        v = np.linalg.solve(x.T @ x + nc * np.eye(n_embd), v.T).T
+    elif nc > 0:
+        v = v - np.linalg.solve(x @ x.T + nc * np.eye(n), x @ v.T).T @ x
     lengths = np.linalg.norm(v, axis=1, keepdims=True)
     out: NDArray[np.float64] = v / np.where(lengths > 0, lengths, 1.0)
     return out

@@ -1,4 +1,4 @@
-"""Prompts without a trait: ordinary questions, every second under a system prompt without a character."""
+"""Prompts without a trait: ordinary questions, as they are and under system prompts without a character."""
 
 from __future__ import annotations
 
@@ -24,24 +24,30 @@ def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
 
 
 def everyday_system(question: str) -> str | None:
-    """The system prompt, without a character of its own, that an ordinary question is asked under: none for every
-    second, so that a threshold does not take a system prompt as such for a trait.
+    """The system prompt, without a character of its own, that an ordinary question is asked under when a monitor is
+    tried: none for every second.
     """
-    prompts = tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))["system"]
-    at = hashlib.sha256(b"system " + question.encode()).digest()
-    return str(prompts[at[1] % len(prompts)]) if at[0] % 2 else None
+    return _system_of(question) if hashlib.sha256(b"system " + question.encode()).digest()[0] % 2 else None
 
 
 def ordinary_prompts(
     given: Sequence[Conversation] | None = None,
-) -> tuple[list[tuple[Conversation, str | None]], list[str]]:
-    """(prompt, system prompt) of the ordinary questions to calibrate on, or of the prompts that are given; and the
-    trait whose questions they are from.
+) -> tuple[list[tuple[Conversation, str | None]], list[int], list[str]]:
+    """(prompt, system prompt) of the ordinary questions to calibrate on, or of the prompts that are given; the number
+    of each one's question; and the trait whose questions they are from.
+
+    The library's are asked twice, one after the other: as they are, and under an everyday system prompt, so that a
+    threshold does not take a system prompt as such for a trait.
     """
     if given is not None:
-        return [(c, None) for c in given], [""] * len(given)
-    questions = clean_prompts()
-    return [(q, everyday_system(q)) for q, _ in questions], [name for _, name in questions]
+        return [(c, None) for c in given], list(range(len(given))), [""] * len(given)
+    twice = [(i, q, s, name) for i, (q, name) in enumerate(clean_prompts()) for s in (None, _system_of(q))]
+    return [(q, s) for _, q, s, _ in twice], [i for i, *_ in twice], [name for *_, name in twice]
+
+
+def _system_of(question: str) -> str:
+    prompts = tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))["system"]
+    return str(prompts[hashlib.sha256(b"system " + question.encode()).digest()[1] % len(prompts)])
 
 
 def _questions(trait: Trait) -> tuple[str, ...]:

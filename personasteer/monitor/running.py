@@ -112,7 +112,7 @@ def calibrate_running(
         VectorError: an unusable direction. TraitError: a vector whose trait is not known.
         ArgumentError: fewer than 40 clean answers that are long enough.
     """
-    prompts, _ = ordinary_prompts(clean)
+    prompts, _, _ = ordinary_prompts(clean)
     shown = [[(q, pair[0]) for q in t.derive_questions for pair in t.system] for t in map(trait_of, vectors)]
     units = []
     for vector in vectors:

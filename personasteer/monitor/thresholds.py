@@ -47,7 +47,7 @@ STATES = ("ok", "watch", "alarm")
 WATCH, ALARM = 80.0, 95.0  # percentiles of clean prompts
 EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model will do
 SCHEMA = 1
-METHOD = 2  # of calibration: thresholds that another one made are not taken from the cache
+METHOD = 3  # of calibration: thresholds that another one made are not taken from the cache
 CACHE = "thresholds.json"
 
 
@@ -157,8 +157,8 @@ def calibrate(
 
     Reads the last token of prompts, where the answer begins, along the vectors' last-prompt-token directions
     less what clean prompts differ in (`discriminants`). Trait prompts are the trait's own deriving questions under its
-    encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, every second
-    under an everyday system prompt. Percentiles are of cross-fitted readings. The block is the
+    encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, each as it is
+    and under an everyday system prompt. Percentiles are of cross-fitted readings. The block is the
     one, not before a third of them, with the largest AUROC over clean prompts and over the same questions under the
     trait's opposite system prompts, whichever is smaller, on two thirds of them all; AUROC over clean ones is reported
     on the rest.
@@ -188,19 +188,23 @@ def calibrate(
                 f"vector {vector.name!r} has no last-prompt-token directions: derive it with personasteer"
             )
     behind = [trait_of(v) for v in vectors]
-    prompts, whose = ordinary_prompts(clean)
+    prompts, numbers, whose = ordinary_prompts(clean)
+    question = np.array(numbers)
     asked = [[(q, pair[side]) for side in (0, 1) for q in t.derive_questions for pair in t.system] for t in behind]
     n_states = len(prompts) + sum(map(len, asked))
     n_answers = N_CLEAN_ANSWERS + N_TRAIT_ANSWERS * len(vectors) if running else 0
     meter = Meter(progress, n_states + n_answers)
     ordinary = last_states(model, prompts, meter.part(len(prompts)))
-    fitted = discriminants(ordinary, np.stack([v.last_prompt for v in vectors if v.last_prompt is not None]))
+    directions = np.stack([v.last_prompt for v in vectors if v.last_prompt is not None])
+    directions[:, : model.n_layer // EARLIEST] = 0
+    fitted = discriminants(ordinary, directions, question)
     found = []
     for k, (vector, trait, pairs) in enumerate(zip(vectors, behind, asked, strict=True)):
         units, offsets, own = fitted.units[k], fitted.offsets[k], np.array([name == trait.name for name in whose])
         asked_for, opposite = np.split(last_states(model, pairs, meter.part(len(pairs))), 2)
         high, other = (np.einsum("nld,ld->nl", s, units, dtype=np.float64) - offsets for s in (asked_for, opposite))
-        found.append(_threshold(model, vector, units, offsets, fitted.readings[k][~own], high, other, percentiles))
+        low = fitted.readings[k][~own]
+        found.append(_threshold(model, vector, units, offsets, low, question[~own], high, other, percentiles))
     if not running:
         return found
     answered = calibrate_running(model, vectors, clean=clean, percentiles=percentiles, progress=meter.part(n_answers))
@@ -229,15 +233,18 @@ def _threshold(
     units: NDArray[np.float64],
     offsets: NDArray[np.float64],
     low: NDArray[np.float64],
+    question: NDArray[np.int64],
     high: NDArray[np.float64],
     other: NDArray[np.float64],
     percentiles: tuple[float, float],
 ) -> Threshold:
-    """From (n, n_layer) readings, less `offsets`, of clean prompts, of the trait's, and of its opposite's."""
-    usable = [il for il in range(len(units) // EARLIEST, len(units)) if units[il].any()]
+    """From (n, n_layer) readings, less `offsets`, of clean prompts and the numbers of their questions, of the trait's
+    prompts, and of its opposite's.
+    """
+    usable = [il for il in range(len(units)) if units[il].any()]
     if not usable:
         raise VectorError(f"vector {vector.name!r} has no usable last-prompt-token direction")
-    choosing = [np.arange(len(x)) % 3 < 2 for x in (low, high)]
+    choosing = question % 3 < 2, np.arange(len(high)) % 3 < 2
     seen, against = high[choosing[1]], (low[choosing[0]], other[choosing[1]])
     areas = np.min([auroc(seen, x) for x in against], axis=0)
     gaps = np.min([np.nan_to_num(cohen_d(seen, x)) for x in against], axis=0)

@@ -26,8 +26,8 @@ from personasteer.errors import ArgumentError, ModelError, PersonasteerError
 from personasteer.evaluate import Evaluation, cell_log_odds, cross_talk, evaluate, make_cells, trait_of
 from personasteer.identity import check_model_file, differences
 from personasteer.model import Model
-from personasteer.monitor.audit_file import describe_file, examine_template
-from personasteer.monitor.audit_log import (
+from personasteer.monitor.audit.file import describe_file, examine_template
+from personasteer.monitor.audit.log import (
     SCHEMA,
     ComparisonEntry,
     FileEntry,
@@ -43,7 +43,7 @@ from personasteer.monitor.audit_log import (
     read_audit,
     shown,
 )
-from personasteer.monitor.audit_page import findings, not_tested
+from personasteer.monitor.audit.page import findings, not_tested
 from personasteer.monitor.profile import N_PROMPTS, N_QUESTIONS, Profile, Shift, compare_profiles, measure_profile
 from personasteer.monitor.registry import Registry, TrackedVector
 from personasteer.monitor.thresholds import Threshold, last_states, thresholds_for

@@ -17,7 +17,7 @@ from personasteer import plots
 from personasteer.errors import ArgumentError
 from personasteer.evaluate.report import CRITERIA, change_interval, check_folder, verdict
 from personasteer.files import atomic_write
-from personasteer.monitor.audit_log import (
+from personasteer.monitor.audit.log import (
     AuditLog,
     ComparisonEntry,
     Finding,

@@ -29,7 +29,7 @@ from personasteer.derive.work import digest
 from personasteer.errors import TemplateError
 from personasteer.identity import PARTS
 from personasteer.model import MEASURED_ON
-from personasteer.monitor.audit_log import MOST, FileEntry, TemplateEntry, TensorsEntry, shown, shown_lines
+from personasteer.monitor.audit.log import MOST, FileEntry, TemplateEntry, TensorsEntry, shown, shown_lines
 from personasteer.ship.contents import ModelInFile
 from personasteer.ship.fields import text_of
 from personasteer.ship.verify import kind_of
@@ -102,7 +102,7 @@ def examine_template(fields: Mapping[str, Any], *, seconds: float = SECONDS) -> 
         at = fields.get(f"tokenizer.ggml.{which}_token_id")
         inside = isinstance(tokens, list) and isinstance(at, int) and 0 <= at < len(tokens)
         named.append(tokens[at] if inside else "")  # type: ignore[index]
-    command = [sys.executable, "-P", "-c", "from personasteer.monitor.audit_file import _child; _child()"]
+    command = [sys.executable, "-P", "-c", "from personasteer.monitor.audit.file import _child; _child()"]
     given = json.dumps([source, *named, seconds])
     over = f"it does not end within {seconds:g} s"
     trouble = "it could not be examined: it fails, or needs too much memory"
