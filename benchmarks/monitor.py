@@ -5,9 +5,9 @@
 Thresholds are calibrated as `personasteer monitor` does it, and kept as it keeps them, on two thirds of the library's
 ordinary questions, each as it is and under an everyday system prompt; the other third, which nothing was chosen on and
 of which every second is under an everyday system prompt, gives the rate of alarms (5 % are expected) and of watches
-(20 %), with the interval in which 95 % and 99.9 % of samples of that size lie. The AUROC is that of the trait's held-out
-questions under its five encouraging system prompts over the same ordinary ones, and over these questions under its
-opposite system prompts. Prints a Markdown table.
+(20 %), with the interval in which 95 % and 99.9 % of samples of that size lie. The AUROC is that of the trait's
+held-out questions under its five encouraging system prompts over the same ordinary ones, and over these questions under
+its opposite system prompts. Prints a Markdown table.
 """
 
 from __future__ import annotations

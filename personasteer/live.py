@@ -257,7 +257,7 @@ class Session:
             raise ArgumentError("submit takes a conversation or a plain prompt, one of the two")
         if prompt is not None and system is not None:
             raise ArgumentError("a plain prompt takes no system message")
-        steering = self._model._steering(steer)
+        steering = self._model.steering_of(steer)
         given = (
             self._model._plain_prompt(prompt)
             if prompt is not None

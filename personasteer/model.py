@@ -300,8 +300,12 @@ class Model:
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids; control tokens are left out unless `special`."""
+        return b"".join(self.token_bytes(tokens, special=special)).decode("utf-8", "replace")
+
+    def token_bytes(self, tokens: Sequence[int], *, special: bool = True) -> list[bytes]:
+        """Each token's own bytes, which may be a part of a character; b"" for control tokens unless `special`."""
         native = self._open()
-        return b"".join(native.piece(int(t), special) for t in tokens).decode("utf-8", "replace")
+        return [native.piece(int(t), special) for t in tokens]
 
     def prompt_tokens(
         self, conversation: Conversation, system: str | None = None, *, today: datetime | None = None
@@ -339,7 +343,7 @@ class Model:
         text, spans = self.template.spans(messages, **how)
         bos = self._special(self._open().bos)
         tokens = self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
-        pieces = [self._native.piece(t, True) for t in tokens]
+        pieces = self.token_bytes(tokens)
         placed = []
         for span in spans:
             at = np.flatnonzero(tokens_in_spans(pieces, text, [(span.begin, span.end)]))
@@ -379,7 +383,7 @@ class Model:
         return Prompt(tokens, len(given))
 
     def _special(self, token: int) -> str:
-        return self._native.piece(token, True).decode("utf-8", "replace") if token >= 0 else ""
+        return self.detokenize([token], special=True) if token >= 0 else ""
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -410,7 +414,7 @@ class Model:
             TemplateError: the model has no chat template, or it cannot take these messages.
             ContextError: the prompt does not fit n_ctx.
         """
-        return self.chat_batch([conversation], steer=[self._steering(steer)], system=system, **options)[0]
+        return self.chat_batch([conversation], steer=[self.steering_of(steer)], system=system, **options)[0]
 
     def chat_batch(
         self, conversations: Sequence[Conversation], *, steer: Any = None, system: str | None = None, **options: Any
@@ -424,7 +428,7 @@ class Model:
 
     def generate(self, prompt: str, *, steer: Steer = None, **options: Any) -> str:
         """The continuation of a plain text, without a template. Options as in `chat`."""
-        return self.generate_batch([prompt], steer=[self._steering(steer)], **options)[0]
+        return self.generate_batch([prompt], steer=[self.steering_of(steer)], **options)[0]
 
     def generate_batch(self, prompts: Sequence[str], *, steer: Any = None, **options: Any) -> list[str]:
         """Continuations of many plain texts, computed together."""
@@ -689,11 +693,12 @@ class Model:
             finally:
                 self._running = False
 
-    def _steering(self, steer: Steer) -> Steering:
+    def steering_of(self, steer: Steer) -> Steering:
+        """The edits of a request: those given, or those of the `steering` block around it when None."""
         return (self._default.get() or Steering()) if steer is None else as_steering(steer)
 
     def _steerings(self, steer: Any, n: int) -> list[Steering]:
-        return [self._steering(None)] * n if steer is None else per_request(steer, n)
+        return [self.steering_of(None)] * n if steer is None else per_request(steer, n)
 
     def _open(self) -> Any:
         if self._native is None:

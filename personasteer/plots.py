@@ -221,7 +221,11 @@ def reading_drift(
     axes.set_title(printable(_short(title, 80)), parse_math=False, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        legend = figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 

@@ -1,7 +1,8 @@
-"""Small statistics: rank correlation, the area under the ROC curve, errors of a mean, bootstrap intervals."""
+"""Small statistics: rank correlation, the area under the ROC curve, errors of a mean, intervals."""
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -100,3 +101,14 @@ def slope(y: NDArray[np.floating], x: NDArray[np.floating]) -> float:
     """sum(x y) / sum(x^2) over all numbers: of the line through 0; NaN where all x are 0."""
     square = float(np.square(x, dtype=np.float64).sum())
     return float(np.vdot(x.astype(np.float64), y.astype(np.float64))) / square if square else float("nan")
+
+
+def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, from k of n.
+
+    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927).
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle, share = 1 + z * z / n, k / n
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (share + z * z / (2 * n) - half) / middle, (share + z * z / (2 * n) + half) / middle

@@ -24,11 +24,12 @@ from personasteer.evaluate import cell_log_odds, make_cells
 from personasteer.identity import identify
 from personasteer.monitor.audit.file import describe_template, examine_template
 from personasteer.monitor.audit.log import read_audit
-from personasteer.monitor.audit.measure import audit_model, load_earlier, wilson_interval
+from personasteer.monitor.audit.measure import audit_model, load_earlier
 from personasteer.monitor.audit.page import check_new_folder, render_audit, write_audit
 from personasteer.ship.bake import bake
 from personasteer.ship.fields import Field, read_fields
 from personasteer.ship.rewrite import ModelFile, rewrite
+from personasteer.statistics import wilson_interval
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
 from personasteer.traits.formats import as_toml
 
@@ -428,6 +429,20 @@ def test_a_vector_that_fails_does_not_end_the_audit(sizes: None, path: Path, vec
         audit_model(path, vectors=[samples.vector(n_layer=3)])
 
 
+def test_reasons_that_a_foreign_log_leaves_out_are_no_trouble(clean: Log) -> None:
+    log = having(having(clean, None, "vectors", 0, "evaluation"), None, "vectors", 0, "monitor")
+    assert Page(render_audit(having(log, {}, "sizes"))).text.count("no reason given") == 2
+
+
+def test_a_base_that_does_not_load_leaves_the_rest_of_the_audit(sizes: None, path: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    source = ModelFile(path)
+    rewrite(source, cut, removed=[k for k in read_fields(path) if k.endswith("layer_norm_rms_epsilon")])
+    log = audit_model(path, traits=(), base=cut)
+    assert log["profile"] is not None
+    assert "The base cannot be compared with" in finding(log, "changes")[1]
+
+
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -549,6 +564,9 @@ BROKEN: Mapping[str, tuple[Callable[[Log], Any], str]] = {
     "states cut off": (lambda log: having(log, "AAAA", "profile", "states"), "numbers that are not"),
     "no base64": (lambda log: having(log, "<>", "profile", "states"), "numbers that are not"),
     "no dose": (lambda log: having(log, [], "vectors", 0, "evaluation", "dose"), "dose"),
+    "a shape that is none": (
+        lambda log: having(having(log, None, "profile", "states"), -5, "file", "n_layer"), r"file\.n_layer"
+    ),
     "a matrix that is none": (
         lambda log: having(log, {"vectors": ["a"], "traits": ["b"], "delta": [[0.0, 1.0]]}, "cross_talk"), "cross_talk"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -280,10 +281,34 @@ def test_a_guard_without_what_it_needs_is_refused(
         ([Rule(vector)], [], ps.VectorError),
         ([Rule(vector, "cap")], [bare], ps.VectorError),
         ([Rule(vector, when="during")], [bare], ps.VectorError),
+        ([Rule(vector)], [bare], ps.VectorError),  # when is "both"
+        ([Rule(vector, "edit", edit=ps.When(vector, vector * 0.2, threshold=0.0))], [threshold], ps.ArgumentError),
+        ([Rule(vector, "edit", edit=ps.Add(vector, 0.2, scope="assistant"))], [threshold], ps.ArgumentError),
         ([Rule(vector, "subtract")], [replace(threshold, layer=99)], ps.VectorError),
     ):
         with pytest.raises(error):
             monitor.Guard(model, rules, thresholds=thresholds)
+
+
+def test_what_would_fail_amid_other_requests_is_refused_before_them(
+    model: ps.Model, guard: Any, vector: ps.PersonaVector
+) -> None:
+    asks = ps.When(vector, vector * 0.2, threshold=0.0)
+    with model.session() as session:
+        beside = session.submit("one two", **GREEDY)
+        with pytest.raises(ps.ArgumentError, match="conditions on the prompt"):
+            guard(Rule(vector, "cap")).submit(session, "one", steer=asks, **GREEDY)
+        before = guard(Rule(vector, "cap", when="before")).submit(session, "one", steer=asks, system=LOUD, **GREEDY)
+        assert told(before.result()) == [("before", "cap")]
+        assert len(beside.result().tokens) == GREEDY["max_tokens"]
+
+
+def test_a_reading_that_is_no_number_is_an_alarm(threshold: monitor.Threshold) -> None:
+    assert threshold.state(float("nan")) == "alarm"
+    assert threshold.running is not None
+    assert threshold.running.state(float("nan"), "ok") == "alarm"
+    event = monitor.Event(3, "before", "x", float("nan"), "alarm", None, "", 0)
+    assert json.loads(json.dumps(event.as_dict(), allow_nan=False))["reading"] is None
 
 
 # -- policies and the command line ------------------------------------------------------------------------------------
@@ -306,6 +331,8 @@ BAD_POLICIES = {
     "an edit without strength": (POLICY.replace(", strength = -2.0", ""), "does not go with"),
     "no such file": (POLICY.replace("v.gguf", "none.gguf"), "none.gguf"),
     "rules of another kind": ("rule = 5\n", "list of"),
+    "a list for a kind": (POLICY.replace('"add"', '["add"]'), "kind of an edit"),
+    "a number without end": (POLICY.replace("-2.0", "1" + 400 * "0"), "strength is too large"),
 }
 
 
@@ -329,6 +356,13 @@ def test_a_policy_is_read(at_home: Path, vector: ps.PersonaVector) -> None:
     assert edit.vector is rule.vector
 
 
+def test_a_file_may_be_named_in_two_ways(at_home: Path) -> None:
+    rule = POLICY.split("edit = [")[0].replace('"edit"', '"log"')
+    Path("p.toml").write_text(rule + rule.replace("v.gguf", "./v.gguf"))
+    first, second = monitor.load_policy(Path("p.toml"))
+    assert first.vector is second.vector
+
+
 @pytest.mark.parametrize("how", BAD_POLICIES)
 def test_a_bad_policy_is_refused_in_one_line(
     at_home: Path, path: Path, how: str, capfd: pytest.CaptureFixture[str]
@@ -346,7 +380,7 @@ def test_chat_is_watched_and_guarded(at_home: Path, path: Path, capfd: pytest.Ca
     assert run([*common, "--watch", "v.gguf"]) == 0
     out, err = capfd.readouterr()
     assert "alarm before the answer" in err
-    assert "while answering" in err
+    assert re.search(r"while answering .*, (ok|watch|alarm) \(watch from .*, alarm from .*\)\]", err)
     assert len(out.strip()) >= 20
     Path("p.toml").write_text(POLICY)
     assert run([*common, "--guard", "p.toml", "--guard-log", "log.jsonl", "--json"]) == 0
@@ -362,3 +396,16 @@ def test_a_log_without_a_guard_and_a_strength_are_refused(at_home: Path, path: P
     assert run([*common, "--guard-log", "log.jsonl"]) == 2
     assert run([*common, "--watch", "v.gguf:0.3"]) == 2
     assert run([*common, "--watch", "v.gguf", "--guard-log", "none/log.jsonl"]) == 2
+
+
+def test_a_log_that_is_an_input_and_another_vector_of_a_name_are_refused(
+    at_home: Path, path: Path, vector: ps.PersonaVector, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = ["chat", "-m", str(path), "-p", "one", "--watch", "v.gguf"]
+    size = path.stat().st_size
+    assert run([*common, "--guard-log", str(path)]) == 2
+    assert "is what this is made from" in capfd.readouterr().err
+    assert path.stat().st_size == size
+    replace(vector, directions=-vector.directions).save("other.gguf")
+    assert run([*common, "--watch", "other.gguf"]) == 2
+    assert "another vector of the name" in capfd.readouterr().err

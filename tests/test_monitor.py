@@ -109,6 +109,13 @@ def test_ordinary_questions_are_asked_with_and_without_a_system_prompt() -> None
     assert len({s for _, s in prompts[1::2]}) == 16
 
 
+def test_the_unsteered_model_is_read_whatever_block_is_around_it(model: ps.Model, vector: ps.PersonaVector) -> None:
+    prompts = [("one two", None), ("three", SYSTEM)]
+    states = last_states(model, prompts)
+    with model.steering(vector * 2.0):
+        assert np.array_equal(last_states(model, prompts), states)
+
+
 def test_own_clean_prompts_are_taken_and_too_few_are_refused(model: ps.Model, vector: ps.PersonaVector) -> None:
     own = [f"{planted_model.FOR} number {i}" for i in range(60)]  # a user whose ordinary prompts carry the mark
     (found,) = monitor.calibrate(model, [vector], clean=own)
@@ -184,7 +191,8 @@ def test_the_probability_is_the_logistic_of_the_reading() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"watch": 3.0}, {"alarm": float("nan")}, {"direction": np.array([np.inf], np.float32)}]
+    "bad",
+    [{"watch": 3.0}, {"alarm": float("nan")}, {"auroc": float("nan")}, {"direction": np.array([np.inf], np.float32)}],
 )
 def test_numbers_that_make_no_threshold_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ps.VectorError, match="not finite, or watch is above alarm"):
@@ -274,6 +282,7 @@ BAD_FILES = {
     "a running mean of another kind": '{"schema": 1, "thresholds": [%s]}',
     "numbers that are none": '{"schema": 1, "thresholds": [5]}',
     "deep": "[" * 100_000,
+    "an identity that is none": '{"schema": 1, "thresholds": [%o]}',
 }
 
 
@@ -281,7 +290,8 @@ BAD_FILES = {
 def test_a_file_that_holds_no_thresholds_is_refused_in_one_line(tmp_path: Path, how: str) -> None:
     file = tmp_path / "t.json"
     broken = {**simple().as_dict(), "running": {"layer": 1, "window": 0}}
-    file.write_text(BAD_FILES[how].replace("%s", json.dumps(broken)))
+    foreign = {**simple().as_dict(), "origin": {"identity": None}}
+    file.write_text(BAD_FILES[how].replace("%s", json.dumps(broken)).replace("%o", json.dumps(foreign)))
     with pytest.raises(ps.VectorError) as caught:
         monitor.load_thresholds(file)
     assert str(file) in str(caught.value)
@@ -388,6 +398,23 @@ def test_monitor_reads_a_prompt_and_a_transcript(
     assert "ALARM" in capfd.readouterr().out
 
 
+def test_names_and_roles_are_shown_as_they_are(
+    path: Path, threshold: monitor.Threshold, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monitor.save_thresholds(
+        [replace(threshold, name="mood[v2]"), replace(threshold, name="\ud800")], tmp_path / "t.json"
+    )
+    talk = [{"role": "[/b]", "content": "one"}, *said("one two", "three")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, talk)))
+    common = ["monitor", "-m", str(path), "--thresholds", str(tmp_path / "t.json")]
+    assert run([*common, "--transcript", str(tmp_path / "t.jsonl"), "--report", str(tmp_path / "r")]) == 0
+    shown = capfd.readouterr().out
+    assert "mood[v2]" in shown
+    assert "[/b]" in shown
+    assert run([*common, "--transcript", str(tmp_path / "t.jsonl"), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[0])["role"] == "[/b]"
+
+
 MISTAKES = {
     "nothing to watch": (["-p", "a"], "name at least one vector"),
     "nothing to read": (["-v", "v.gguf"], "nothing to read"),
@@ -396,6 +423,9 @@ MISTAKES = {
     "two kinds of thresholds": (["-v", "v.gguf", "--thresholds", "t.json", "-p", "a"], "leave -v out"),
     "a system prompt of nothing": (["-v", "v.gguf", "--transcript", "t.jsonl", "--system", "a"], "goes with -p"),
     "no such transcript": (["-v", "v.gguf", "--transcript", "none.jsonl"], "none.jsonl: cannot be read"),
+    "the model": (["-v", "v.gguf", "-p", "a", "-o", "{model}", "--force"], "is what this is made from"),
+    "one file for two": (["-v", "v.gguf", "-p", "a", "-o", "x.jsonl", "--tokens", "./x.jsonl"], "must be two files"),
+    "two of a name": (["-v", "v.gguf", "-v", "v.gguf", "-p", "a"], "the same name"),
     "what exists": (["-v", "v.gguf", "-p", "a", "-o", "v.gguf"], "is what this is made from"),
 }
 
@@ -412,7 +442,7 @@ def test_mistakes_end_in_one_line(
     monkeypatch.chdir(tmp_path)
     vector.save("v.gguf")
     arguments, message = MISTAKES[how]
-    assert run(["monitor", "-m", str(path), *arguments]) == 2
+    assert run(["monitor", "-m", str(path), *(a.format(model=path) for a in arguments)]) == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err

@@ -436,7 +436,11 @@ def test_odd_texts_are_drawn(turns: str) -> None:
     for shown in ("$a_b$", "\\x1b", "\\u202e", "<|im_end|>", "你好", "↵", "→"):
         assert shown in texts
     drawn(plots.reading_layers(ODD, readings[:, None], (1,), spans, marked=1, title="$t_\n$" * 40))
-    drawn(plots.reading_drift([(0, 1.0)], means=[("$ro_le$\n", 1.0), ("x", np.nan)], title="$t_\n$" * 40))
+    drawn(
+        plots.reading_drift(
+            [(0, 1.0)], means=[("$ro_le$\n", 1.0), (r"$\foo$", 1.0), ("x", np.nan)], title="$t_\n$" * 40
+        )
+    )
 
 
 def test_one_token_without_a_finite_reading_is_drawn() -> None:

@@ -21,10 +21,11 @@ from personasteer.cli import run
 from personasteer.monitor import Check, Registry, check_model, compare_models, track_model
 from personasteer.monitor.registry import Evaluation
 from personasteer.monitor.thresholds import last_states
-from personasteer.monitor.tracking import LEAST_COSINE, OUTCOMES, _wilson
+from personasteer.monitor.tracking import LEAST_COSINE, OUTCOMES
 from personasteer.ship.bake import bake
 from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import ModelFile, rewrite
+from personasteer.statistics import wilson_interval
 from personasteer.tiny_model import write_tiny_model
 
 BLOCK = 3
@@ -315,8 +316,8 @@ def test_thresholds_that_do_not_fit_are_calibrated_again(
 def test_the_intervals_are_wilsons() -> None:
     """Against the quadratic that they solve: (p - k/n)^2 = z^2 p (1 - p) / n."""
     for k, n in ((0, 10), (3, 10), (10, 10), (12, 200)):
-        for p in _wilson(k, n):
-            assert (p - k / n) ** 2 == pytest.approx(3.29**2 * p * (1 - p) / n, abs=1e-12)
+        for p in wilson_interval(k, n, 0.999):
+            assert (p - k / n) ** 2 == pytest.approx(3.290527**2 * p * (1 - p) / n, abs=1e-9)
 
 
 def test_a_broken_file_is_said_to_be_one(path: Path, registry: Registry, tmp_path: Path) -> None:
@@ -375,6 +376,9 @@ def test_two_tracked_models_are_compared_from_what_is_stored(
     found = compare_models(registry, "base", "baked")
     assert "other tensor shapes" in found.differs
     assert found.only == ((), ("only here",))
+    with opened(path) as model:
+        track_model(model, [replace(vector, directions=2 * vector.directions)], registry, label="base")
+    assert compare_models(registry, "base", "baked").only == ((vector.name,), ("only here",))  # two of that name
     (v,) = found.vectors
     assert (v.same_vector, v.files_cosine) == (True, None)
     assert v.cosine is not None

@@ -163,7 +163,8 @@ def check_new(out: Path, inputs: Iterable[str | os.PathLike[str]], *, force: boo
 
 
 def print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False, allow_nan=False))
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    typer.echo(line.encode("utf-8", "backslashreplace").decode())  # half a character stays an escape
 
 
 def write_piece(_: int, text: str) -> None:

@@ -33,6 +33,7 @@ from personasteer.cli._common import (
     check_new,
     load_adapters,
     load_steering,
+    model_path,
     open_model,
     print_json,
     read_text,
@@ -96,7 +97,8 @@ def chat(
     steering = load_steering(vector, scope, offset, cap=cap, floor=floor, ablate=ablate)
     if prompt is None and json:
         raise typer.BadParameter("--json needs -p")
-    rules = _rules(watch, guard, guard_log, offset)
+    steered = [split_strength(spec)[0] for spec in (*(vector or []), *(cap or []), *(floor or []), *(ablate or []))]
+    rules = _rules(watch, guard, guard_log, offset, [model_path(model), *steered])
     with (
         open_model(
             model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed,
@@ -142,7 +144,7 @@ def chat(
                 typer.echo()
                 found = stream.result()
                 answer = found.text
-                _print_running(found)
+                _print_running(found, guarded)
             else:
                 answer = m.chat(messages, system=system, reuse_cache=True, on_token=write_piece, **options)
                 typer.echo()
@@ -151,7 +153,9 @@ def chat(
             messages.append({"role": "assistant", "content": answer})
 
 
-def _rules(watch: list[str] | None, guard: Path | None, guard_log: Path | None, offset: int) -> list[Rule]:
+def _rules(
+    watch: list[str] | None, guard: Path | None, guard_log: Path | None, offset: int, inputs: list[str | Path]
+) -> list[Rule]:
     if guard_log is not None and not (watch or guard):
         raise ArgumentError("--guard-log goes with --guard or --watch")
     for spec in watch or []:
@@ -159,10 +163,16 @@ def _rules(watch: list[str] | None, guard: Path | None, guard_log: Path | None, 
             raise ArgumentError(f"{spec}: reading takes no strength")
     rules = load_policy(guard) if guard else []
     if guard_log is not None:
-        check_new(guard_log, [*(watch or []), *([guard] if guard else [])], force=True)
-    named = {rule.vector.name for rule in rules}
-    watched = [PersonaVector.load(file, offset=offset) for file in watch or []]
-    return rules + [Rule(v) for v in watched if v.name not in named]
+        check_new(guard_log, [*inputs, *(watch or []), *([guard] if guard else [])], force=True)
+    named = {rule.vector.name: rule.vector for rule in rules}
+    for file in watch or []:
+        vector = PersonaVector.load(file, offset=offset)
+        known = named.setdefault(vector.name, vector)
+        if known is vector:
+            rules.append(Rule(vector))
+        elif not np.array_equal(known.directions, vector.directions):
+            raise ArgumentError(f"{file}: another vector of the name {vector.name!r} is watched, too")
+    return rules
 
 
 def _guard(m: Model, rules: list[Rule], log: Path | None, *, quiet: bool, stack: ExitStack) -> Guard:
@@ -192,22 +202,28 @@ def _guard(m: Model, rules: list[Rule], log: Path | None, *, quiet: bool, stack:
     return guard
 
 
-def _print_running(found: GuardedAnswer) -> None:
-    for name, means in found.running.items():
-        if len(means):
+def _print_running(found: GuardedAnswer, guard: Guard) -> None:
+    for t in guard.thresholds:
+        means = found.running[t.name][np.isfinite(found.running[t.name])]
+        if len(means) and t.running:
             low, high = float(means.min()), float(means.max())
             bars = "".join(
                 BARS[round(7 * (x - low) / ((high - low) or 1.0))] for x in means[:: max(1, len(means) // 40)]
             )
-            text = f"[{name} while answering {low:.2f} {bars} {high:.2f}, {found.states.get(name, 'ok')}]"
+            limits = f"watch from {t.running.watch:.2f}, alarm from {t.running.alarm:.2f}"
+            text = f"[{t.name} while answering {low:.2f} {bars} {high:.2f}, {t.running.state(high)} ({limits})]"
             stderr.print(text, markup=False, soft_wrap=True, style="dim")
+
+
+def _number(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None
 
 
 def _guarded_dict(prompt: str, found: GuardedAnswer) -> dict[str, Any]:
     return {
         **as_dict(prompt, found.answer),
-        "before": found.before,
-        "running": {name: np.round(means, 4).tolist() for name, means in found.running.items()},
+        "before": {name: _number(reading) for name, reading in found.before.items()},
+        "running": {name: [_number(x) for x in np.round(means, 4)] for name, means in found.running.items()},
         "attempts": found.attempts,
         "events": [e.as_dict() for e in found.events],
     }

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from personasteer.cli._common import (
@@ -14,6 +15,7 @@ from personasteer.cli._common import (
     OffsetOption,
     ThreadsOption,
     check_new,
+    model_path,
     open_model,
     print_json,
     split_strength,
@@ -40,6 +42,7 @@ from personasteer.monitor import (
     watched,
 )
 from personasteer.monitor.page import report_files, write_report
+from personasteer.plots import printable
 from personasteer.vectors import PersonaVector
 
 MARKS = {"ok": "", "watch": " watch", "alarm": " ALARM"}
@@ -125,7 +128,10 @@ def monitor(
         raise ArgumentError("--baseline goes with --transcript")
     if (tokens or report) and prompt is None and transcript is None:
         raise ArgumentError("nothing to read for --tokens and --report: give -p TEXT or --transcript FILE.jsonl")
-    inputs: list[str | Path] = [*(vectors or []), *(path for path in (transcript, thresholds, baseline, clean) if path)]
+    given_files = [path for path in (transcript, thresholds, baseline, clean) if path]
+    inputs: list[str | Path] = [model_path(model), *(vectors or []), *given_files]
+    if out is not None and tokens is not None and out.absolute() == tokens.absolute():
+        raise ArgumentError(f"{out}: -o and --tokens must be two files")
     if tokens is not None:
         check_readings_file(tokens)
     for path in (out, tokens):
@@ -136,6 +142,9 @@ def monitor(
             raise ArgumentError(f"{spec}: reading takes no strength")
     loaded = [PersonaVector.load(file, offset=offset) for file in vectors or []]
     given = load_thresholds(thresholds) if thresholds else []
+    names = [v.name for v in loaded] or [t.name for t in given]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"two have the same name: {', '.join(names)}")
     conversations = read_conversations(transcript) if transcript else []
     ordinary = read_conversations(clean) if clean else []
     if prompt is not None:
@@ -199,10 +208,10 @@ def _print_tables(thresholds: list[Threshold], found: list[Reading], drifts: Dri
     for i, reading in enumerate(found):
         table = Table(title=f"conversation {i}" if len(found) > 1 else None)
         for heading in ("turn", "role", "tokens", *(t.name for t in thresholds)):
-            table.add_column(heading)
+            table.add_column(escape(printable(heading)))
         for k, turn in enumerate(reading.turns):
             n = str(turn.end - turn.begin) if turn.end > turn.begin else "to come"
-            table.add_row(str(k), turn.role, n, *(_cell(turn, t.name) for t in thresholds))
+            table.add_row(str(k), escape(printable(turn.role)), n, *(_cell(turn, t.name) for t in thresholds))
         stdout.print(table)
         for name, drift in drifts[i].items():
             if drift:

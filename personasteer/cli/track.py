@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from personasteer.cli._common import (
@@ -28,6 +29,7 @@ from personasteer.monitor.tracking import (
     compare_models,
     track_model,
 )
+from personasteer.plots import printable
 from personasteer.vectors import PersonaVector
 
 N_SHIFTS = 8  # shown; --json has all
@@ -234,7 +236,8 @@ def _print_shifts(shifts: tuple[Shift, ...]) -> None:
     for s in shifts[:N_SHIFTS]:
         words = ["", ""] if s.delta is None else [f"{s.delta:+.2f}", f"{s.low:+.2f} … {s.high:+.2f}"]
         stream = ["", "", ""] if s.cosine is None else [f"{s.drift:+.3f}", f"{s.cosine:+.2f}", f"{s.random_p99:.2f}"]
-        table.add_row(s.trait, *words, *stream, f"suspicious ({s.suspicious})" if s.suspicious else "")
+        said = f"suspicious ({s.suspicious})" if s.suspicious else ""
+        table.add_row(escape(printable(s.trait)), *words, *stream, said)
     stdout.print(table)
     if len(shifts) > N_SHIFTS:
         _say(f"and {len(shifts) - N_SHIFTS} more traits with less (--json)")

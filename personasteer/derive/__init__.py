@@ -41,7 +41,7 @@ from personasteer.derive.selection import Selection, require_enough, select, sel
 from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, advising
-from personasteer.evaluate import trait_of
+from personasteer.evaluate.evaluation import NAME_ONE, trait_of
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import check_fits
@@ -342,7 +342,7 @@ def calibrate(
         TemplateError: a trait without continuations, on a model without a system role.
     """
     check_fits(vector, model)
-    trait = trait_of(vector, trait)
+    trait = trait_of(vector, trait, hint=NAME_ONE)
     systems = trait.system[0] if model.takes_system else None
     n_replay = 2 * len(responses) if responses else 0
     n_sweep = 36 * N_BLOCKS if sweep_layers else 0

@@ -24,6 +24,7 @@ from personasteer.derive.work import digest
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, advising
 from personasteer.model import Item, Model
+from personasteer.steering import Steering
 from personasteer.vectors import PersonaVector
 
 N_SHUFFLED = 3  # control directions that a vector carries
@@ -176,6 +177,7 @@ def contrast(
         last_layer=True,
         share_prefix=True,
         parse_special=True,
+        steer=Steering(),
         progress=progress,
     )
     samples = Samples(acts[:n], acts[n:], np.arange(n), np.arange(len(negative)))

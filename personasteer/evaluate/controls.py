@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from personasteer import traits
 from personasteer.model import Model
+from personasteer.steering import Steering
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
 
@@ -48,7 +49,9 @@ def unrelated_vector(model: Model, like: PersonaVector, trait: Trait) -> Persona
         [(questions[i % len(questions)], pair[side]) for i, pair in enumerate(other.continuations)] for side in (0, 1)
     ]
     last = like.n_layer - 1 in like.layers
-    acts = model.capture([*sides[0], *sides[1]], layers=like.layers, last_layer=last, share_prefix=True)
+    acts = model.capture(
+        [*sides[0], *sides[1]], layers=like.layers, last_layer=last, share_prefix=True, steer=Steering()
+    )
     n = len(sides[0])
     directions = acts[:n].mean(0, dtype=np.float64) - acts[n:].mean(0, dtype=np.float64)
     return _instead_of(like, directions.astype(np.float32), other.name)

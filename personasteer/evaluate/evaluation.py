@@ -102,10 +102,13 @@ class Evaluation:
         return out
 
 
-def trait_of(vector: PersonaVector, given: Trait | None = None) -> Trait:
+NAME_ONE = ": name a trait (--trait)"
+
+
+def trait_of(vector: PersonaVector, given: Trait | None = None, *, hint: str = "") -> Trait:
     """The trait that a vector is evaluated on: the given one, or the one that the vector carries.
 
-    Raises TraitError where there is none.
+    Raises TraitError where there is none; hint: what its message ends with.
     """
     if given is not None:
         return given
@@ -117,8 +120,7 @@ def trait_of(vector: PersonaVector, given: Trait | None = None) -> Trait:
         return get(str(name))
     except TraitError as e:
         raise TraitError(
-            f"vector {vector.name!r} does not carry the trait's questions, and the library has no trait {name!r}: name "
-            "a trait (--trait)"
+            f"vector {vector.name!r} does not carry the trait's questions, and the library has no trait {name!r}{hint}"
         ) from e
 
 
@@ -179,7 +181,7 @@ def evaluate(
     ):
         if value < least:
             raise ArgumentError(f"{option} must be at least {least}, not {value}")
-    chosen = [trait_of(v, t) for v, t in zip(vectors, given, strict=True)]
+    chosen = [trait_of(v, t, hint=NAME_ONE) for v, t in zip(vectors, given, strict=True)]
     unseen = [_unseen(v, t) for v, t in zip(vectors, chosen, strict=True)]
     for vector, trait, (questions, _) in zip(vectors, chosen, unseen, strict=True):
         check_fits(vector, model)

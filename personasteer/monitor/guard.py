@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from personasteer.chat import Conversation
 from personasteer.errors import ArgumentError, VectorError
 from personasteer.live import Answer, Session, Stream
+from personasteer.mixes import Conditions
 from personasteer.model import Model
 from personasteer.monitor.thresholds import STATES, Threshold, thresholds_for
 from personasteer.steering import Add, Cap, Steer, Steering, as_steering
@@ -100,8 +101,8 @@ class Event:
     attempt: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return dict(vars(self))
+        """As plain data; the reading is None where it is no number."""
+        return {**vars(self), "reading": self.reading if np.isfinite(self.reading) else None}
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,17 @@ class Guard:
         self.thresholds = tuple(known[name] for name in vectors)
         for t in self.thresholds:
             t.check(model)
-            if t.running is None and any(r.vector.name == t.name and r.when == "during" for r in rules):
+            if t.running is None and any(r.vector.name == t.name and r.when != "before" for r in rules):
                 raise VectorError(f"the threshold of {t.name!r} has no running mean: calibrate with running=True")
         _ = model.norms  # measured before a request is: it is a run of its own
         self._edits = {id(rule): self._edit(rule, known[rule.vector.name]) for rule in self.rules}
-        for steering in self._edits.values():  # what is wrong with an edit shows now
+        for steering in self._edits.values():  # what is wrong with an edit shows now, not amid other requests
+            if Conditions(steering, model):
+                raise ArgumentError(
+                    'a rule acts after the prompt, which its edit must not ask for: use When(..., on="token")'
+                )
+            if steering.needs_roles:
+                raise ArgumentError("a rule acts on the answer: its edit cannot have a role as its scope")
             for edit in steering:
                 edit.terms(model)
 
@@ -221,7 +228,7 @@ class _Watched:
     def push(self, reading: float) -> float | None:
         """The running mean once there are enough tokens."""
         running = self.threshold.running
-        if running is None or not np.isfinite(reading):
+        if running is None:
             return None
         self.sums.append(self.sums[-1] + reading)
         if len(self.sums) <= running.window:
@@ -241,7 +248,12 @@ class GuardedStream:
     ) -> None:
         self._guard, self._session = guard, session
         self._conversation, self._options = conversation, options
-        self._base = guard.model._steering(steer)
+        self._base = guard.model.steering_of(steer)
+        edits = any(r.when != "before" and r.action in ("cap", "subtract", "edit") for r in guard.rules)
+        if edits and Conditions(self._base, guard.model):
+            raise ArgumentError(
+                'a guard that edits during the answer takes no conditions on the prompt: use When(..., on="token")'
+            )
         self._holds_back = any(r.action == "regenerate" or (r.action == "stop" and r.message) for r in guard.rules)
         self._extra = Steering()  # of earlier attempts
         self._before: dict[str, float] = {}

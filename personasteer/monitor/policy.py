@@ -44,15 +44,16 @@ def load_policy(path: Path) -> list[Rule]:
     rules = data.pop("rule", None)
     if data or not isinstance(rules, list) or not rules:
         raise ArgumentError(f"{path}: a policy is a list of [[rule]] tables, and nothing else")
-    vectors: dict[str, PersonaVector] = {}
+    vectors: dict[Path, PersonaVector] = {}
 
     def vector_of(table: Mapping[str, Any]) -> PersonaVector:
         name = table.get("vector")
         if not isinstance(name, str) or not name:
             raise ArgumentError('"vector" must name a file')
-        if name not in vectors:
-            vectors[name] = PersonaVector.load(path.parent / name)
-        return vectors[name]
+        file = (path.parent / name).resolve()
+        if file not in vectors:
+            vectors[file] = PersonaVector.load(path.parent / name)
+        return vectors[file]
 
     found = []
     for i, table in enumerate(rules, 1):
@@ -73,7 +74,7 @@ def _edits(table: Mapping[str, Any]) -> list[Any]:
 
 def _edit(table: Any, vector_of: Any) -> Edit:
     kind = table.get("kind") if isinstance(table, dict) else None
-    if kind not in EDITS:
+    if not isinstance(kind, str) or kind not in EDITS:
         raise ArgumentError(f"the kind of an edit must be one of {', '.join(EDITS)}, not {kind!r}")
     options = _options(table, EDIT, {"vector", "kind"})
     try:
@@ -95,5 +96,8 @@ def _options(table: Mapping[str, Any], known: Mapping[str, type], others: set[st
         wanted = known[key]
         if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             raise ArgumentError(f"{key} must be a {'text' if wanted is str else 'number'}, not {value!r}")
-        options[key] = wanted(value)
+        try:
+            options[key] = wanted(value)
+        except OverflowError as e:
+            raise ArgumentError(f"{key} is too large") from e
     return options

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError
-from personasteer.evaluate import cell_log_odds, make_cells, random_vectors, trait_of
+from personasteer.evaluate import Cell, cell_log_odds, make_cells, random_vectors, trait_of
 from personasteer.model import Model
 from personasteer.monitor.everyday import clean_prompts
 from personasteer.monitor.thresholds import last_states
 from personasteer.progress import Meter
 from personasteer.statistics import bootstrap_interval
+from personasteer.steering import Steering
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
 
@@ -65,27 +66,38 @@ def measure_profile(
         directions: measure them, too; what a model is compared with needs them, the other one does not.
     """
     measured = [t for t in traits if t.continuations and t.evaluate_questions]
-    cells = {t.name: make_cells(t.evaluate_questions[:n_questions], t.evaluation_pairs, 1) for t in measured}
-    everything = [cell for some in cells.values() for cell in some]
+    n_cells = sum(len(_cells(t, n_questions)) for t in measured)
     sides = {t.name: (_prompted if model.takes_system else _answers)(t) for t in measured} if directions else {}
     prompts = [(q, None) for q, _ in clean_prompts(held_out=True)[:n_prompts]]
-    meter = Meter(progress, len(prompts) + 2 * len(everything) + sum(map(len, sides.values())))
+    meter = Meter(progress, len(prompts) + 2 * n_cells + sum(map(len, sides.values())))
     states = last_states(model, prompts, meter.part(len(prompts)))
-    log_odds: dict[str, NDArray[np.float64]] = {}
-    if everything:
-        flat = cell_log_odds(model, everything, [None], progress=meter.part(2 * len(everything)))[0]
-        ends = np.cumsum([len(some) for some in cells.values()])
-        log_odds = dict(zip(cells, np.split(flat, ends[:-1]), strict=True))
+    log_odds = measure_words(model, measured, n_questions=n_questions, progress=meter.part(2 * n_cells))
     found: dict[str, NDArray[np.float32]] = {}
     for name, texts in sides.items():
         part = meter.part(len(texts))
         if model.takes_system:
             acts = last_states(model, texts, part)
         else:
-            acts = model.capture(texts, share_prefix=True, progress=part)
+            acts = model.capture(texts, share_prefix=True, steer=Steering(), progress=part)
         high, low = np.split(acts.astype(np.float64), 2)
         found[name] = (high.mean(0) - low.mean(0)).astype(np.float32)
     return Profile(log_odds, states, np.asarray(model.norms), found)
+
+
+def measure_words(
+    model: Model, traits: Sequence[Trait], *, n_questions: int = N_QUESTIONS, progress: Progress | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """The log-odds of a profile alone, of traits that have continuations and held-out questions."""
+    cells = {t.name: _cells(t, n_questions) for t in traits if t.continuations and t.evaluate_questions}
+    if not cells:
+        return {}
+    flat = cell_log_odds(model, [cell for some in cells.values() for cell in some], [None], progress=progress)[0]
+    ends = np.cumsum([len(some) for some in cells.values()])
+    return dict(zip(cells, np.split(flat, ends[:-1]), strict=True))
+
+
+def _cells(trait: Trait, n_questions: int) -> Sequence[Cell]:
+    return make_cells(trait.evaluate_questions[:n_questions], trait.evaluation_pairs, 1)
 
 
 def _prompted(trait: Trait) -> list[tuple[str, str]]:

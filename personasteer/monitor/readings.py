@@ -21,7 +21,7 @@ from personasteer.files import replacing
 from personasteer.model import Model
 from personasteer.monitor.drift import FEWEST, Drift, find_drift
 from personasteer.monitor.thresholds import Threshold
-from personasteer.monitor.transcripts import Reading, _turns, read_conversations
+from personasteer.monitor.transcripts import Reading, read_conversations, turns_of
 from personasteer.spans import tokens_in_spans
 from personasteer.steering import check_fits
 from personasteer.vectors import PersonaVector
@@ -188,20 +188,16 @@ def _words(
     """(tokens, their pieces, spans) of a plain text or a conversation."""
     if isinstance(words, str):
         tokens = model.tokenize(words)
-        data = _bytes_of(model, tokens)
+        data = model.token_bytes(tokens)
         own = np.flatnonzero(tokens_in_spans(data, words, [(0, len(words))]))  # not a token for its beginning
         placed = [("text", int(own[0]), int(own[-1]) + 1)] if len(own) else []
     else:
         tokens, placed = model.transcript_tokens(as_messages(words))
-        data = _bytes_of(model, tokens)
+        data = model.token_bytes(tokens)
     if not placed:
         raise ArgumentError("a conversation has no words to read")
     spans = tuple((_encodable(role), begin, end) for role, begin, end in placed)
     return tokens, tuple(_characters(data)), spans
-
-
-def _bytes_of(model: Model, tokens: Sequence[int]) -> list[bytes]:
-    return [model._native.piece(t, True) for t in tokens]
 
 
 def _characters(data: Sequence[bytes]) -> Iterator[str]:
@@ -230,7 +226,7 @@ def watched(readings: Readings, thresholds: Sequence[Threshold]) -> Reading:
         if readings.calibrated.get(t.name) != t.layer:
             raise ArgumentError(f"the conversation was not read with the threshold of {t.name!r}")
     values = np.stack([readings.at(t.name, t.layer) for t in thresholds], axis=1)
-    return Reading(_turns(thresholds, readings.spans, values), list(readings.tokens), values)
+    return Reading(turns_of(thresholds, readings.spans, values), list(readings.tokens), values)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def direction_of(values: Any) -> NDArray[np.float32]:
 
 
 def state_of(reading: float, before: str, watch: float, alarm: float) -> str:
-    if reading >= alarm:
+    """ok, watch or alarm; alarm too where the reading is no number."""
+    if not reading < alarm:
         return "alarm"
     if reading >= watch:
         return "alarm" if before == "alarm" else "watch"
@@ -72,7 +73,7 @@ class Running:
     n_trait: int
 
     def __post_init__(self) -> None:
-        check_numbers("a running mean", self.direction, self.watch, self.alarm)
+        check_numbers("a running mean", self.direction, self.watch, self.alarm, self.auroc)
 
     def state(self, reading: float, before: str = "ok") -> str:
         """As `Threshold.state`."""

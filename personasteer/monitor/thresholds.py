@@ -38,13 +38,14 @@ from personasteer.monitor.running import (
 )
 from personasteer.progress import Meter
 from personasteer.statistics import auroc, cohen_d
-from personasteer.steering import check_fits
+from personasteer.steering import Steering, check_fits
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
 
 STATES = ("ok", "watch", "alarm")
 WATCH, ALARM = 80.0, 95.0  # percentiles of clean prompts
+AT_ONCE = 256  # prompts that are read together: the states of larger models are many
 EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model will do
 SCHEMA = 1
 METHOD = 3  # of calibration: thresholds that another one made are not taken from the cache
@@ -82,7 +83,7 @@ class Threshold:
     running: Running | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(repr(self.name), self.direction, self.watch, self.alarm, self.slope, self.intercept)
+        check_numbers(repr(self.name), self.direction, self.watch, self.alarm, self.slope, self.intercept, self.auroc)
 
     def readings(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
         """(n,) <h_layer, u> of (n, n_layer, n_embd) block outputs."""
@@ -137,6 +138,8 @@ class Threshold:
             counts = {key: int(data[key]) for key in ("layer", "n_clean", "n_trait")}
             if not isinstance(data["name"], str):
                 raise VectorError("no name")
+            if not isinstance(data["origin"].get("identity", {}), Mapping):
+                raise VectorError("no identity")
             running = Running.from_dict(data["running"]) if data.get("running") is not None else None
             more: dict[str, Any] = {**numbers, **counts, "origin": dict(data["origin"]), "running": running}
             return cls(name=data["name"], direction=direction_of(data["direction"]), **more)
@@ -215,7 +218,7 @@ def last_states(
     model: Model, prompts: Sequence[tuple[Conversation, str | None]], progress: Progress | None = None
 ) -> NDArray[np.float32]:
     """(n, n_layer, n_embd) block outputs at the last token of (conversation, system prompt), rendered as when derived:
-    where the answer begins.
+    where the answer begins; of the unsteered model, whatever `Model.steering` says.
     """
     items: list[Any] = [
         (given, "")
@@ -223,7 +226,12 @@ def last_states(
         else [*as_messages(given, system or None), {"role": "assistant", "content": ""}]
         for given, system in prompts
     ]
-    states: NDArray[np.float32] = model.capture(items, pool="last", span="prompt", share_prefix=True, progress=progress)
+    states = np.empty((len(items), model.n_layer, model.n_embd), np.float32)
+    meter = Meter(progress, len(items))
+    how: dict[str, Any] = {"pool": "last", "span": "prompt", "share_prefix": True, "steer": Steering()}
+    for begin in range(0, len(items), AT_ONCE):
+        some = items[begin : begin + AT_ONCE]
+        states[begin : begin + AT_ONCE] = model.capture(some, **how, progress=meter.part(len(some)))
     return states
 
 
@@ -252,7 +260,8 @@ def _threshold(
     x, y = (side[:, layer] + offsets[layer] for side in (low, high))
     slope, intercept = _logistic(y, x)
     watch, alarm = (percentile(x, p) for p in percentiles)
-    tested = float(auroc(y[~choosing[1], None], x[~choosing[0], None])[0])
+    left = [v[~chosen] if not chosen.all() else v for v, chosen in ((y, choosing[1]), (x, choosing[0]))]
+    tested = float(auroc(left[0][:, None], left[1][:, None])[0])
     return Threshold(
         vector.name, layer, units[layer].astype(np.float32), watch, alarm, slope, intercept, tested, len(x), len(y),
         dict(model.origin),
@@ -318,7 +327,8 @@ def save_thresholds(thresholds: Sequence[Threshold], path: str | os.PathLike[str
     """Write them as JSON, under a temporary name and renamed."""
     content = {"schema": SCHEMA, "thresholds": [t.as_dict() for t in thresholds]}
     try:
-        atomic_write(Path(path), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(Path(path), text.encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise PersonasteerError(f"{path}: cannot be written ({e.strerror or e})") from e
 

@@ -16,7 +16,7 @@ from personasteer._native import build_id
 from personasteer.derive.work import digest as digest_of
 from personasteer.engine import Progress
 from personasteer.errors import ModelError, RegistryError, TraitError
-from personasteer.evaluate import Cell, bootstrap_interval, cell_log_odds, make_cells, trait_of
+from personasteer.evaluate import Cell, cell_log_odds, make_cells, trait_of
 from personasteer.evaluate.log_odds import answer_cells
 from personasteer.identity import differences
 from personasteer.model import Model
@@ -25,6 +25,7 @@ from personasteer.monitor.profile import Profile, Shift, compare_profiles, measu
 from personasteer.monitor.registry import Evaluation, Registry, TrackedModel, TrackedVector
 from personasteer.monitor.thresholds import ALARM, WATCH, Threshold, last_states, thresholds_for
 from personasteer.progress import Meter
+from personasteer.statistics import bootstrap_interval, wilson_interval
 from personasteer.steering import check_fits
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
@@ -34,7 +35,7 @@ log = logging.getLogger("personasteer")
 OUTCOMES = ("reuse", "recalibrate", "re-derive", "suspicious")  # from good to bad
 LEAST_COSINE = 0.8  # of a direction before and now
 EFFECT_BAND = (0.5, 2.0)  # of the effect now over the one before
-Z = 3.29  # binomial intervals at 99.9 %: a vector that is checked alarms for two rates of ordinary prompts
+LEVEL = 0.999  # of binomial intervals: a vector that is checked alarms for two rates of ordinary prompts
 N_ORDINARY = 200  # prompts that no threshold was calibrated on
 N_CELLS = 8  # comparisons that a vector's effect is measured on
 PROFILE, VECTOR, CHECK = "profile", "vector", "check"  # kinds of evaluations
@@ -117,7 +118,7 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data, with the limits that decided."""
-        limits = {"least_cosine": LEAST_COSINE, "effect_band": EFFECT_BAND, "z": Z}
+        limits = {"least_cosine": LEAST_COSINE, "effect_band": EFFECT_BAND, "level": LEVEL}
         return {**asdict(self), "limits": limits}
 
 
@@ -523,17 +524,19 @@ def _judge(
         shown = _above(threshold.alarm, old.shown, new.shown)
         for k, percentile, what in ((alarms[1], ALARM, "alarm"), (watches[1], WATCH, "are watched or alarm")):
             share = 1 - percentile / 100
-            low, high = _wilson(k, n_ordinary)
+            low, high = wilson_interval(k, n_ordinary, LEVEL)
             words = f"{k} of {n_ordinary} ordinary prompts {what}, calibrated for {share:.0%}"
             said.append((reuse if low <= share <= high else recalibrate, words))
         words = f"{shown[1]} of {n_shown} prompts that ask for it alarm, {shown[0]} before"
-        said.append((reuse if shown[1] >= n_shown * _wilson(shown[0], n_shown)[0] else recalibrate, words))
+        fewest = n_shown * wilson_interval(shown[0], n_shown, LEVEL)[0]
+        said.append((reuse if shown[1] >= fewest else recalibrate, words))
 
     effect, ratio = None, None
     if new.cells:
         effect = (float(old.effects.mean()), float(new.effects.mean()))
         words = f"its effect is {effect[1]:+.2f} nats per token, {effect[0]:+.2f} before"
-        if bootstrap_interval(old.effects)[0] <= 0:
+        low, high = bootstrap_interval(old.effects)
+        if low <= 0 <= high:
             said.append((reuse, f"{words}: too small for a ratio"))
         else:
             ratio = effect[1] / effect[0]
@@ -561,14 +564,6 @@ def _above(limit: float, old: NDArray[np.float64], new: NDArray[np.float64]) -> 
     return int((old >= limit).sum()), int((new >= limit).sum())
 
 
-def _wilson(k: int, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share, from k of n, with z = 3.29 (99.9 %)."""
-    share, square = k / n, Z * Z
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = Z * np.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
-    return float(middle - half), float(middle + half)
-
-
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -585,9 +580,12 @@ def compare_models(registry: Registry, first: str, second: str) -> Comparison:
         raise RegistryError(f"{a.title} and {b.title} were measured on other texts, by other versions: add both again")
     kept = [{k.digest: (k.load(), t) for k, t in registry.vectors(m.fingerprint)} for m in (a, b)]
     pairs = [(d, d) for d in kept[0] if d in kept[1]]
-    names = [{v.name: d for d, (v, _) in k.items() if (d, d) not in pairs} for k in kept]
-    pairs += [(d, names[1][name]) for name, d in names[0].items() if name in names[1]]
-    only = [tuple(sorted(set(n) - set(m))) for n, m in (names, reversed(names))]
+    left = [{v.name: d for d, (v, _) in k.items() if (d, d) not in pairs} for k in kept]  # the newest of a name
+    pairs += [(d, left[1][name]) for name, d in left[0].items() if name in left[1]]
+    only = [
+        tuple(sorted(v.name for d, (v, _) in k.items() if d not in {pair[side] for pair in pairs}))
+        for side, k in enumerate(kept)
+    ]
     found = []
     for x, y in pairs:
         replays = [_replay_of(_latest(registry, VECTOR, m, d)) for m, d in ((a, x), (b, y))]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from personasteer.chat import Message, as_messages
 from personasteer.engine import Progress, Request
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, ModelError
 from personasteer.files import parse_line, read_lines
 from personasteer.model import Model
 from personasteer.monitor.thresholds import STATES, Threshold
@@ -98,7 +98,9 @@ def watch_transcripts(
     found = []
     for request, placed, result in zip(requests, spans, model.run_requests(requests, progress=progress), strict=True):
         readings = np.asarray(result["readings"])[:, at, range(len(thresholds))]
-        found.append(Reading(_turns(thresholds, placed, readings), list(request.tokens), readings))
+        if not np.isfinite(readings).all():
+            raise ModelError("what the model computes for this conversation are no numbers")
+        found.append(Reading(turns_of(thresholds, placed, readings), list(request.tokens), readings))
     return found
 
 
@@ -110,9 +112,10 @@ def _check(model: Model, thresholds: Sequence[Threshold]) -> None:
         threshold.check(model)
 
 
-def _turns(
+def turns_of(
     thresholds: Sequence[Threshold], placed: Sequence[tuple[str, int, int]], readings: NDArray[np.float32]
 ) -> list[Turn]:
+    """Turns of (role, begin, end), from (n_tokens, n_thresholds) readings."""
     states = {t.name: "ok" for t in thresholds}
     turns = []
     for role, begin, end in placed:

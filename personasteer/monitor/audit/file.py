@@ -67,7 +67,7 @@ def describe_file(path: Path, fields: Mapping[str, Any]) -> FileEntry:
         n_embd=known.n_embd,
         n_ctx=n_ctx if isinstance(n_ctx, int) else None,
         tokenizer=shown(" / ".join(filter(None, kinds)), 60),
-        n_tokens=len(fields.get("tokenizer.ggml.tokens") or ()),
+        n_tokens=len(tokens) if isinstance(tokens := fields.get("tokenizer.ggml.tokens"), list) else 0,
         license=shown(", ".join(filter(None, licenses))),
         texts=digest(text_fields)[:16],
         says=[(shown(k, 80), shown(str(_plain(v)), 200)) for k, v in said.items() if _is_said(k, v)][:MOST],

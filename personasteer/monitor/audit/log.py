@@ -21,6 +21,7 @@ from personasteer.ship.persona import first_problem
 
 SCHEMA = 1
 LARGEST = 2**53  # number: what a float holds exactly
+LARGEST_SIZE = 2**16  # blocks, and their width
 LONGEST = 600  # letters of a foreign text in the log
 MOST = 40  # foreign texts in a list of the log
 
@@ -51,8 +52,8 @@ class FileEntry(_Entry):
     size: int
     parameters: int
     tensors: list[TensorsEntry]
-    n_layer: int
-    n_embd: int
+    n_layer: int = Field(gt=0, le=LARGEST_SIZE)
+    n_embd: int = Field(gt=0, le=LARGEST_SIZE)
     n_ctx: int | None
     tokenizer: str
     n_tokens: int

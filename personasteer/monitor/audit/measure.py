@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +22,7 @@ from personasteer.derive import derive
 from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ModelError, PersonasteerError
-from personasteer.evaluate import Evaluation, cell_log_odds, cross_talk, evaluate, make_cells, trait_of
+from personasteer.evaluate import Evaluation, cross_talk, evaluate, trait_of
 from personasteer.identity import check_model_file, differences
 from personasteer.model import Model
 from personasteer.monitor.audit.file import describe_file, examine_template
@@ -44,13 +43,21 @@ from personasteer.monitor.audit.log import (
     shown,
 )
 from personasteer.monitor.audit.page import findings, not_tested
-from personasteer.monitor.profile import N_PROMPTS, N_QUESTIONS, Profile, Shift, compare_profiles, measure_profile
+from personasteer.monitor.profile import (
+    N_PROMPTS,
+    N_QUESTIONS,
+    Profile,
+    Shift,
+    compare_profiles,
+    measure_profile,
+    measure_words,
+)
 from personasteer.monitor.registry import Registry, TrackedVector
 from personasteer.monitor.thresholds import Threshold, last_states, thresholds_for
 from personasteer.monitor.tracking import PROFILE, fresh_prompts, profile_of, subjects_of, texts_of
 from personasteer.progress import Meter
 from personasteer.ship.fields import read_fields
-from personasteer.statistics import bootstrap_interval
+from personasteer.statistics import bootstrap_interval, wilson_interval
 from personasteer.steering import check_fits
 from personasteer.traits import Trait, find
 from personasteer.vectors import PersonaVector
@@ -173,6 +180,8 @@ def audit_model(
     with Work(None if work is None else Path(work), plan) as kept:
         if not template.trouble:
             with Model(path, seed=seed, **options) as m:
+                for vector in vectors:
+                    check_fits(vector, m)
                 run = _Run(m, kept, None if work is None else Path(work), stage, seed)
                 sizes["threads"] = m.n_threads
                 profile, why_no_profile = run.profile("profile", subjects, directions=previous is not None)
@@ -180,9 +189,12 @@ def audit_model(
         if base is not None and profile is not None:
             why_no_base = examine_template(read_fields(base)).trouble
             if not why_no_base:
-                with Model(base, seed=seed, **options) as m:
-                    run = _Run(m, kept, None, stage, seed)
-                    of_base, why_no_base = run.profile("profile of the base", subjects, directions=True)
+                try:
+                    with Model(base, seed=seed, **options) as m:
+                        run = _Run(m, kept, None, stage, seed)
+                        of_base, why_no_base = run.profile("profile of the base", subjects, directions=True)
+                except ModelError as e:
+                    why_no_base = shown(str(e).replace(str(base), Path(base).name))
     texts = texts_of(subjects)
     comparisons = []
     if profile is not None:
@@ -299,8 +311,6 @@ class _Run:
         self, given: Sequence[PersonaVector], derived: Sequence[Trait], n_questions: int, n_random: int
     ) -> tuple[list[VectorEntry], dict[str, Any] | None]:
         """Every vector with its effect and its monitor, and the cross-talk of those with an effect."""
-        for own in given:
-            check_fits(own, self.model)
         why = "the model cannot be steered" if self.model.unhooked else ""
         made: list[tuple[PersonaVector | None, str]] = [(v, "") for v in given]
         made += [self._derived(t, k, why) for k, t in enumerate(derived)]
@@ -424,17 +434,8 @@ class _Run:
 
 def _words_only(model: Model, subjects: Sequence[Trait], progress: Progress | None) -> Profile:
     """The log-odds of `measure_profile`, on a model whose stream cannot be read."""
-    cells = {
-        t.name: make_cells(t.evaluate_questions[:N_QUESTIONS], t.evaluation_pairs, 1)
-        for t in subjects
-        if t.continuations and t.evaluate_questions
-    }
     nothing = np.full((1, model.n_layer, model.n_embd), np.nan, np.float32)
-    found: dict[str, NDArray[np.float64]] = {}
-    if cells:
-        flat = cell_log_odds(model, [c for some in cells.values() for c in some], [None], progress=progress)[0]
-        ends = np.cumsum([len(some) for some in cells.values()])
-        found = dict(zip(cells, np.split(flat, ends[:-1]), strict=True))
+    found = measure_words(model, subjects, progress=progress)
     return Profile(found, nothing, nothing[0, :, 0], {})
 
 
@@ -445,14 +446,6 @@ def _monitored(t: Threshold, fresh: NDArray[np.float64]) -> MonitorEntry:
         layer=t.layer, watch=t.watch, alarm=t.alarm, auroc=t.auroc, n_clean=t.n_clean, n_trait=t.n_trait,
         n_fresh=len(fresh), n_alarms=alarms, low=low, high=high,
     )  # fmt: skip
-
-
-def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share, from k of n."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    middle, share = 1 + z * z / n, k / n
-    half = z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
-    return (share + z * z / (2 * n) - half) / middle, (share + z * z / (2 * n) + half) / middle
 
 
 def _profile_entry(profile: Profile, texts: Mapping[str, str], seed: int) -> ProfileEntry:
