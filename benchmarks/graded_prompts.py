@@ -6,9 +6,9 @@
 Each trait's held-out questions are asked under eight system prompts, from one that forbids it to one that asks for
 nothing else (graded_prompts.toml). The model gives --answers answers (temperature 0.7), and each alone, without that
 system prompt, is scored, not with the vector: y is the mean of their scores by LogOddsJudge (the same model's log-odds
-of an answer under opposite system prompts), and besides the share of them with a word of the trait's lexicon. Read,
-before any answer: the projection x at the last prompt token, at the block and along the direction of the monitor's
-threshold, which is calibrated and kept as `personasteer monitor` does.
+of an answer under opposite system prompts), and besides the share of them with a word of the trait's lexicon. Answers
+that decline have no score. Read, before any answer: the projection x at the last prompt token, at the block and along
+the direction of the monitor's threshold, which is calibrated and kept as `personasteer monitor` does.
 
 With x_pq and y_pq of prompt p and question q, and m_p their mean over the questions:
 
@@ -43,6 +43,7 @@ import personasteer as ps
 from personasteer import monitor
 from personasteer.cli._common import model_path
 from personasteer.derive.judge import LogOddsJudge
+from personasteer.derive.refusals import refuses
 from personasteer.engine import Request, Sampling
 from personasteer.evaluate import trait_of
 from personasteer.evaluate.coherence import repetition
@@ -136,12 +137,15 @@ def answer(model: ps.Model, trait: ps.Trait, prompts: Sequence[str], sizes: tupl
     results = model.run_alone(requests)
     texts = np.array([r["text"].decode("utf-8", "replace") for r in results], object).reshape(*shape, n_answers)
     each = judge(LogOddsJudge(model), trait, questions, texts.swapaxes(1, 2)).swapaxes(1, 2).reshape(-1, n_answers)
+    declined = np.array([refuses(text) for text in texts.ravel()]).reshape(each.shape)
+    each[declined] = np.nan  # a prompt that makes refusing likely would score it as the trait
     return {
         "trait": trait.name,
         "model": model.name,
         "prompts": list(prompts),
         "questions": list(questions),
         "scores": prompt_means(each, np.isfinite(each)).reshape(shape).tolist(),
+        "declined": declined.reshape(*shape, n_answers).tolist(),
         "lexicon": [[float(np.mean([in_lexicon(t, trait) for t in of_one])) for of_one in row] for row in texts],
         "texts": texts.tolist(),
     }
@@ -245,7 +249,9 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     out += ["", f"r of {TARGET} or more: {_count(reached, n)}. Above the random directions' 95th percentile: r in "
             f"{_count(above, n)}; r within in {_count(above_within, n)}."]  # fmt: skip
     unscored = sum(int((~np.isfinite(y)).sum()) for _, _, y, _ in found)
-    out[-1] += f" {unscored} questions without an answer. {sum(r['seconds'] for r in results) / 60:.0f} minutes."
+    refused = np.mean([x for r in results for x in np.ravel(r["declined"])]) if results else 0.0
+    out[-1] += f" {refused:.1%} of the answers decline; {unscored} questions have no other."
+    out[-1] += f" {sum(r['seconds'] for r in results) / 60:.0f} minutes."
     n_prompts = max((len(x) for _, x, _, _ in found), default=0)
     out += ["", "| trait | mean of | " + " | ".join(f"prompt {k + 1}" for k in range(n_prompts)) + " |"]
     out += ["| --- " * (2 + n_prompts) + "|"]

@@ -412,9 +412,17 @@ def test_a_trait_has_more_than_fifty_prompts_that_ask_for_a_character(name: str)
 
 
 def test_the_table_of_a_guard_has_a_line_for_each_rule() -> None:
-    arm = {"shows": 0.5, "score": 40.0, "coherence": 0.9, "touched": 0.1, "identical": 90, "untouched": 90}
+    arm = {
+        "shows": 0.5,
+        "declines": 0.2,
+        "score": 40.0,
+        "coherence": 0.9,
+        "touched": 0.1,
+        "identical": 90,
+        "untouched": 90,
+    }
     row = {"model": "m", "trait": "t", "n": 52, "alarms_before": 0.75, "alarms": 1.0}
     text = guard.table([{**row, "arms": dict.fromkeys(guard.RULES, arm)}])
     assert text.count("| m | t |") == len(guard.RULES)
-    assert "| m | t | cap | 50% of 52 | 40.0 | 0.90 | 10% | 90 of 90 |" in text
+    assert "| m | t | cap | 50% of 52 | 20% | 40.0 | 0.90 | 10% | 90 of 90 |" in text
     assert "75% of the persona prompts" in text

@@ -164,7 +164,7 @@ def test_the_table_says_what_was_reached_and_by_which_traits(answered: dict[str,
     x, y = (np.array(answered[key]) for key in ("readings", "scores"))
     assert f"| {graded_prompts.pearson(x.ravel(), y.ravel()):+.2f} |" in lines[2]
     assert lines[5].startswith("r of 0.75 or more: 1 of 2 (planted). ")
-    assert lines[5].endswith(" 0 questions without an answer. 2 minutes.")
+    assert lines[5].endswith(" 0.0% of the answers decline; 0 questions have no other. 2 minutes.")
     assert lines[-1].count("| 50 ") == 8  # every prompt's mean score
 
 
