@@ -220,6 +220,12 @@ def test_an_answer_is_made_anew_with_more_each_time(guard: Any, model: ps.Model,
     assert found.answer.tokens == wanted.tokens
 
 
+def test_an_answer_made_anew_is_not_dropped_for_its_prompt_again(guard: Any, vector: ps.PersonaVector) -> None:
+    found = guard(Rule(vector, "regenerate", strength=0.3, tries=5, when="before")).chat("one", system=LOUD, **GREEDY)
+    assert found.attempts == 2
+    assert told(found) == [("before", "regenerate")]
+
+
 def test_each_request_of_a_batch_has_its_own_guard(model: ps.Model, guard: Any, vector: ps.PersonaVector) -> None:
     """A guarded request beside others leaves them as they are, to the bit of their tokens' log-probabilities."""
 

@@ -35,8 +35,9 @@ class Rule:
         action: "log", only record it; "cap", keep the readings on the vector's layers from rising above what 5 % of the
             tokens of clean answers exceed; "subtract", add -strength times the vector; "edit", switch on `edit`;
             "stop", end the answer there, with `message` instead of it; "regenerate", drop the answer and make it anew
-            with -strength times the vector, `tries` times at most, each time with as much more. Edits hold from the
-            token after the alarm to the end of the answer, and from its first token where the alarm comes before it.
+            with -strength times the vector, `tries` times at most, each time with as much more; an answer made anew is
+            dropped for its own running mean, not for its prompt again. Edits hold from the token after the alarm to the
+            end of the answer, and from its first token where the alarm comes before it.
         on: "alarm", or "watch", which an alarm is, too.
         when: "before", the token before the answer; "during", the running mean over it; "both".
         strength: rho of "subtract" and "regenerate".
@@ -324,6 +325,8 @@ class GuardedStream:
         for i, rule in enumerate(self._guard.rules):
             if rule.vector.name != w.threshold.name or i in self._acted or not rule.holds(w.state, moment):
                 continue
+            if rule.action == "regenerate" and moment == "before" and self._attempt:
+                continue  # the prompt is what it was: now the answer tells
             self._acted.add(i)
             if rule.action == "regenerate":
                 if self._attempt >= rule.tries:
