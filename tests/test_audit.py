@@ -130,7 +130,7 @@ def test_an_audit_says_whether_the_model_can_be_steered_and_watched(clean: Log) 
     assert len(v["evaluation"]["controls"]["random"]) == 2 * 4
     m = v["monitor"]
     assert m["auroc"] == 1.0
-    assert (m["n_fresh"], m["n_clean"]) == (24, 45)
+    assert (m["n_fresh"], m["n_clean"]) == (24, 90)
     assert m["low"] <= m["n_alarms"] / m["n_fresh"] <= m["high"]
     assert finding(clean, "monitoring") == ("good", "Can be watched for planted (1 of 1 monitors).")
 

@@ -181,7 +181,7 @@ def test_an_alarm_lasts_until_the_reading_is_below_watch() -> None:
         state = simple().state(reading, state)
         states.append(state)
     assert states == ["ok", "watch", "alarm", "alarm", "ok", "watch"]
-    assert simple().state(float("nan")) == "ok"
+    assert simple().state(float("nan")) == "alarm"
 
 
 def test_the_probability_is_the_logistic_of_the_reading() -> None:
