@@ -32,7 +32,7 @@ from personasteer.monitor.tracking import (
 from personasteer.plots import printable
 from personasteer.vectors import PersonaVector
 
-N_SHIFTS = 8  # shown; --json has all
+N_SHIFTS, N_REASONS = 8, 3  # shown; --json has all
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="GGUF file, or `demo` for the bundled one.")]
 
@@ -148,7 +148,8 @@ def check(
 
     **reuse**: vectors and thresholds hold. **recalibrate**: the directions hold, the thresholds do not. **re-derive**:
     the direction no longer agrees, or the vector has lost its effect. **suspicious**: the model itself has shifted
-    along a trait. Exit code 0 for reuse and recalibrate, 1 for re-derive and suspicious.
+    along a trait; "marked" says whether its stream or its words did. Exit code 0 for reuse and recalibrate, 1 for
+    re-derive and suspicious.
 
     Example: `personasteer track check new.gguf --against stable`
     """
@@ -168,7 +169,8 @@ def check(
             for reason in v.reasons:
                 _say(f"  {reason}")
         _print_shifts(found.shifts)
-        _say(f"{found.outcome}: {'; '.join(found.reasons)}")
+        more = f"; and {len(found.reasons) - N_REASONS} more" if len(found.reasons) > N_REASONS else ""
+        _say(f"{found.outcome}: {'; '.join(found.reasons[:N_REASONS])}{more}")
     if OUTCOMES.index(found.outcome) >= OUTCOMES.index("re-derive"):
         raise typer.Exit(1)
 
@@ -232,12 +234,11 @@ def _print_comparison(v: VectorComparison) -> None:
 def _print_shifts(shifts: tuple[Shift, ...]) -> None:
     if not shifts:
         return
-    table = Table("trait", "words", "interval", "stream", "cosine", "random", "", title_justify="left")
+    table = Table("trait", "words", "interval", "stream", "cosine", "random", "marked", title_justify="left")
     for s in shifts[:N_SHIFTS]:
         words = ["", ""] if s.delta is None else [f"{s.delta:+.2f}", f"{s.low:+.2f} … {s.high:+.2f}"]
         stream = ["", "", ""] if s.cosine is None else [f"{s.drift:+.3f}", f"{s.cosine:+.2f}", f"{s.random_p99:.2f}"]
-        said = f"suspicious ({s.suspicious})" if s.suspicious else ""
-        table.add_row(escape(printable(s.trait)), *words, *stream, said)
+        table.add_row(escape(printable(s.trait)), *words, *stream, s.suspicious)
     stdout.print(table)
     if len(shifts) > N_SHIFTS:
         _say(f"and {len(shifts) - N_SHIFTS} more traits with less (--json)")
