@@ -36,11 +36,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from quantizations import Folder
-from work_folder import claim
+from work_folder import Folder, claim
 
 import personasteer as ps
-from personasteer import monitor
+from personasteer import monitor, statistics
 from personasteer.cli._common import model_path
 from personasteer.derive.judge import LogOddsJudge
 from personasteer.derive.refusals import refuses
@@ -50,7 +49,6 @@ from personasteer.evaluate.coherence import repetition
 from personasteer.evaluate.generations import in_lexicon
 from personasteer.monitor import Threshold
 from personasteer.monitor.thresholds import last_states
-from personasteer.statistics import spearman
 
 TOKENS = 40
 N_RANDOM = 100
@@ -72,12 +70,7 @@ def graded() -> dict[str, list[str]]:
 def pearson(x: Numbers, y: Numbers) -> float:
     """Over the places where both are finite; NaN where a side is constant or fewer than three are left."""
     known = np.isfinite(x) & np.isfinite(y)
-    a, b = x[known], y[known]
-    if len(a) < 3:
-        return float("nan")
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 1e-12 else float("nan")
+    return statistics.pearson(x[known], y[known]) if known.sum() >= 3 else float("nan")
 
 
 def prompt_means(x: Numbers, known: NDArray[np.bool_]) -> Numbers:
@@ -232,7 +225,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             *(f"{overall:+.2f}", f"{low:+.2f} … {high:+.2f}", f"{limits[0]:.2f}"),
             *(f"{inside:+.2f}", f"{low_in:+.2f} … {high_in:+.2f}", f"{limits[1]:.2f}"),
             f"{between(x, y):+.2f}",
-            *(f"{spearman(grade, prompt_means(v, np.isfinite(v))):+.2f}" for v in (y, x)),
+            *(f"{statistics.spearman(grade, prompt_means(v, np.isfinite(v))):+.2f}" for v in (y, x)),
             *(_or_none(f) for f in (pearson(x.ravel(), words.ravel()), within(x, words), between(x, words))),
             f"{words.mean():.0%}",
             f"{np.mean([repetition(t) for t in np.ravel(r['texts'])]):.2f}",

@@ -21,14 +21,13 @@ Markdown table of what is there.
 from __future__ import annotations
 
 import argparse
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from work_folder import claim
+from work_folder import Folder
 
 import personasteer as ps
 from personasteer import monitor
@@ -38,7 +37,6 @@ from personasteer.derive.refusals import refuses
 from personasteer.engine import Request
 from personasteer.evaluate import trait_of
 from personasteer.evaluate.coherence import repetition
-from personasteer.files import atomic_write
 from personasteer.monitor import Guard, GuardedAnswer, Rule, everyday_system
 
 TOKENS = 40
@@ -160,15 +158,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args()
     vectors = [ps.PersonaVector.load(v) for v in args.vectors]
-    args.work.mkdir(parents=True, exist_ok=True)
-    files = [args.work / f"trait-{trait_of(v).name}.json" for v in vectors]
+    parts = {f"trait-{trait_of(v).name}": v for v in vectors}
     if not args.table:
         with ps.Model(model_path(args.model), n_ctx=1024, n_parallel=8, n_threads=args.threads) as model:
-            claim(args.work, {"model": model.fingerprint, "tokens": TOKENS, "ordinary": N_ORDINARY, "rules": RULES})
-            for vector, file in zip(vectors, files, strict=True):
-                if not file.exists():
-                    atomic_write(file, json.dumps(measure(model, vector), indent=1).encode())
-    print(table([json.loads(f.read_text("utf-8")) for f in files if f.exists()]))
+            settings = {"model": model.fingerprint, "tokens": TOKENS, "ordinary": N_ORDINARY, "rules": RULES}
+            folder = Folder(args.work, settings)
+            for name, vector in parts.items():
+                folder.get(name, lambda: measure(model, vector))  # noqa: B023 (at once)
+    found = Folder(args.work).load()
+    print(table([found[name] for name in parts if name in found]))
 
 
 if __name__ == "__main__":

@@ -51,9 +51,7 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
     for vector, t in zip(vectors, thresholds, strict=True):
         trait = trait_of(vector)
         own = np.array([name == trait.name for _, name in fresh])
-        asked = last_states(
-            model, [(q, pair[side]) for side in (0, 1) for q in trait.evaluate_questions for pair in trait.system]
-        )
+        asked = last_states(model, prompted(trait, trait.evaluate_questions))
         readings = (states[:, t.layer].astype(np.float64) @ t.direction for states in (ordinary[~own], asked))
         low, (high, opposite) = next(readings), np.split(next(readings), 2)
         rows.append(

@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 from requantize import bits_per_weight, requantize, tensor_types, weights_of, widen
-from work_folder import claim
+from work_folder import Folder
 
 import personasteer as ps
 from personasteer import traits
@@ -144,32 +141,6 @@ def describe(path: Path, source: Path) -> dict[str, Any]:
         "megabytes": path.stat().st_size / 1e6,
         "weight_error": relative_error(path, source),
     }
-
-
-class Folder:
-    """Results in a folder, one file each, computed where they are missing; all of the same settings."""
-
-    def __init__(self, path: Path, settings: dict[str, Any] | None = None) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        if settings is not None:
-            claim(path, settings)
-
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.json").exists()
-
-    def get(self, name: str, compute: Callable[[], dict[str, Any]]) -> None:
-        if self.has(name):
-            return
-        print(name, file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        result = compute() | {"seconds": time.perf_counter() - start}
-        atomic_write(self.path / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False).encode())
-
-    def load(self) -> dict[str, dict[str, Any]]:
-        """{name: result} of what is there, as the tables take it."""
-        files = [file for file in sorted(self.path.glob("*.json")) if file.stem != "settings"]
-        return {file.stem: json.loads(file.read_text("utf-8")) for file in files}
 
 
 def on_file(model: ps.Model, kind: str, path: Path, source: Path, work: Path) -> dict[str, Any]:

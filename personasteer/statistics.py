@@ -1,4 +1,4 @@
-"""Small statistics: rank correlation, the area under the ROC curve, errors of a mean, intervals."""
+"""Small statistics: correlations, the area under the ROC curve, errors of a mean, intervals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Rank correlation, ties at their mean rank; NaN where one side is constant or empty."""
-    a, b = (_ranks(np.asarray(v, np.float64)) for v in (x, y))
-    if not len(a):
+    return pearson(*(_ranks(np.asarray(v, np.float64)) for v in (x, y)))
+
+
+def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Correlation of (n,) numbers; NaN where one side is constant (up to rounding) or empty."""
+    if not len(x):
         return float("nan")
-    a, b = a - a.mean(), b - b.mean()
+    a, b = x - x.mean(), y - y.mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else float("nan")
+    return float(a @ b) / size if size > 1e-12 else float("nan")
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

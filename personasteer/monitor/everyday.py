@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tomllib
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def everyday_system(question: str) -> str | None:
     """The system prompt, without a character of its own, that an ordinary question is asked under when a monitor is
     tried: none for every second.
     """
-    return _system_of(question) if hashlib.sha256(b"system " + question.encode()).digest()[0] % 2 else None
+    return _system_of(question) if _digest(question)[0] % 2 else None
 
 
 def ordinary_prompts(
@@ -46,8 +47,17 @@ def ordinary_prompts(
 
 
 def _system_of(question: str) -> str:
-    prompts = tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))["system"]
-    return str(prompts[hashlib.sha256(b"system " + question.encode()).digest()[1] % len(prompts)])
+    return _systems()[_digest(question)[1] % len(_systems())]
+
+
+def _digest(question: str) -> bytes:
+    return hashlib.sha256(b"system " + question.encode()).digest()
+
+
+@functools.cache
+def _systems() -> list[str]:
+    found: list[str] = tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))["system"]
+    return found
 
 
 def _questions(trait: Trait) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from personasteer.errors import ArgumentError
 from personasteer.evaluate import Cell, cell_log_odds, make_cells, random_vectors, trait_of
 from personasteer.model import Model
 from personasteer.monitor.everyday import clean_prompts
-from personasteer.monitor.thresholds import last_states
+from personasteer.monitor.thresholds import last_states, prompted
 from personasteer.progress import Meter
 from personasteer.statistics import bootstrap_interval
 from personasteer.steering import Steering
@@ -67,7 +67,10 @@ def measure_profile(
     """
     measured = [t for t in traits if t.continuations and t.evaluate_questions]
     n_cells = sum(len(_cells(t, n_questions)) for t in measured)
-    sides = {t.name: (_prompted if model.takes_system else _answers)(t) for t in measured} if directions else {}
+    sides = {
+        t.name: prompted(t, t.derive_questions[:N_ASKED]) if model.takes_system else _answers(t)
+        for t in (measured if directions else ())
+    }
     prompts = [(q, None) for q, _ in clean_prompts(held_out=True)[:n_prompts]]
     meter = Meter(progress, len(prompts) + 2 * n_cells + sum(map(len, sides.values())))
     states = last_states(model, prompts, meter.part(len(prompts)))
@@ -98,11 +101,6 @@ def measure_words(
 
 def _cells(trait: Trait, n_questions: int) -> Sequence[Cell]:
     return make_cells(trait.evaluate_questions[:n_questions], trait.evaluation_pairs, 1)
-
-
-def _prompted(trait: Trait) -> list[tuple[str, str]]:
-    """(question, system prompt): those that ask for the trait, then their opposites."""
-    return [(q, pair[side]) for side in (0, 1) for q in trait.derive_questions[:N_ASKED] for pair in trait.system]
 
 
 def _answers(trait: Trait) -> list[tuple[str, str]]:

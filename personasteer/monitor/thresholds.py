@@ -39,6 +39,7 @@ from personasteer.monitor.running import (
 from personasteer.progress import Meter
 from personasteer.statistics import auroc, cohen_d
 from personasteer.steering import Steering, check_fits
+from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
@@ -193,7 +194,7 @@ def calibrate(
     behind = [trait_of(v) for v in vectors]
     prompts, numbers, whose = ordinary_prompts(clean)
     question = np.array(numbers)
-    asked = [[(q, pair[side]) for side in (0, 1) for q in t.derive_questions for pair in t.system] for t in behind]
+    asked = [prompted(t, t.derive_questions) for t in behind]
     n_states = len(prompts) + sum(map(len, asked))
     n_answers = N_CLEAN_ANSWERS + N_TRAIT_ANSWERS * len(vectors) if running else 0
     meter = Meter(progress, n_states + n_answers)
@@ -212,6 +213,11 @@ def calibrate(
         return found
     answered = calibrate_running(model, vectors, clean=clean, percentiles=percentiles, progress=meter.part(n_answers))
     return [replace(t, running=r) for t, r in zip(found, answered, strict=True)]
+
+
+def prompted(trait: Trait, questions: Sequence[str]) -> list[tuple[str, str]]:
+    """(question, system prompt): those that ask for the trait, then as many that ask for its opposite."""
+    return [(q, pair[side]) for side in (0, 1) for q in questions for pair in trait.system]
 
 
 def last_states(

@@ -23,7 +23,7 @@ from personasteer.model import Model
 from personasteer.monitor.everyday import clean_prompts, everyday_system
 from personasteer.monitor.profile import Profile, Shift, compare_profiles, measure_profile
 from personasteer.monitor.registry import Evaluation, Registry, TrackedModel, TrackedVector
-from personasteer.monitor.thresholds import ALARM, WATCH, Threshold, last_states, thresholds_for
+from personasteer.monitor.thresholds import ALARM, WATCH, Threshold, last_states, prompted, thresholds_for
 from personasteer.progress import Meter
 from personasteer.statistics import bootstrap_interval, wilson_interval
 from personasteer.steering import check_fits
@@ -250,8 +250,7 @@ def _replay(
         trait = trait_of(vector)
         directions, ordinary, shown, part = None, None, None, each.part(7)
         if model.takes_system:
-            pairs = [(q, pair[side]) for side in (0, 1) for q in trait.derive_questions for pair in trait.system]
-            high, low = np.split(last_states(model, pairs, part), 2)
+            high, low = np.split(last_states(model, prompted(trait, trait.derive_questions), part), 2)
             directions = (high.mean(0, dtype=np.float64) - low.mean(0, dtype=np.float64)).astype(np.float32)
             if threshold is not None and states is not None:
                 others = [i for i, (_, _, whose) in enumerate(prompts) if whose != trait.name]

@@ -53,7 +53,7 @@ from personasteer.monitor.profile import (
     measure_words,
 )
 from personasteer.monitor.registry import Registry, TrackedVector
-from personasteer.monitor.thresholds import Threshold, last_states, thresholds_for
+from personasteer.monitor.thresholds import Threshold, last_states, prompted, thresholds_for
 from personasteer.monitor.tracking import PROFILE, fresh_prompts, profile_of, subjects_of, texts_of
 from personasteer.progress import Meter
 from personasteer.ship.fields import read_fields
@@ -366,8 +366,7 @@ class _Run:
             return vector, ""
 
         def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-            asked = [(q, pair[side]) for side in (0, 1) for q in trait.derive_questions[:DERIVE_QUESTIONS]
-                     for pair in trait.system]  # fmt: skip
+            asked = prompted(trait, trait.derive_questions[:DERIVE_QUESTIONS])
             high, low = np.split(last_states(self.model, asked, self.stage(f"prompts for {trait.name}")), 2)
             return {"direction": high.mean(0, dtype=np.float64) - low.mean(0, dtype=np.float64)}, None
 
@@ -408,19 +407,11 @@ class _Run:
         def compute() -> tuple[dict[str, NDArray[Any]], Any]:
             found = thresholds_for(self.model, [at[k] for k in watched], progress=self.stage("thresholds"))
             prompts = fresh_prompts()
-            readings: list[list[NDArray[np.float64]]] = [[] for _ in found]
-            progress = self.stage("fresh prompts")
-            for begin in range(0, len(prompts), 64):
-                some = [(q, system) for q, system, _ in prompts[begin : begin + 64]]
-                states = last_states(self.model, some)
-                for of_one, t in zip(readings, found, strict=True):
-                    of_one.append(t.readings(states))
-                progress(min(begin + 64, len(prompts)), len(prompts))
+            states = last_states(self.model, [(q, s) for q, s, _ in prompts], self.stage("fresh prompts"))
             whose = np.array([name for _, _, name in prompts])
-            arrays = {}
-            for k, of_one in zip(watched, readings, strict=True):
-                trait = trait_of(at[k])
-                arrays[str(k)] = np.concatenate(of_one)[whose != trait.name]
+            arrays = {
+                str(k): t.readings(states[whose != trait_of(at[k]).name]) for k, t in zip(watched, found, strict=True)
+            }
             return arrays, [t.as_dict() for t in found]
 
         if not watched:
