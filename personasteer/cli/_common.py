@@ -73,6 +73,11 @@ SchemaOption: TypeAlias = Annotated[
 ]
 
 
+def say(line: str) -> None:
+    """A line of results as it is: neither read as markup nor wrapped."""
+    stdout.print(line, markup=False, soft_wrap=True)
+
+
 def open_model(name: str, **options: Any) -> Model:
     """The model of a -m option."""
     return Model(model_path(name), **options)

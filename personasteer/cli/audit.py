@@ -14,9 +14,9 @@ from personasteer.cli._common import (
     ThreadsOption,
     model_path,
     print_json,
+    say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.errors import ArgumentError
 from personasteer.monitor.audit.log import read_audit
@@ -122,5 +122,5 @@ def audit_(
         print_json(log)
         return
     for finding in log["findings"]:
-        stdout.print(f"{finding['about']}: {finding['text']}", markup=False, soft_wrap=True)
-    stdout.print(f"report: {written[0]}; log: {written[1].name}", markup=False, soft_wrap=True)
+        say(f"{finding['about']}: {finding['text']}")
+    say(f"report: {written[0]}; log: {written[1].name}")

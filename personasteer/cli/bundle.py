@@ -20,6 +20,7 @@ from personasteer.cli._common import (
     as_dict,
     print_json,
     read_text,
+    say,
     stages,
     stdout,
     write_piece,
@@ -70,7 +71,7 @@ def _print(bundle: Path, found: CheckedBundle) -> None:
         f"SHA-256 {model.sha256}",
     ]
     for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+        say(line)
     table = Table("edit", "vector", "amount", "blocks", "tokens")
     for edit in persona.edits:
         words = describe(edit, persona.vectors)
@@ -79,11 +80,11 @@ def _print(bundle: Path, found: CheckedBundle) -> None:
     for v in persona.vectors:
         window = f"usable from {v.window[0]:g} to {v.window[1]:g}" if v.calibrated else "not calibrated"
         line = f"{v.file}: {v.name}, strength {v.strength:g}, {window}"
-        stdout.print(line, markup=False, soft_wrap=True)
+        say(line)
     for file in (*persona.reports, *(f"{f.file} ({f.what or f.kind})" for f in persona.files)):
-        stdout.print(file, markup=False, soft_wrap=True)
+        say(file)
     if persona.license:
-        stdout.print(f"license: {persona.license}", markup=False, soft_wrap=True)
+        say(f"license: {persona.license}")
 
 
 def _plain(text: str) -> str:

@@ -19,8 +19,8 @@ from personasteer.cli._common import (
     load_steering,
     open_model,
     print_json,
+    say,
     stages,
-    stdout,
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import atomic_write, check_output, parse_line, read_lines
@@ -72,7 +72,7 @@ def capture(
         print_json({"file": str(out), "n": len(items), "shapes": shapes, **metadata})
     else:
         first = next(iter(shapes.values()))
-        stdout.print(f"{out}: {len(items)} texts, {pool}, shape {first}", markup=False, soft_wrap=True)
+        say(f"{out}: {len(items)} texts, {pool}, shape {first}")
 
 
 def read_items(path: Path) -> list[Item]:

@@ -19,9 +19,9 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    say,
     stages,
     stderr,
-    stdout,
 )
 from personasteer.derive import check_form, check_position, contrast
 from personasteer.derive import derive as derive_vector
@@ -266,7 +266,7 @@ def _print(result: dict[str, Any]) -> None:
             shares = " and ".join(f"{share:.2f} of the {side}" for side, share in e["lexicon"].items())
             lines.append(f"hint: a word of the trait's lexicon stands in {shares} answers")
     for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _given_texts(trait: str, positive: Path | None, negative: Path | None) -> tuple[list[Any], list[Any]] | None:

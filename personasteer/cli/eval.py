@@ -16,6 +16,7 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    say,
     split_strength,
     stages,
     stdout,
@@ -119,7 +120,7 @@ def eval_(
             table.add_row(e.vector, *(f"{x:+.2f}" for x in row))
         stdout.print(table)
     if written:
-        stdout.print(f"report: {report}/report.html, report.md, report.json", markup=False, soft_wrap=True)
+        say(f"report: {report}/report.html, report.md, report.json")
 
 
 def _print(e: Evaluation) -> None:
@@ -154,4 +155,4 @@ def _print(e: Evaluation) -> None:
         lines.append(f"share of free answers with a word of the trait's lexicon: {shares}")
     lines.append(f"Spearman of strength and log-odds {e.spearman:.2f}; {verdict(e)}")
     for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+        say(line)

@@ -23,9 +23,9 @@ from personasteer.cli._common import (
     model_path,
     open_model,
     print_json,
+    say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.errors import ArgumentError
 from personasteer.identity import check_model_file
@@ -163,7 +163,7 @@ def export(
         print_json({"file": str(out), "kind": kind, "vectors": used, **found})
     else:
         for line in how:
-            stdout.print(line, markup=False, soft_wrap=True)
+            say(line)
 
 
 def _control_vector(order: Order) -> tuple[dict[str, Any], list[str]]:

@@ -13,7 +13,7 @@ from personasteer.cli._common import (
     model_path,
     open_model,
     print_json,
-    stdout,
+    say,
 )
 from personasteer.errors import ArgumentError
 from personasteer.ship.imports import import_vector
@@ -78,7 +78,7 @@ def import_(
     if taken["kind"] == "projection":
         lines.append(f"to be projected out: --ablate {out}")
     for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _described(taken: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from personasteer import plots
-from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, stdout
+from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, say, stdout
 from personasteer.evaluate.report import layer_series
 from personasteer.files import atomic_write, check_output
 from personasteer.ship.control_vector import exported_strength
@@ -96,7 +96,7 @@ def inspect(
     for key, value in vector.provenance.items():
         if key in ("texts", "calibration"):  # whole in --json
             continue
-        stdout.print(f"{key}: {value}", markup=False, soft_wrap=True)
+        say(f"{key}: {value}")
     if "same_model" in result:
         verdicts = {
             True: "derived on this very model",

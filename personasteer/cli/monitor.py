@@ -18,6 +18,7 @@ from personasteer.cli._common import (
     model_path,
     open_model,
     print_json,
+    say,
     split_strength,
     stages,
     stdout,
@@ -183,9 +184,9 @@ def monitor(
         return
     _print_tables(used, found, drifts)
     if tokens is not None:
-        stdout.print(f"tokens: {tokens}", markup=False, soft_wrap=True)
+        say(f"tokens: {tokens}")
     if report is not None:
-        stdout.print(f"report: {report}/index.html and its figures", markup=False, soft_wrap=True)
+        say(f"report: {report}/index.html and its figures")
 
 
 def _print_lines(thresholds: list[Threshold], found: list[Reading], drifts: Drifts) -> None:
@@ -215,7 +216,7 @@ def _print_tables(thresholds: list[Threshold], found: list[Reading], drifts: Dri
         stdout.print(table)
         for name, drift in drifts[i].items():
             if drift:
-                stdout.print(f"{name}: {_drift(drift)}", markup=False, soft_wrap=True)
+                say(f"{name}: {_drift(drift)}")
 
 
 def _drift(drift: TurnDrift) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from personasteer.cli._common import JsonOption, print_json, stages, stdout
+from personasteer.cli._common import JsonOption, print_json, say, stages
 from personasteer.ship.hub import push_bundle
 
 
@@ -40,4 +40,4 @@ def push(
     else:
         lines.append(done.url)
     for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+        say(line)

@@ -14,6 +14,7 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    say,
     split_strength,
     stages,
     stdout,
@@ -121,12 +122,12 @@ def compare(
     if json:
         print_json(found.as_dict())
         return
-    _say(f"from {_named(found.first)} to {_named(found.second)}: {found.differs or 'the same file'}")
+    say(f"from {_named(found.first)} to {_named(found.second)}: {found.differs or 'the same file'}")
     for v in found.vectors:
         _print_comparison(v)
     for model, names in zip((found.first, found.second), found.only, strict=True):
         if names:
-            _say(f"only on {model.title}: {', '.join(names)}")
+            say(f"only on {model.title}: {', '.join(names)}")
     _print_shifts(found.shifts)
 
 
@@ -163,14 +164,14 @@ def check(
         print_json(found.as_dict())
     else:
         same = found.differs or "the same fingerprint"
-        _say(f"{found.model.file} ({found.model.fingerprint[:12]}) against {_named(found.against)}: {same}")
+        say(f"{found.model.file} ({found.model.fingerprint[:12]}) against {_named(found.against)}: {same}")
         for v in found.vectors:
-            _say(f"{v.name}: {v.outcome}")
+            say(f"{v.name}: {v.outcome}")
             for reason in v.reasons:
-                _say(f"  {reason}")
+                say(f"  {reason}")
         _print_shifts(found.shifts)
         more = f"; and {len(found.reasons) - N_REASONS} more" if len(found.reasons) > N_REASONS else ""
-        _say(f"{found.outcome}: {'; '.join(found.reasons[:N_REASONS])}{more}")
+        say(f"{found.outcome}: {'; '.join(found.reasons[:N_REASONS])}{more}")
     if OUTCOMES.index(found.outcome) >= OUTCOMES.index("re-derive"):
         raise typer.Exit(1)
 
@@ -202,33 +203,33 @@ def _entry(registry: Registry, model: TrackedModel) -> dict[str, Any]:
 
 def _print_entry(entry: dict[str, Any]) -> None:
     label = f"{entry['label']}: " if entry["label"] else ""
-    _say(
+    say(
         f"{label}{entry['file']} ({entry['name']}, {entry['architecture']}, {entry['n_layer']} blocks of width "
         f"{entry['n_embd']}), fingerprint {entry['fingerprint'][:12]}"
     )
     for v in entry["vectors"]:
         t = v["threshold"]
         limits = "no threshold" if t is None else f"block {t['layer']}, alarm from {t['alarm']:.2f}"
-        _say(f"  {v['name']} ({v['digest'][:12]}): {limits}")
+        say(f"  {v['name']} ({v['digest'][:12]}): {limits}")
     if entry["last_check"]:
-        _say(f"  last check, {entry['last_check']['model']}: {entry['last_check']['outcome']}")
+        say(f"  last check, {entry['last_check']['model']}: {entry['last_check']['outcome']}")
 
 
 def _print_comparison(v: VectorComparison) -> None:
-    _say(f"{v.name}: {'one vector' if v.same_vector else 'two vectors'}")
+    say(f"{v.name}: {'one vector' if v.same_vector else 'two vectors'}")
     if v.files_cosine is not None:
-        _say(f"  cosine of the two vectors {v.files_cosine:.2f}")
+        say(f"  cosine of the two vectors {v.files_cosine:.2f}")
     if v.cosine is not None:
-        _say(f"  cosine of the replayed directions {v.cosine:.2f}")
+        say(f"  cosine of the replayed directions {v.cosine:.2f}")
     for k in (0, 1):
         alarms, ordinary, shown = v.alarms[k], v.ordinary[k], v.shown[k]
         if alarms is not None and ordinary is not None and shown is not None:
-            _say(
+            say(
                 f"  {('first', 'second')[k]}: block {v.blocks[k]}, ordinary prompts read {ordinary:.2f} on average, "
                 f"{alarms[0]:.0%} alarm; those that ask for it {shown:.2f}, {alarms[1]:.0%} alarm"
             )
     if v.effect[0] is not None and v.effect[1] is not None:
-        _say(f"  effect {v.effect[0]:+.2f} and {v.effect[1]:+.2f} nats per token")
+        say(f"  effect {v.effect[0]:+.2f} and {v.effect[1]:+.2f} nats per token")
 
 
 def _print_shifts(shifts: tuple[Shift, ...]) -> None:
@@ -241,13 +242,9 @@ def _print_shifts(shifts: tuple[Shift, ...]) -> None:
         table.add_row(escape(printable(s.trait)), *words, *stream, s.suspicious)
     stdout.print(table)
     if len(shifts) > N_SHIFTS:
-        _say(f"and {len(shifts) - N_SHIFTS} more traits with less (--json)")
+        say(f"and {len(shifts) - N_SHIFTS} more traits with less (--json)")
 
 
 def _named(model: TrackedModel) -> str:
     label = f"{model.label}, " if model.label else ""
     return f"{label}{model.file} ({model.fingerprint[:12]})"
-
-
-def _say(line: str) -> None:
-    stdout.print(line, markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from personasteer import traits as library
-from personasteer.cli._common import JsonOption, print_json, stdout
+from personasteer.cli._common import JsonOption, print_json, say
 from personasteer.traits.formats import as_toml
 
 
@@ -30,7 +30,7 @@ def traits(
             return
         width = max(len(t.name) for t in found)
         for t in found:
-            stdout.print(f"{t.name:<{width}}  {t.description}", markup=False, soft_wrap=True)
+            say(f"{t.name:<{width}}  {t.description}")
         return
     trait = library.find(name)
     if toml:
@@ -39,11 +39,11 @@ def traits(
     if json:
         print_json(asdict(trait))
         return
-    stdout.print(f"{trait.name}: {trait.description}", markup=False, soft_wrap=True)
+    say(f"{trait.name}: {trait.description}")
     for positive, negative in trait.system:
-        stdout.print(f"\n+ {positive}\n- {negative}", markup=False, soft_wrap=True)
-    stdout.print("\nderived on:\n  " + "\n  ".join(trait.derive_questions), markup=False, soft_wrap=True)
-    stdout.print("held out:\n  " + "\n  ".join(trait.evaluate_questions), markup=False, soft_wrap=True)
-    stdout.print(f"{len(trait.continuations)} continuation pairs, such as", markup=False, soft_wrap=True)
+        say(f"\n+ {positive}\n- {negative}")
+    say("\nderived on:\n  " + "\n  ".join(trait.derive_questions))
+    say("held out:\n  " + "\n  ".join(trait.evaluate_questions))
+    say(f"{len(trait.continuations)} continuation pairs, such as")
     for a, b in trait.continuations[:3]:
-        stdout.print(f"  + {a}\n  - {b}", markup=False, soft_wrap=True)
+        say(f"  + {a}\n  - {b}")

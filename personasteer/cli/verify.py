@@ -11,9 +11,9 @@ from personasteer.cli._common import (
     ThreadsOption,
     model_path,
     print_json,
+    say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.ship.verify import verify as verify_file
 from personasteer.vectors import PersonaVector
@@ -55,7 +55,7 @@ def verify(
         print_json(found.summary())
     else:
         for line in lines_of(found.summary()):
-            stdout.print(line, markup=False, soft_wrap=True)
+            say(line)
     if not found.ok:
         raise typer.Exit(1)
 
