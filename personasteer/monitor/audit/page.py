@@ -36,7 +36,10 @@ N_SHOWN = 12  # traits in a figure of changes
 
 ALWAYS = (
     ("other languages", "all questions and answers are English"),
-    ("long contexts and long conversations", "every text is one question with the beginning of one answer"),
+    (
+        "long contexts and long conversations",
+        "texts are one question with the beginning of one answer; monitors read nine turns at most",
+    ),
     ("backdoors that a special input opens", "only the texts of the library were shown to the model"),
     ("what the model knows and can do", "no knowledge, reasoning, coding or safety benchmark was run"),
     ("tools, images and sound", "the model read and wrote plain text"),
@@ -66,7 +69,7 @@ def not_tested(log: AuditLog, subjects: Mapping[str, Trait], why_no_profile: str
     if subjects:
         add(f"the trait profile of {', '.join(subjects)}", "no written continuations or no held-out questions")
     steered = [v.trait for v in log.vectors if v.evaluation]
-    add("steering along other traits", f"only {', '.join(steered)} was tried" if steered else "no vector was tried")
+    add("steering along other traits", f"tried: {', '.join(steered)}" if steered else "no vector was tried")
     parts = {"vector": "a vector of {}", "evaluation": "steering by {}", "monitor": "watching {}"}
     for v in log.vectors:
         for part, what in parts.items():
