@@ -10,9 +10,9 @@ persona, and where it does not decline.
 
 Coherence of a guard's answers: exp(-(nll - nll of the unguarded answers)) x (1 - excess repetition), both held to at
 most 1; nll of the unguarded model, with the persona's prompt or with the plain question, whichever is lower. Ordinary
-prompts are fresh questions of the library, every second under an everyday system prompt, asked one after the other, so
-that each is computed at the same shapes under every guard: how many answers a guard touches, and how many of the others
-are token for token those without it.
+prompts are fresh questions of the library, every second under an everyday system prompt or after everyday turns, asked
+one after the other, so that each is computed at the same shapes under every guard: how many answers a guard touches,
+and how many of the others are token for token those without it.
 
 A trait is one JSON file in the work folder, so that the command can be stopped and started again; --table prints the
 Markdown table of what is there.
@@ -31,13 +31,14 @@ from work_folder import Folder
 
 import personasteer as ps
 from personasteer import monitor
+from personasteer.chat import as_messages
 from personasteer.cli._common import model_path
 from personasteer.derive.judge import LogOddsJudge
 from personasteer.derive.refusals import refuses
 from personasteer.engine import Request
 from personasteer.evaluate import trait_of
 from personasteer.evaluate.coherence import repetition
-from personasteer.monitor import Guard, GuardedAnswer, Rule, everyday_system
+from personasteer.monitor import Guard, GuardedAnswer, Rule, everyday_prompt
 
 TOKENS = 40
 N_ORDINARY = 100
@@ -68,8 +69,8 @@ def measure(model: ps.Model, vector: ps.PersonaVector) -> dict[str, Any]:
     judge = LogOddsJudge(model)
     (threshold,) = monitor.thresholds_for(model, [vector], running=True)
     prompts = persona_prompts(trait)
-    asked = [(q, everyday_system(q)) for q, name in monitor.clean_prompts(held_out=True) if name != trait.name]
-    fresh = [[*([{"role": "system", "content": s}] if s else []), {"role": "user", "content": q}] for q, s in asked]
+    asked = [everyday_prompt(q) for q, name in monitor.clean_prompts(held_out=True) if name != trait.name]
+    fresh = [as_messages(given, system) for given, system in asked]
     plain_questions = sorted({q for _, q in prompts})
     arms: dict[str, list[GuardedAnswer]] = {}
     ordinary: dict[str, list[GuardedAnswer]] = {}

@@ -13,7 +13,7 @@ alone; its pairs of system prompts are not those that the trait's answers were m
 
 A mixture is called by the mean over its test questions. For seed s, of the 0 % mixtures of the other seeds:
 
-    alarm        mean reading >= the monitor's alarm threshold, calibrated on single prompts
+    alarm        mean reading >= the monitor's alarm threshold
     reading q95  mean reading > 95th percentile of single readings      score q95  the same of scores
     reading 3sd  mean reading > mean + 3 sd of the mixtures' means      score 3sd  the same of scores
 

@@ -3,11 +3,11 @@
     python benchmarks/monitor.py MODEL VECTOR.gguf.. [--threads N] [--json FILE]
 
 Thresholds are calibrated as `personasteer monitor` does it, and kept as it keeps them, on two thirds of the library's
-ordinary questions, each as it is and under an everyday system prompt; the other third, which nothing was chosen on and
-of which every second is under an everyday system prompt, gives the rate of alarms (5 % are expected) and of watches
-(20 %), with the interval in which 95 % and 99.9 % of samples of that size lie. The AUROC is that of the trait's
-held-out questions under its five encouraging system prompts over the same ordinary ones, and over these questions under
-its opposite system prompts. Prints a Markdown table.
+ordinary questions, each as it is and under an everyday system prompt or after an everyday conversation; the other
+third, which nothing was chosen on, half of it as it is, a quarter under such a prompt, a quarter after other turns,
+gives the rate of alarms (5 % are expected) and of watches (20 %), with the interval in which 95 % and 99.9 % of samples
+of that size lie. The AUROC is that of the trait's held-out questions under its five encouraging system prompts over the
+same ordinary ones, and over these questions under its opposite system prompts. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import personasteer as ps
 from personasteer import monitor
 from personasteer.cli._common import model_path
 from personasteer.evaluate import trait_of
-from personasteer.monitor import everyday_system
-from personasteer.monitor.thresholds import last_states
+from personasteer.monitor import everyday_prompt
+from personasteer.monitor.thresholds import last_states, prompted
 from personasteer.statistics import auroc
 
 EXPECTED = 0.05
+KINDS = ("alone", "under a prompt", "after turns")  # of fresh prompts
 
 
 def binomial_interval(p: float, n: int, share: float) -> tuple[float, float]:
@@ -45,8 +46,11 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
     """A row for each vector."""
     thresholds = monitor.thresholds_for(model, vectors)
     fresh = monitor.clean_prompts(held_out=True)
-    ordinary = last_states(model, [(q, everyday_system(q)) for q, _ in fresh])
-    prompted = np.array([everyday_system(q) is not None for q, _ in fresh])
+    given = [everyday_prompt(q) for q, _ in fresh]
+    ordinary = last_states(model, given)
+    kinds = np.array(
+        ["after turns" if not isinstance(p, str) else "under a prompt" if s else "alone" for p, s in given]
+    )
     rows = []
     for vector, t in zip(vectors, thresholds, strict=True):
         trait = trait_of(vector)
@@ -61,7 +65,7 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
                 "layer": t.layer,
                 "n": len(low),
                 "alarms": int((low >= t.alarm).sum()),
-                "alarms_prompted": float((low >= t.alarm)[prompted[~own]].mean()),
+                "alarms_of": {kind: float((low >= t.alarm)[kinds[~own] == kind].mean()) for kind in KINDS},
                 "watches": int((low >= t.watch).sum()),
                 "auroc": float(auroc(high[:, None], low[:, None])[0]),
                 "auroc_opposite": float(auroc(high[:, None], opposite[:, None])[0]),
@@ -74,15 +78,18 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each row, and the pooled rate."""
     lines = [
-        "| model | trait | block | ordinary prompts | alarms | 95 % of samples | with a system prompt | watches "
-        "| AUROC | over opposite prompts | asked for, seen |",
-        "| --- " * 11 + "|",
+        "| model | trait | block | ordinary prompts | alarms | 95 % of samples | "
+        + " | ".join(KINDS)
+        + " | watches | AUROC | over opposite prompts | asked for, seen |",
+        "| --- " * (10 + len(KINDS)) + "|",
     ]
     for r in rows:
         low, high = binomial_interval(EXPECTED, r["n"], 0.95)
         lines.append(
             f"| {r['model']} | {r['trait']} | {r['layer']} | {r['n']} | {r['alarms'] / r['n']:.1%} | {low:.1%} to "
-            f"{high:.1%} | {r['alarms_prompted']:.1%} | {r['watches'] / r['n']:.1%} | {r['auroc']:.3f} | "
+            f"{high:.1%} | "
+            + " | ".join(f"{r['alarms_of'][kind]:.1%}" for kind in KINDS)
+            + f" | {r['watches'] / r['n']:.1%} | {r['auroc']:.3f} | "
             f"{r['auroc_opposite']:.3f} | {r['seen']:.0%} |"
         )
     n, k = (sum(r[key] for r in rows) for key in ("n", "alarms"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -176,3 +177,11 @@ def loaded(request: pytest.FixtureRequest) -> Loaded:
     """Every model in turn: one test body, four architectures and quantizations."""
     model: Loaded = request.getfixturevalue(request.param)
     return model
+
+
+@pytest.fixture(scope="module")
+def short_conversations() -> Iterator[None]:
+    """Everyday conversations of one and two turns, for models to which every character is a token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("personasteer.monitor.everyday.DEPTHS", (1, 2))
+        yield

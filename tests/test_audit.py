@@ -33,6 +33,8 @@ from personasteer.statistics import wilson_interval
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
 from personasteer.traits.formats import as_toml
 
+pytestmark = pytest.mark.usefixtures("short_conversations")
+
 BLOCK = 3
 HOSTILE = "<script>alert('x')</script>\u202e & \"q\" {{ 7 * 7 }}"
 LIBRARY = ("formal", "pessimistic")
@@ -61,7 +63,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vector(path: Path) -> ps.PersonaVector:
-    with ps.Model(path, n_ctx=512, n_parallel=4) as m:
+    with ps.Model(path, n_ctx=1024, n_parallel=4) as m:
         return ps.derive(m, planted_model.planted_trait(), max_tokens=16, seed=0)
 
 
@@ -137,7 +139,7 @@ def test_an_audit_says_whether_the_model_can_be_steered_and_watched(clean: Log) 
 
 def test_the_profile_is_that_of_the_questions(clean: Log, path: Path) -> None:
     trait = planted_model.planted_trait()
-    with ps.Model(path, n_ctx=512, n_parallel=16) as m:
+    with ps.Model(path, n_ctx=1024, n_parallel=16) as m:
         wanted = [
             cell_log_odds(m, [cell], [None])[0, 0]
             for cell in make_cells(trait.evaluate_questions, trait.evaluation_pairs, 1)
@@ -215,7 +217,7 @@ def test_a_tracked_model_can_stand_for_an_earlier_audit(
 ) -> None:
     monkeypatch.setenv("PERSONASTEER_REGISTRY", str(tmp_path / "r.sqlite"))
     monkeypatch.setattr("personasteer.monitor.tracking.subjects_of", lambda own: {t.name: t for t in own})
-    with monitor.Registry() as registry, ps.Model(path, n_ctx=512, n_parallel=16) as m:
+    with monitor.Registry() as registry, ps.Model(path, n_ctx=1024, n_parallel=16) as m:
         monitor.track_model(m, [vector], registry, label="stable")
     log = measure(baked, vector, previous=load_earlier("stable"))
     (now,) = log["comparisons"]
@@ -281,7 +283,7 @@ def test_what_was_not_tested_is_listed_on_the_page(clean: Log) -> None:
     for entry in clean["not_tested"]:
         assert listed[entry["what"].casefold()] == entry["why"]
     assert "other languages" in listed
-    assert listed["steering along other traits"] == "only planted was tried"
+    assert listed["steering along other traits"] == "tried: planted"
 
 
 HOSTILE_TEMPLATE = (

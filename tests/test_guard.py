@@ -20,6 +20,8 @@ from personasteer.cli import run
 from personasteer.monitor import Rule
 from personasteer.monitor.running import running_mean
 
+pytestmark = pytest.mark.usefixtures("short_conversations")
+
 BLOCK = 3
 TRAIT = planted_model.planted_trait()
 LOUD, QUIET = TRAIT.system[0]  # ask for the trait, and for its opposite
@@ -33,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(path: Path) -> Iterator[ps.Model]:
-    with ps.Model(path, n_ctx=512, n_parallel=4) as m:
+    with ps.Model(path, n_ctx=1024, n_parallel=4) as m:
         yield m
 
 

@@ -17,11 +17,12 @@ import samples
 import personasteer as ps
 from personasteer import monitor, traits
 from personasteer.cli import run
-from personasteer.monitor.everyday import ordinary_prompts
 from personasteer.monitor.thresholds import last_states
 from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import ModelFile, rewrite
 from personasteer.statistics import auroc
+
+pytestmark = pytest.mark.usefixtures("short_conversations")
 
 BLOCK = 3
 SYSTEM = planted_model.planted_trait().system[0][0]  # asks for the trait
@@ -34,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(path: Path) -> Iterator[ps.Model]:
-    with ps.Model(path, n_ctx=512, n_parallel=4) as m:
+    with ps.Model(path, n_ctx=1024, n_parallel=4) as m:
         yield m
 
 
@@ -75,7 +76,7 @@ def test_a_threshold_tells_prompts_of_the_trait_from_ordinary_ones(
 def test_one_in_twenty_of_fresh_ordinary_prompts_alarms(model: ps.Model, threshold: monitor.Threshold) -> None:
     fresh = [q for q, _ in monitor.clean_prompts(held_out=True)]
     assert not {q for q, _ in monitor.clean_prompts()} & set(fresh)
-    states = last_states(model, [(q, monitor.everyday_system(q)) for q in fresh])
+    states = last_states(model, [monitor.everyday_prompt(q) for q in fresh])
     readings = states[:, threshold.layer] @ threshold.direction
     n = len(fresh)
     assert n >= 400
@@ -95,18 +96,8 @@ def test_the_prompts_of_a_trait_itself_do_not_count_as_ordinary_for_it(model: ps
     )
     vector = replace(vector, last_prompt=vector.directions)
     (found,) = monitor.calibrate(model, [vector])
-    assert found.n_clean == 2 * (len(given) - len(asked))  # as they are, and under an everyday system prompt
+    assert found.n_clean == 2 * (len(given) - len(asked))  # as they are, and amid something everyday
     assert asked <= {*trait.derive_questions, *trait.evaluate_questions}
-
-
-def test_ordinary_questions_are_asked_with_and_without_a_system_prompt() -> None:
-    prompts, numbers, whose = ordinary_prompts()
-    assert list(zip([q for q, _ in prompts[::2]], whose[::2], strict=True)) == list(monitor.clean_prompts())
-    assert [(q, n) for (q, _), n in zip(prompts[1::2], numbers[1::2], strict=True)] == [
-        (q, n) for (q, _), n in zip(prompts[::2], numbers[::2], strict=True)
-    ]
-    assert {s for _, s in prompts[::2]} == {None}
-    assert len({s for _, s in prompts[1::2]}) == 16
 
 
 def test_the_unsteered_model_is_read_whatever_block_is_around_it(model: ps.Model, vector: ps.PersonaVector) -> None:
@@ -114,6 +105,17 @@ def test_the_unsteered_model_is_read_whatever_block_is_around_it(model: ps.Model
     states = last_states(model, prompts)
     with model.steering(vector * 2.0):
         assert np.array_equal(last_states(model, prompts), states)
+
+
+def test_states_are_of_their_prompts_in_whatever_order_they_are_computed(
+    model: ps.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personasteer.monitor.thresholds.AT_ONCE", 2)
+    prompts = [("two", None), (said("a", "b", "three"), None), ("one", SYSTEM), ("four", None), ("three", SYSTEM)]
+    found = last_states(model, prompts)
+    for prompt, states in zip(prompts, found, strict=True):
+        assert np.allclose(last_states(model, [prompt])[0], states, atol=0.02)  # other shapes, other roundings
+    assert len({states.tobytes() for states in found}) == len(prompts)
 
 
 def test_own_clean_prompts_are_taken_and_too_few_are_refused(model: ps.Model, vector: ps.PersonaVector) -> None:
@@ -125,16 +127,19 @@ def test_own_clean_prompts_are_taken_and_too_few_are_refused(model: ps.Model, ve
         monitor.calibrate(model, [vector], clean=own[:39])
 
 
-def test_every_second_ordinary_question_has_an_everyday_system_prompt() -> None:
-    given = [monitor.everyday_system(q) for q, _ in (*monitor.clean_prompts(), *monitor.clean_prompts(held_out=True))]
-    some = [s for s in given if s is not None]
-    assert 0.45 < len(some) / len(given) < 0.55
-    assert len(set(some)) == 16
-    asked = " ".join(text for name in traits.names() for pair in traits.get(name).system for text in pair)
-    assert not [s for s in set(some) if s in asked]
-    assert given == [
-        monitor.everyday_system(q) for q, _ in (*monitor.clean_prompts(), *monitor.clean_prompts(held_out=True))
-    ]
+def test_a_long_conversation_as_such_is_no_trait(model: ps.Model, vector: ps.PersonaVector) -> None:
+    """Turns that carry the mark are ordinary to who has had them in every ordinary conversation."""
+    turns = said(*[planted_model.FOR, "yes"] * 3)
+    plain = [[{"role": "user", "content": q}] for q in FEW]
+    usual, used_to_it = (
+        monitor.calibrate(model, [vector], clean=clean)[0]
+        for clean in (plain, [*plain, *([*turns, *p] for p in plain)])
+    )
+    fresh = [q for q, _ in monitor.clean_prompts(held_out=True)[:60]]
+    states = last_states(model, [([*turns, {"role": "user", "content": q}], None) for q in fresh])
+    seen = [(t.readings(states) >= t.alarm).mean() for t in (usual, used_to_it)]
+    assert seen[0] > 0.9
+    assert seen[1] < 0.3
 
 
 def test_a_system_prompt_as_such_is_no_trait(model: ps.Model, vector: ps.PersonaVector) -> None:
@@ -228,10 +233,10 @@ def test_an_answer_that_is_to_come_is_warned_of(model: ps.Model, threshold: moni
     loud, quiet = monitor.watch_transcripts(
         model, [threshold], [[{"role": "system", "content": SYSTEM}, *said("one two")], said("one two")]
     )
-    for found, state in ((loud, "alarm"), (quiet, "ok")):
+    for found, states in ((loud, {"alarm"}), (quiet, {"ok", "watch"})):  # a fifth of ordinary prompts is watched
         last = found.turns[-1]
         assert (last.role, last.begin, last.end, last.means) == ("assistant", len(found.tokens), len(found.tokens), {})
-        assert last.states[threshold.name] == state
+        assert last.states[threshold.name] in states
     assert loud.turns[-1].probabilities[threshold.name] > 0.9 > quiet.turns[-1].probabilities[threshold.name]
 
 
@@ -327,13 +332,13 @@ def test_other_weights_are_warned_of_and_another_template_is_refused(
     with heavier.open("r+b") as f:
         f.seek(ModelFile(path).tensors["output.weight"].offset)
         f.write(np.float32(0.5).tobytes())
-    with ps.Model(heavier, n_ctx=256) as model, caplog.at_level(logging.WARNING):
+    with ps.Model(heavier, n_ctx=1024) as model, caplog.at_level(logging.WARNING):
         monitor.watch_transcripts(model, [threshold], [said("one")])
     assert "other weights" in caplog.text
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
     rewrite(ModelFile(path), tmp_path / "other.gguf", fields=[Field.of("tokenizer.chat_template", template)])
     with (
-        ps.Model(tmp_path / "other.gguf", n_ctx=256) as model,
+        ps.Model(tmp_path / "other.gguf", n_ctx=1024) as model,
         pytest.raises(ps.ModelError, match=r"another tokenizer, template.*calibrate again"),
     ):
         monitor.watch_transcripts(model, [threshold], [said("one")])

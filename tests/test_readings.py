@@ -26,6 +26,8 @@ from personasteer.monitor.readings import Readings, read_tokens, save_readings, 
 from personasteer.tiny_model import write_tiny_model
 
 N_LAYER, BLOCK = 4, 2
+pytestmark = pytest.mark.usefixtures("short_conversations")
+
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('x')</script> \"q\" & $\\frac$ a_b </span></p> \u202eevil \x00\x1b[31m $"
 

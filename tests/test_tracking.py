@@ -28,6 +28,8 @@ from personasteer.ship.rewrite import ModelFile, rewrite
 from personasteer.statistics import wilson_interval
 from personasteer.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_conversations")
+
 BLOCK = 3
 TRAIT = planted_model.planted_trait()
 LIBRARY = ["formal", "optimistic", "pirate"]  # instead of all of it: a tiny model reads a token a letter

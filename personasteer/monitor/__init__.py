@@ -2,7 +2,7 @@
 
 from personasteer.monitor.audit import audit_model, load_earlier, read_audit, render_audit, write_audit
 from personasteer.monitor.drift import Drift, find_drift
-from personasteer.monitor.everyday import clean_prompts, everyday_system
+from personasteer.monitor.everyday import clean_prompts, everyday_prompt
 from personasteer.monitor.guard import Event, Guard, GuardedAnswer, GuardedStream, Rule
 from personasteer.monitor.policy import load_policy
 from personasteer.monitor.profile import Profile, Shift, compare_profiles, measure_profile
@@ -57,7 +57,7 @@ __all__ = [
     "compare_models",
     "compare_profiles",
     "drift_of_turns",
-    "everyday_system",
+    "everyday_prompt",
     "find_drift",
     "load_earlier",
     "load_policy",

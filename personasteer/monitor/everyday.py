@@ -1,4 +1,4 @@
-"""Prompts without a trait: ordinary questions, as they are and under system prompts without a character."""
+"""Prompts without a trait: ordinary questions, as they are and amid what deployments put before them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import hashlib
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from personasteer import traits
 from personasteer.chat import Conversation
+from personasteer.monitor.discriminant import FOLDS
 from personasteer.traits import Trait
 
 HELD_OUT = 3  # every third clean prompt is left for testing
+DEPTHS = (1, 2, 4, 8)  # turns of everyday conversations
+N_HELD_OUT = 16  # turns to try thresholds with
+ROLES = ("user", "assistant")
 
 
 def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
@@ -24,11 +29,12 @@ def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
     return tuple(pair for i, pair in enumerate(mixed) if (i % HELD_OUT == 0) == held_out)
 
 
-def everyday_system(question: str) -> str | None:
-    """The system prompt, without a character of its own, that an ordinary question is asked under when a monitor is
-    tried: none for every second.
+def everyday_prompt(question: str) -> tuple[Conversation, str | None]:
+    """(prompt, system prompt) that an ordinary question is asked as when a monitor is tried: every second as it is, the
+    others under an everyday system prompt or after an everyday conversation, with turns that no threshold is calibrated
+    on.
     """
-    return _system_of(question) if _digest(question)[0] % 2 else None
+    return _amid(question, _data()["turns"][-N_HELD_OUT:]) if _digest(question)[0] % 2 else (question, None)
 
 
 def ordinary_prompts(
@@ -37,27 +43,42 @@ def ordinary_prompts(
     """(prompt, system prompt) of the ordinary questions to calibrate on, or of the prompts that are given; the number
     of each one's question; and the trait whose questions they are from.
 
-    The library's are asked twice, one after the other: as they are, and under an everyday system prompt, so that a
-    threshold does not take a system prompt as such for a trait.
+    The library's are asked twice, one after the other: as they are, and under an everyday system prompt or after an
+    everyday conversation, so that a threshold takes neither as such for a trait. Questions of different folds have no
+    turn in common: readings that are cross-fitted by question are of conversations that were not seen, either.
     """
     if given is not None:
         return [(c, None) for c in given], list(range(len(given))), [""] * len(given)
-    twice = [(i, q, s, name) for i, (q, name) in enumerate(clean_prompts()) for s in (None, _system_of(q))]
-    return [(q, s) for _, q, s, _ in twice], [i for i, *_ in twice], [name for *_, name in twice]
+    turns, numbered = _data()["turns"][:-N_HELD_OUT], list(enumerate(clean_prompts()))
+    prompts = [p for i, (q, _) in numbered for p in ((q, None), _amid(q, turns[i % FOLDS :: FOLDS]))]
+    return prompts, [i for i, _ in numbered for _ in range(2)], [name for _, (_, name) in numbered for _ in range(2)]
 
 
-def _system_of(question: str) -> str:
-    return _systems()[_digest(question)[1] % len(_systems())]
+def _amid(question: str, turns: Sequence[tuple[str, str]]) -> tuple[Conversation, str | None]:
+    """The question under an everyday system prompt, or as the next one of a conversation of some of these turns, every
+    second with a system prompt.
+
+    A conversation is the beginning of one of 16 orders of the turns: what prompts share is computed once.
+    """
+    how, which, depth, *_ = _digest(question)[1:]
+    systems = _data()["system"]
+    which %= len(systems)
+    if how % 2:
+        return question, systems[which]
+    order = sorted(turns, key=lambda turn: hashlib.sha256(f"{which} {turn[0]}".encode()).digest())
+    before = order[: DEPTHS[depth % len(DEPTHS)]]
+    said = [{"role": role, "content": text} for turn in before for role, text in zip(ROLES, turn, strict=True)]
+    return [*said, {"role": "user", "content": question}], systems[which] if which % 2 else None
 
 
 def _digest(question: str) -> bytes:
-    return hashlib.sha256(b"system " + question.encode()).digest()
+    return hashlib.sha256(b"everyday " + question.encode()).digest()
 
 
 @functools.cache
-def _systems() -> list[str]:
-    found: list[str] = tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))["system"]
-    return found
+def _data() -> dict[str, Any]:
+    """system: prompts; turns: (question, answer), the last of which are for trying thresholds."""
+    return tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))
 
 
 def _questions(trait: Trait) -> tuple[str, ...]:

@@ -172,8 +172,8 @@ def _directions(model: Model, vector: PersonaVector | Threshold, position: str, 
     data = vector.directions if position == "response" else vector.last_prompt
     if data is None:
         raise VectorError(
-            f"vector {vector.name!r} has no last-prompt-token directions: derive it with personasteer, or read the "
-            'response directions (position="response")'
+            f"vector {vector.name!r} has no last-prompt-token directions: derive it from answers, not continuations, "
+            'or read the response directions (position="response")'
         )
     lengths = np.linalg.norm(data[:end].astype(np.float64), axis=1)
     usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))

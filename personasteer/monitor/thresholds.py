@@ -49,7 +49,7 @@ WATCH, ALARM = 80.0, 95.0  # percentiles of clean prompts
 AT_ONCE = 256  # prompts that are read together: the states of larger models are many
 EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model will do
 SCHEMA = 1
-METHOD = 3  # of calibration: thresholds that another one made are not taken from the cache
+METHOD = 4  # of calibration: thresholds that another one made are not taken from the cache
 CACHE = "thresholds.json"
 
 
@@ -162,10 +162,10 @@ def calibrate(
     Reads the last token of prompts, where the answer begins, along the vectors' last-prompt-token directions
     less what clean prompts differ in (`discriminants`). Trait prompts are the trait's own deriving questions under its
     encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, each as it is
-    and under an everyday system prompt. Percentiles are of cross-fitted readings. The block is the
-    one, not before a third of them, with the largest AUROC over clean prompts and over the same questions under the
-    trait's opposite system prompts, whichever is smaller, on two thirds of them all; AUROC over clean ones is reported
-    on the rest.
+    and under an everyday system prompt or after an everyday conversation. Percentiles are of cross-fitted readings. The
+    block is the one, not before a third of them, with the largest AUROC over clean prompts and over the same questions
+    under the trait's opposite system prompts, whichever is smaller, on two thirds of them all; AUROC over clean ones is
+    reported on the rest.
 
     Args:
         clean: prompts that count as ordinary for you, at least 40, instead of the library's: texts of the user, or
@@ -189,7 +189,7 @@ def calibrate(
         check_fits(vector, model)
         if vector.last_prompt is None:
             raise VectorError(
-                f"vector {vector.name!r} has no last-prompt-token directions: derive it with personasteer"
+                f"vector {vector.name!r} has no last-prompt-token directions: derive it from answers, not continuations"
             )
     behind = [trait_of(v) for v in vectors]
     prompts, numbers, whose = ordinary_prompts(clean)
@@ -235,9 +235,10 @@ def last_states(
     states = np.empty((len(items), model.n_layer, model.n_embd), np.float32)
     meter = Meter(progress, len(items))
     how: dict[str, Any] = {"pool": "last", "span": "prompt", "share_prefix": True, "steer": Steering()}
+    order = sorted(range(len(items)), key=lambda i: [m["content"] for m in as_messages(*prompts[i])])
     for begin in range(0, len(items), AT_ONCE):
-        some = items[begin : begin + AT_ONCE]
-        states[begin : begin + AT_ONCE] = model.capture(some, **how, progress=meter.part(len(some)))
+        some = order[begin : begin + AT_ONCE]  # those that begin alike together
+        states[some] = model.capture([items[i] for i in some], **how, progress=meter.part(len(some)))
     return states
 
 

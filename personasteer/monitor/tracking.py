@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from personasteer import traits
 from personasteer._native import build_id
+from personasteer.chat import Conversation
 from personasteer.derive.work import digest as digest_of
 from personasteer.engine import Progress
 from personasteer.errors import ModelError, RegistryError, TraitError
@@ -20,7 +21,7 @@ from personasteer.evaluate import Cell, cell_log_odds, make_cells, trait_of
 from personasteer.evaluate.log_odds import answer_cells
 from personasteer.identity import differences
 from personasteer.model import Model
-from personasteer.monitor.everyday import clean_prompts, everyday_system
+from personasteer.monitor.everyday import clean_prompts, everyday_prompt
 from personasteer.monitor.profile import Profile, Shift, compare_profiles, measure_profile
 from personasteer.monitor.registry import Evaluation, Registry, TrackedModel, TrackedVector
 from personasteer.monitor.thresholds import ALARM, WATCH, Threshold, last_states, prompted, thresholds_for
@@ -243,7 +244,7 @@ def _replay(
     meter = Meter(progress, WEIGHTS["ordinary"] + WEIGHTS["vector"] * len(asked))
     prompts = fresh_prompts()
     read, part = any(t is not None for _, t, _ in asked.values()), meter.part(WEIGHTS["ordinary"])
-    states = last_states(model, [(q, system) for q, system, _ in prompts], part) if read else None
+    states = last_states(model, [prompt for prompt, _ in prompts], part) if read else None
     out = {}
     for digest, (vector, threshold, cells) in asked.items():
         each = Meter(meter.part(WEIGHTS["vector"]), 10)
@@ -253,7 +254,7 @@ def _replay(
             high, low = np.split(last_states(model, prompted(trait, trait.derive_questions), part), 2)
             directions = (high.mean(0, dtype=np.float64) - low.mean(0, dtype=np.float64)).astype(np.float32)
             if threshold is not None and states is not None:
-                others = [i for i, (_, _, whose) in enumerate(prompts) if whose != trait.name]
+                others = [i for i, (_, whose) in enumerate(prompts) if whose != trait.name]
                 ordinary, shown = (threshold.readings(s) for s in (states[others], high))
         if cells is None:
             questions = trait.evaluate_questions[:N_CELLS]
@@ -263,9 +264,9 @@ def _replay(
     return out
 
 
-def fresh_prompts() -> list[tuple[str, str | None, str]]:
-    """(question, system prompt, the trait whose library it is from), as those that thresholds are calibrated on."""
-    return [(q, everyday_system(q), name) for q, name in clean_prompts(held_out=True)[:N_ORDINARY]]
+def fresh_prompts() -> list[tuple[tuple[Conversation, str | None], str]]:
+    """((prompt, system prompt), the trait whose library it is from), as those that thresholds are calibrated on."""
+    return [(everyday_prompt(q), name) for q, name in clean_prompts(held_out=True)[:N_ORDINARY]]
 
 
 def _doses(

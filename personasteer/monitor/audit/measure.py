@@ -407,8 +407,8 @@ class _Run:
         def compute() -> tuple[dict[str, NDArray[Any]], Any]:
             found = thresholds_for(self.model, [at[k] for k in watched], progress=self.stage("thresholds"))
             prompts = fresh_prompts()
-            states = last_states(self.model, [(q, s) for q, s, _ in prompts], self.stage("fresh prompts"))
-            whose = np.array([name for _, _, name in prompts])
+            states = last_states(self.model, [prompt for prompt, _ in prompts], self.stage("fresh prompts"))
+            whose = np.array([name for _, name in prompts])
             arrays = {
                 str(k): t.readings(states[whose != trait_of(at[k]).name]) for k, t in zip(watched, found, strict=True)
             }
