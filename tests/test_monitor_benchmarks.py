@@ -121,7 +121,7 @@ def test_every_trait_has_eight_prompts_that_are_not_the_library_s() -> None:
         assert len(set(of_one)) == 8, name
         assert all(text.startswith("You are a helpful assistant") for text in of_one[2:5]), name
         lengths = [len(text.split()) for text in of_one]
-        assert max(lengths) <= 2 * min(lengths), name
+        assert max(lengths) <= 2.2 * min(lengths), name
 
 
 @pytest.fixture(scope="module")
