@@ -181,7 +181,7 @@ def loaded(request: pytest.FixtureRequest) -> Loaded:
 
 @pytest.fixture(scope="module")
 def short_conversations() -> Iterator[None]:
-    """Everyday conversations of one and two turns, for models to which every character is a token."""
+    """Everyday conversations of one turn, for models to which every character is a token."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("personasteer.monitor.everyday.DEPTHS", (1, 2))
+        patch.setattr("personasteer.monitor.everyday.DEPTHS", (1,))
         yield

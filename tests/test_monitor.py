@@ -233,10 +233,10 @@ def test_an_answer_that_is_to_come_is_warned_of(model: ps.Model, threshold: moni
     loud, quiet = monitor.watch_transcripts(
         model, [threshold], [[{"role": "system", "content": SYSTEM}, *said("one two")], said("one two")]
     )
-    for found, states in ((loud, {"alarm"}), (quiet, {"ok", "watch"})):  # a fifth of ordinary prompts is watched
+    for found, state in ((loud, "alarm"), (quiet, "ok")):
         last = found.turns[-1]
         assert (last.role, last.begin, last.end, last.means) == ("assistant", len(found.tokens), len(found.tokens), {})
-        assert last.states[threshold.name] in states
+        assert last.states[threshold.name] == state
     assert loud.turns[-1].probabilities[threshold.name] > 0.9 > quiet.turns[-1].probabilities[threshold.name]
 
 

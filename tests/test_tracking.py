@@ -308,7 +308,7 @@ def test_thresholds_that_do_not_fit_are_calibrated_again(
     assert v.alarms is not None
     assert v.shown is not None
     if alarm == "too often":
-        assert v.alarms[1] == pytest.approx(v.n_ordinary / 2, abs=10)  # the noise moves readings, most after turns
+        assert v.alarms[1] == pytest.approx(v.n_ordinary / 2, abs=6)  # the noise moves ordinary readings, too
         assert "ordinary prompts" in v.reasons[0]
     else:
         assert v.shown == (v.n_shown, 0)
