@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
+from scipy.stats import t as student
 
 import personasteer as ps
 from personasteer.monitor import find_drift
 
 
-def by_hand(x: list[float], mean: float, spread: float, sign: int) -> list[float]:
-    total, out = 0.0, []
+def by_hand(baseline: list[float], x: list[float], sign: int) -> list[float]:
+    total, out, before = 0.0, [], list(baseline)
     for value in x:
-        total = max(0.0, total + sign * (value - mean) / spread - 0.5)
+        n = len(before)
+        t = (n / (n + 1)) ** 0.5 * (value - np.mean(before)) / np.std(before, ddof=1)
+        z = norm.ppf(student.cdf(t, n - 1))
+        total = max(0.0, total + sign * np.clip(z, -4.0, 4.0) - 0.5)
         out.append(total)
+        before.append(value)
     return out
 
 
-def test_the_chart_is_pages_sums() -> None:
+def test_the_chart_is_the_self_starting_one() -> None:
     baseline = [0.0, 1.0, 2.0, 1.0, 1.0]
-    series = [1.0, 2.5, 3.0, 0.0, -4.0]
+    series = [1.0, 2.5, 3.0, 0.0, -4.0, 40.0]
     found = find_drift(series, baseline=baseline)
-    mean, spread = np.mean(baseline), np.std(baseline, ddof=1)
-    assert found.up == pytest.approx(by_hand(series, mean, spread, 1))
-    assert found.down == pytest.approx(by_hand(series, mean, spread, -1))
-    assert (found.mean, found.spread) == pytest.approx((mean, spread))
+    assert found.up == pytest.approx(by_hand(baseline, series, 1), abs=0.02)
+    assert found.down == pytest.approx(by_hand(baseline, series, -1), abs=0.02)
+    assert (found.mean, found.spread) == pytest.approx((np.mean(baseline), np.std(baseline, ddof=1)))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -38,13 +43,14 @@ def test_a_shift_is_found_with_its_beginning_and_direction(sign: int) -> None:
     assert abs(found.change - 20) <= 3
 
 
-def test_noise_seldom_drifts() -> None:
+@pytest.mark.parametrize(("n_baseline", "n"), [(0, 6), (0, 12), (0, 40), (4, 10), (8, 20), (300, 20)])
+def test_one_in_twenty_series_of_noise_drifts_however_short_its_baseline(n_baseline: int, n: int) -> None:
     rng = np.random.default_rng(4)
     flags = [
-        find_drift(rng.standard_normal(20).tolist(), baseline=rng.standard_normal(300).tolist()).change is not None
-        for _ in range(400)
+        find_drift(rng.normal(3, 2, n), baseline=rng.normal(3, 2, n_baseline) if n_baseline else None).change
+        for _ in range(1000)
     ]
-    assert np.mean(flags) < 0.08
+    assert 0.03 < np.mean([f is not None for f in flags]) < 0.07
 
 
 def test_without_a_baseline_the_beginning_of_the_series_is_one_and_does_not_count() -> None:
@@ -52,7 +58,14 @@ def test_without_a_baseline_the_beginning_of_the_series_is_one_and_does_not_coun
     found = find_drift(series)
     assert (found.change, found.direction) == (4, 1)
     assert found.up[:4] == found.down[:4] == (0.0, 0.0, 0.0, 0.0)
-    assert find_drift([0.0, 1.0, 0.0, 1.0, 0.0, 1.0]).change is None
+    assert (found.mean, found.spread) == pytest.approx((0.5, np.std([0, 1, 0, 1], ddof=1)))
+    calm = find_drift([0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    assert (calm.change, calm.mean) == (None, 0.5)
+
+
+def test_a_constant_series_does_not_drift_and_one_odd_reading_counts_no_more_than_four() -> None:
+    assert find_drift([2.0] * 12).change is None
+    assert find_drift([2.0] * 20 + [3.0]).up[-1] == 3.5
 
 
 @pytest.mark.parametrize(
