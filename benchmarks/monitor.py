@@ -1,13 +1,16 @@
 """How often does a monitor alarm on ordinary prompts, and how well does it see prompts that ask for a trait?
 
-    python benchmarks/monitor.py MODEL VECTOR.gguf.. [--threads N] [--json FILE]
+    python benchmarks/monitor.py MODEL VECTOR.gguf.. [--threads N] [--json FILE] [--answers N]
 
 Thresholds are calibrated as `personasteer monitor` does it, and kept as it keeps them, on two thirds of the library's
-ordinary questions, each as it is and under an everyday system prompt or after an everyday conversation; the other
-third, which nothing was chosen on, half of it as it is, a quarter under such a prompt, a quarter after other turns,
-gives the rate of alarms (5 % are expected) and of watches (20 %), with the interval in which 95 % and 99.9 % of samples
-of that size lie. The AUROC is that of the trait's held-out questions under its five encouraging system prompts over the
-same ordinary ones, and over these questions under its opposite system prompts. Prints a Markdown table.
+ordinary questions, each as it is, under an everyday system prompt and after an everyday conversation. The other third,
+which nothing was chosen on, each in one of these ways and after other turns, gives the rate of alarms (5 % are
+expected) and of watches (20 %), with the interval in which 95 % and 99.9 % of samples of that size lie. The AUROC is
+that of the trait's held-out questions under its five encouraging system prompts over the same ordinary ones, and over
+these questions under its opposite system prompts. Prints a Markdown table.
+
+--answers N: instead, the model answers N of these ordinary prompts with up to 256 tokens, and 40 that ask for the trait
+with 64. How many answers alarm while they are given, within so many tokens; the threshold is calibrated on 64.
 """
 
 from __future__ import annotations
@@ -20,17 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import personasteer as ps
 from personasteer import monitor
 from personasteer.cli._common import model_path
 from personasteer.evaluate import trait_of
 from personasteer.monitor import everyday_prompt
+from personasteer.monitor.running import answer_readings, running_mean, spread_over
 from personasteer.monitor.thresholds import last_states, prompted
 from personasteer.statistics import auroc
 
 EXPECTED = 0.05
 KINDS = ("alone", "under a prompt", "after turns")  # of fresh prompts
+LENGTHS = (32, 64, 128, 256)  # tokens of answers
 
 
 def binomial_interval(p: float, n: int, share: float) -> tuple[float, float]:
@@ -75,6 +81,57 @@ def measure(model: ps.Model, vectors: list[ps.PersonaVector]) -> list[dict[str, 
     return rows
 
 
+def measure_answers(model: ps.Model, vectors: list[ps.PersonaVector], n: int) -> list[dict[str, Any]]:
+    """A row for each vector: the shares of answers whose running mean comes to its alarm, within LENGTHS."""
+    thresholds = monitor.thresholds_for(model, vectors, running=True)
+    fresh = spread_over(monitor.clean_prompts(held_out=True), n)
+    known = [t.running for t in thresholds if t.running]
+    ordinary = answer_readings(
+        model, [everyday_prompt(q) for q, _ in fresh], [{r.layer: r.direction} for r in known], max_tokens=LENGTHS[-1]
+    )
+    rows = []
+    for k, (vector, running) in enumerate(zip(vectors, known, strict=True)):
+        trait = trait_of(vector)
+        asked = prompted(trait, trait.evaluate_questions)
+        pairs = spread_over(asked[: len(asked) // 2], 40)
+        shown = answer_readings(model, pairs, [{running.layer: running.direction}], max_tokens=LENGTHS[1])
+        own = [r[k][:, 0] for r, (_, name) in zip(ordinary, fresh, strict=True) if name != trait.name]
+        rows.append(
+            {
+                "model": model.name,
+                "trait": trait.name,
+                "layer": running.layer,
+                "n": len(own),
+                "tokens": float(np.median([len(r) for r in own])),
+                "alarms": [_alarms([r[:length] for r in own], running) for length in LENGTHS],
+                "seen": _alarms([r[0][:, 0] for r in shown], running),
+            }
+        )
+    return rows
+
+
+def _alarms(readings: list[NDArray[np.float32]], running: monitor.Running) -> float:
+    means = [running_mean(r, running.window) for r in readings]
+    return float(np.mean([len(m) > 0 and m.max() >= running.alarm for m in means]))
+
+
+def table_of_answers(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each row."""
+    lines = [
+        "| model | trait | block | ordinary answers | tokens (median) | "
+        + " | ".join(f"alarm within {length}" for length in LENGTHS)
+        + " | asked for, seen |",
+        "| --- " * (6 + len(LENGTHS)) + "|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['model']} | {r['trait']} | {r['layer']} | {r['n']} | {r['tokens']:.0f} | "
+            + " | ".join(f"{x:.0%}" for x in r["alarms"])
+            + f" | {r['seen']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each row, and the pooled rate."""
     lines = [
@@ -114,12 +171,14 @@ def main() -> None:
     parser.add_argument("vectors", nargs="+", metavar="VECTOR.gguf")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--answers", type=int, metavar="N", help="alarms while answering N ordinary prompts")
     args = parser.parse_args()
-    with ps.Model(model_path(args.model), n_ctx=512, n_threads=args.threads) as model:
-        rows = measure(model, [ps.PersonaVector.load(v) for v in args.vectors])
+    vectors = [ps.PersonaVector.load(v) for v in args.vectors]
+    with ps.Model(model_path(args.model), n_ctx=1024, n_threads=args.threads) as model:
+        rows = measure(model, vectors) if args.answers is None else measure_answers(model, vectors, args.answers)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print(table(rows) if args.answers is None else table_of_answers(rows))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ Log = dict[str, Any]
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Few texts: two traits of the library, few ordinary prompts; measurements in a place of their own."""
     subjects = {name: replace(traits.get(name), continuations=traits.get(name).continuations[:6]) for name in LIBRARY}
-    few = monitor.clean_prompts()[:45], monitor.clean_prompts(held_out=True)[:24]
+    few = monitor.clean_prompts()[:45], monitor.clean_prompts(held_out=True)[:60]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("personasteer.monitor.audit.measure.subjects_of", lambda own: subjects | {t.name: t for t in own})
@@ -132,7 +132,7 @@ def test_an_audit_says_whether_the_model_can_be_steered_and_watched(clean: Log) 
     assert len(v["evaluation"]["controls"]["random"]) == 2 * 4
     m = v["monitor"]
     assert m["auroc"] == 1.0
-    assert (m["n_fresh"], m["n_clean"]) == (24, 90)
+    assert (m["n_fresh"], m["n_clean"]) == (60, 135)
     assert m["low"] <= m["n_alarms"] / m["n_fresh"] <= m["high"]
     assert finding(clean, "monitoring") == ("good", "Can be watched for planted (1 of 1 monitors).")
 
@@ -446,6 +446,28 @@ def test_a_base_that_does_not_load_leaves_the_rest_of_the_audit(sizes: None, pat
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_fails_for_now_is_tried_again_and_what_lies_in_the_vector_is_not(
+    sizes: None, path: Path, vector: ps.PersonaVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = replace(vector, name="lost", last_prompt=None)
+    tried = []
+
+    def fails(*_: object, **__: object) -> None:
+        tried.append(1)
+        raise ps.ModelError("no memory")
+
+    def audited() -> Log:
+        return audit_model(path, vectors=[vector, lost], n_questions=2, n_random=1, work=tmp_path)
+
+    with monkeypatch.context() as during:
+        during.setattr("personasteer.monitor.audit.measure.evaluate", fails)
+        assert audited()["vectors"][0]["why_not"]["evaluation"] == "no memory"
+    log = audited()
+    assert len(tried) == 2
+    assert log["vectors"][0]["evaluation"] is not None
+    assert "last prompt token" in log["vectors"][1]["why_not"]["monitor"]
 
 
 @pytest.mark.parametrize("ending", ["steering by planted", "profile of the base"])

@@ -13,6 +13,7 @@ import numpy as np
 import planted_model
 import pytest
 import samples
+from test_chat import CHATML
 
 import personasteer as ps
 from personasteer import monitor, traits
@@ -21,6 +22,7 @@ from personasteer.monitor.thresholds import last_states
 from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import ModelFile, rewrite
 from personasteer.statistics import auroc
+from personasteer.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("short_conversations")
 
@@ -96,7 +98,7 @@ def test_the_prompts_of_a_trait_itself_do_not_count_as_ordinary_for_it(model: ps
     )
     vector = replace(vector, last_prompt=vector.directions)
     (found,) = monitor.calibrate(model, [vector])
-    assert found.n_clean == 2 * (len(given) - len(asked))  # as they are, and amid something everyday
+    assert found.n_clean == 3 * (len(given) - len(asked))  # as they are, under a system prompt, after turns
     assert asked <= {*trait.derive_questions, *trait.evaluate_questions}
 
 
@@ -170,6 +172,37 @@ def test_a_vector_that_cannot_be_watched_is_refused(model: ps.Model, vector: ps.
         monitor.calibrate(model, [replace(vector, last_prompt=0 * vector.directions)], clean=FEW)
     with pytest.raises(ps.TraitError):
         monitor.calibrate(model, [replace(vector, provenance={}, name="of nothing")])
+
+
+def test_a_model_that_leaves_system_messages_out_is_not_calibrated(vector: ps.PersonaVector, tmp_path: Path) -> None:
+    deaf = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+    file = write_tiny_model(tmp_path / "deaf.gguf", chat_template=deaf)
+    with (
+        ps.Model(file, n_ctx=512) as model,
+        pytest.raises(ps.TemplateError, match="no system message reaches the model"),
+    ):
+        monitor.calibrate(model, [vector], clean=FEW)
+
+
+def test_a_trait_without_held_out_questions_is_tried_on_a_third_of_the_others(
+    model: ps.Model, vector: ps.PersonaVector
+) -> None:
+    trait = planted_model.planted_trait()
+    bare = replace(trait, evaluate_questions=())
+    provenance = {**vector.provenance, "texts": bare.as_dict()}
+    (found,) = monitor.calibrate(model, [replace(vector, provenance=provenance)], clean=FEW)
+    n = len(trait.derive_questions)
+    assert found.n_trait == (n - n // 3) * len(trait.system)
+    assert found.auroc == 1.0
+
+
+def test_a_threshold_that_tells_little_is_warned_of(
+    model: ps.Model, vector: ps.PersonaVector, few: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor.thresholds_for(model, [vector])
+    assert not caplog.messages
+    monitor.thresholds_for(model, [replace(vector, last_prompt=-vector.directions)])
+    assert "its alarms say little" in caplog.messages[-1]
 
 
 def simple(**more: Any) -> monitor.Threshold:
@@ -324,6 +357,20 @@ def test_running_means_are_added_to_what_is_kept(
     assert kept == whole.as_dict() == monitor.Threshold.from_dict(json.loads(json.dumps(kept))).as_dict()
 
 
+def test_an_interrupt_among_the_answers_keeps_what_the_prompts_gave(
+    model: ps.Model, vector: ps.PersonaVector, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr("personasteer.monitor.thresholds.calibrate_running", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            monitor.thresholds_for(model, [vector], running=True)
+    monkeypatch.setattr("personasteer.monitor.thresholds.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    assert monitor.thresholds_for(model, [vector], running=True)[0].running is not None
+
+
 def test_other_weights_are_warned_of_and_another_template_is_refused(
     path: Path, threshold: monitor.Threshold, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -376,6 +423,19 @@ def test_a_file_without_conversations_is_refused_with_its_line(tmp_path: Path, h
         monitor.read_conversations(file)
 
 
+def test_clean_conversations_end_before_their_last_answer(tmp_path: Path) -> None:
+    file = tmp_path / "clean.jsonl"
+    talks = [said("one", "two"), said("one", "two", "three")] * 20
+    file.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    assert monitor.read_clean(file) == [talk[: len(talk) // 2 * 2 - 1] if len(talk) == 2 else talk for talk in talks]
+    file.write_text("\n".join(json.dumps(m) for talk in talks for m in talk))
+    with pytest.raises(ps.ArgumentError, match="1 conversations are too few to calibrate: 40 at least, one a line"):
+        monitor.read_clean(file)
+    file.write_text("\n".join([json.dumps(said("one", "two"))] * 40 + [json.dumps(said("one", "two")[1:])]))
+    with pytest.raises(ps.ArgumentError, match="more than an answer"):
+        monitor.read_clean(file)
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -403,19 +463,48 @@ def test_monitor_reads_a_prompt_and_a_transcript(
     assert "ALARM" in capfd.readouterr().out
 
 
+def test_thresholds_of_own_prompts_serve_chat(
+    path: Path,
+    vector: ps.PersonaVector,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path / "cache"))
+    vector.save("v.gguf")
+    Path("clean.jsonl").write_text("\n".join(json.dumps(said(q, "yes")) for q in FEW))
+    common = ["-m", str(path), "--clean", "clean.jsonl", "-v", "v.gguf", "-o", "th.json"]
+    assert run(["monitor", *common]) == 0
+    watched = ["chat", "-m", str(path), "-p", "one", "-n", "4", "--watch", "v.gguf", "--thresholds", "th.json"]
+    assert run(watched) == 1
+    assert "calibrate with running=True (monitor --running)" in capfd.readouterr().err
+    assert run(["monitor", *common, "--running", "--force"]) == 0
+    (kept,) = monitor.load_thresholds("th.json")
+    assert kept.n_clean == len(FEW)
+    assert kept.running is not None
+    monkeypatch.setattr("personasteer.monitor.guard.thresholds_for", lambda *_, **__: pytest.fail("calibrated"))
+    assert run(watched) == 0
+    assert "before the answer" in capfd.readouterr().err
+
+
 def test_names_and_roles_are_shown_as_they_are(
     path: Path, threshold: monitor.Threshold, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monitor.save_thresholds(
-        [replace(threshold, name="mood[v2]"), replace(threshold, name="\ud800")], tmp_path / "t.json"
+        [replace(threshold, name="mood[v2]"), replace(threshold, name="\ud800"), replace(threshold, name="\x1b[2J")],
+        tmp_path / "t.json",
     )
     talk = [{"role": "[/b]", "content": "one"}, *said("one two", "three")]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, talk)))
     common = ["monitor", "-m", str(path), "--thresholds", str(tmp_path / "t.json")]
-    assert run([*common, "--transcript", str(tmp_path / "t.jsonl"), "--report", str(tmp_path / "r")]) == 0
+    tokens = ["--tokens", str(tmp_path / "x.parquet")]
+    assert run([*common, *tokens, "--transcript", str(tmp_path / "t.jsonl"), "--report", str(tmp_path / "r")]) == 0
     shown = capfd.readouterr().out
     assert "mood[v2]" in shown
     assert "[/b]" in shown
+    assert "\x1b[2J" not in shown
+    assert "\\x1b[2J: block" in shown
     assert run([*common, "--transcript", str(tmp_path / "t.jsonl"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[0])["role"] == "[/b]"
 
@@ -432,6 +521,7 @@ MISTAKES = {
     "one file for two": (["-v", "v.gguf", "-p", "a", "-o", "x.jsonl", "--tokens", "./x.jsonl"], "must be two files"),
     "two of a name": (["-v", "v.gguf", "-v", "v.gguf", "-p", "a"], "the same name"),
     "what exists": (["-v", "v.gguf", "-p", "a", "-o", "v.gguf"], "is what this is made from"),
+    "answers of no file": (["-v", "v.gguf", "-p", "a", "--running"], "--running goes with -o"),
 }
 
 

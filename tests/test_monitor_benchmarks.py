@@ -11,6 +11,7 @@ from typing import Any
 
 import graded_prompts
 import many_shot
+import monitor as alarms
 import numpy as np
 import planted_model
 import pytest
@@ -121,7 +122,32 @@ def test_every_trait_has_eight_prompts_that_are_not_the_library_s() -> None:
         assert len(set(of_one)) == 8, name
         assert all(text.startswith("You are a helpful assistant") for text in of_one[2:5]), name
         lengths = [len(text.split()) for text in of_one]
-        assert max(lengths) <= 2.2 * min(lengths), name
+        assert max(lengths) <= 2 * min(lengths), name
+
+
+def test_alarms_are_counted_among_fresh_prompts_and_answers(
+    model: ps.Model, vector: ps.PersonaVector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PERSONASTEER_CACHE_DIR", str(tmp_path))
+    some = {held_out: monitor.clean_prompts(held_out=held_out)[:60] for held_out in (False, True)}
+    monkeypatch.setattr("personasteer.monitor.clean_prompts", lambda *, held_out: some[held_out])
+    monkeypatch.setattr("personasteer.monitor.everyday.clean_prompts", lambda: some[False])
+    (row,) = alarms.measure(model, [vector])
+    assert (row["trait"], row["n"]) == ("planted", 60)
+    assert (row["auroc"], row["auroc_opposite"], row["seen"]) == (1.0, 1.0, 1.0)
+    assert row["alarms"] <= row["watches"] < 40
+    kinds = np.array([row["alarms_of"][kind] for kind in alarms.KINDS])
+    assert kinds.min() <= row["alarms"] / 60 <= kinds.max()
+    low, high = alarms.binomial_interval(0.05, 60, 0.95)
+    line, pooled = alarms.table([row]).splitlines()[2], alarms.table([row]).splitlines()[-1]
+    assert f"| planted | {row['layer']} | 60 | {row['alarms'] / 60:.1%} | {low:.1%} to {high:.1%} |" in line
+    assert f"outside 95 %: {int(not low <= row['alarms'] / 60 <= high)} of 1" in pooled
+    monkeypatch.setattr(alarms, "LENGTHS", (8, 16, 24, 32))
+    (answers,) = alarms.measure_answers(model, [vector], 12)
+    assert answers["n"] == 12
+    assert answers["alarms"] == sorted(answers["alarms"])  # the longer, the more often
+    assert answers["seen"] > answers["alarms"][1]
+    assert f"| {answers['tokens']:.0f} | {answers['alarms'][0]:.0%} |" in alarms.table_of_answers([answers])
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from personasteer.traits import Trait
 
 HELD_OUT = 3  # every third clean prompt is left for testing
 DEPTHS = (1, 2, 4, 8)  # turns of everyday conversations
-N_HELD_OUT = 16  # turns to try thresholds with
+N_HELD_OUT = 16  # of each list, to try thresholds with
+ORDERS = 32  # of turns, in which conversations begin: what prompts share is computed once
 ROLES = ("user", "assistant")
+LISTS = ("who", "how", "turns")
 
 
 def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
@@ -30,11 +32,11 @@ def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
 
 
 def everyday_prompt(question: str) -> tuple[Conversation, str | None]:
-    """(prompt, system prompt) that an ordinary question is asked as when a monitor is tried: every second as it is, the
-    others under an everyday system prompt or after an everyday conversation, with turns that no threshold is calibrated
-    on.
+    """(prompt, system prompt) that an ordinary question is asked as when a monitor is tried: as it is, under an
+    everyday system prompt, or after an everyday conversation; no threshold is calibrated on any of their sentences.
     """
-    return _amid(question, _data()["turns"][-N_HELD_OUT:]) if _digest(question)[0] % 2 else (question, None)
+    ways = _ways(question, *(_data()[name][-N_HELD_OUT:] for name in LISTS))
+    return ways[_digest(question)[0] % len(ways)]
 
 
 def ordinary_prompts(
@@ -43,41 +45,47 @@ def ordinary_prompts(
     """(prompt, system prompt) of the ordinary questions to calibrate on, or of the prompts that are given; the number
     of each one's question; and the trait whose questions they are from.
 
-    The library's are asked twice, one after the other: as they are, and under an everyday system prompt or after an
+    The library's are asked three times, one after the other: as they are, under an everyday system prompt, and after an
     everyday conversation, so that a threshold takes neither as such for a trait. Questions of different folds have no
-    turn in common: readings that are cross-fitted by question are of conversations that were not seen, either.
+    sentence of them in common: readings that are cross-fitted by question are of what was not seen, either.
     """
     if given is not None:
         return [(c, None) for c in given], list(range(len(given))), [""] * len(given)
-    turns, numbered = _data()["turns"][:-N_HELD_OUT], list(enumerate(clean_prompts()))
-    prompts = [p for i, (q, _) in numbered for p in ((q, None), _amid(q, turns[i % FOLDS :: FOLDS]))]
-    return prompts, [i for i, _ in numbered for _ in range(2)], [name for _, (_, name) in numbered for _ in range(2)]
+    own = [[_data()[name][:-N_HELD_OUT][fold::FOLDS] for name in LISTS] for fold in range(FOLDS)]
+    asked = [(prompt, i, name) for i, (q, name) in enumerate(clean_prompts()) for prompt in _ways(q, *own[i % FOLDS])]
+    return [p for p, _, _ in asked], [i for _, i, _ in asked], [name for _, _, name in asked]
 
 
-def _amid(question: str, turns: Sequence[tuple[str, str]]) -> tuple[Conversation, str | None]:
-    """The question under an everyday system prompt, or as the next one of a conversation of some of these turns, every
+def _ways(
+    question: str, who: Sequence[str], how: Sequence[str], turns: Sequence[tuple[str, str]]
+) -> list[tuple[Conversation, str | None]]:
+    """The question as it is, under a system prompt, and as the next one of a conversation of some of the turns, every
     second with a system prompt.
-
-    A conversation is the beginning of one of 16 orders of the turns: what prompts share is computed once.
     """
-    how, which, depth, *_ = _digest(question)[1:]
-    systems = _data()["system"]
-    which %= len(systems)
-    if how % 2:
-        return question, systems[which]
+    which, depth, *own = _digest(question)[1:]
+    which %= ORDERS
     order = sorted(turns, key=lambda turn: hashlib.sha256(f"{which} {turn[0]}".encode()).digest())
     before = order[: DEPTHS[depth % len(DEPTHS)]]
     said = [{"role": role, "content": text} for turn in before for role, text in zip(ROLES, turn, strict=True)]
-    return [*said, {"role": "user", "content": question}], systems[which] if which % 2 else None
+    talk = [*said, {"role": "user", "content": question}]
+    amid = _system(_digest(str(which)), who, how) if which % 2 else None
+    return [(question, None), (question, _system(own, who, how)), (talk, amid)]
 
 
-def _digest(question: str) -> bytes:
-    return hashlib.sha256(b"everyday " + question.encode()).digest()
+def _system(choice: Sequence[int], who: Sequence[str], how: Sequence[str]) -> str:
+    """Who answers, or how, or, every second time, both."""
+    first, second, kind, *_ = choice
+    said = who[first % len(who)], how[second % len(how)]
+    return " ".join(said) if kind % 4 > 1 else said[kind % 4]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(b"everyday " + text.encode()).digest()
 
 
 @functools.cache
 def _data() -> dict[str, Any]:
-    """system: prompts; turns: (question, answer), the last of which are for trying thresholds."""
+    """who, how: sentences of system prompts; turns: (question, answer)."""
     return tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))
 
 

@@ -22,7 +22,7 @@ from personasteer.vectors import PersonaVector
 FEWEST = 40  # clean prompts that a 95th percentile is taken of
 RESAMPLES = 200  # of the clean readings: their percentiles' mean varies less than the percentile itself
 WINDOW = 8  # tokens of a running mean
-N_CLEAN_ANSWERS, N_TRAIT_ANSWERS, ANSWER_TOKENS = 120, 40, 32  # that the running mean is calibrated on
+N_CLEAN_ANSWERS, N_TRAIT_ANSWERS, ANSWER_TOKENS = 120, 40, 64  # that the running mean is calibrated on
 
 
 def check_numbers(what: str, direction: NDArray[np.float32], watch: float, alarm: float, *more: float) -> None:
@@ -54,7 +54,8 @@ class Running:
         layer: the block that is read: the one that best tells the trait's answers from clean ones.
         direction: (n_embd,) u, of length 1, of the vector's response directions.
         window: over how many tokens the mean of <h_layer, u> is taken; there is none before there are so many.
-        watch, alarm: running means that the largest of 20 % and 5 % of clean answers exceeds, of 32 tokens.
+        watch, alarm: running means that the largest of 20 % and 5 % of clean answers exceeds, of 64 tokens at most: of
+            longer ones more do.
         auroc: of the largest running means of the trait's answers over those of clean ones, on which the layer was
             chosen, too.
         caps: (n_layer,) readings on the unit response directions that 5 % of the tokens of clean answers exceed; NaN
@@ -118,36 +119,40 @@ def calibrate_running(
     units = []
     for vector in vectors:
         at = [il for il in vector.usable_layers if il < model.n_layer - 1]
+        if not at:
+            raise VectorError(f"vector {vector.name!r} has no usable response direction below the last block")
         data, lengths = vector.directions_at(at)
         units.append(dict(zip(at, data / lengths[:, None], strict=True)))
-    some = _spread_over(prompts, N_CLEAN_ANSWERS)
-    asked = [_spread_over(pairs, N_TRAIT_ANSWERS) for pairs in shown]
+    some = spread_over(prompts, N_CLEAN_ANSWERS)
+    asked = [spread_over(pairs, N_TRAIT_ANSWERS) for pairs in shown]
     meter = Meter(progress, len(some) + sum(map(len, asked)))
-    ordinary = _answer_readings(model, some, units, meter.part(len(some)))
+    ordinary = answer_readings(model, some, units, meter.part(len(some)))
     found = []
     for k, (pairs, own) in enumerate(zip(asked, units, strict=True)):
-        high = [r[0] for r in _answer_readings(model, pairs, [own], meter.part(len(pairs)))]
+        high = [r[0] for r in answer_readings(model, pairs, [own], meter.part(len(pairs)))]
         found.append(_running(model, own, [r[k] for r in ordinary], high, percentiles))
     return found
 
 
-def _spread_over(items: Sequence[Any], n: int) -> list[Any]:
+def spread_over(items: Sequence[Any], n: int) -> list[Any]:
     """n of the items, from all of them alike."""
     return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
 
 
-def _answer_readings(
+def answer_readings(
     model: Model,
     prompts: Sequence[tuple[Conversation, str | None]],
     units: Sequence[Mapping[int, NDArray[np.float64]]],
-    progress: Progress | None,
+    progress: Progress | None = None,
+    *,
+    max_tokens: int = ANSWER_TOKENS,
 ) -> list[list[NDArray[np.float32]]]:
     """For each prompt and read-out (n_tokens, layers): the readings of the tokens of the model's answer."""
     requests = []
     for given, system in prompts:
         tokens = model.measured_prompt(given, system)
         requests.append(
-            Request(tokens, len(tokens), max_tokens=ANSWER_TOKENS, sampling=Sampling(0.0), reads=tuple(units),
+            Request(tokens, len(tokens), max_tokens=max_tokens, sampling=Sampling(0.0), reads=tuple(units),
                     reads_from=len(tokens), share_prefix=True)
         )  # fmt: skip
     results = model.run_alone(requests, progress=progress)

@@ -18,10 +18,17 @@ from numpy.typing import NDArray
 
 from personasteer.chat import Conversation, as_messages
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError, ModelError, PersonasteerError, VectorError
+from personasteer.errors import (
+    ArgumentError,
+    ContextError,
+    ModelError,
+    PersonasteerError,
+    TemplateError,
+    VectorError,
+)
 from personasteer.evaluate import trait_of
 from personasteer.files import atomic_write, read_cache, write_cache
-from personasteer.identity import PARTS
+from personasteer.identity import PARTS, differences
 from personasteer.model import Model
 from personasteer.monitor.discriminant import discriminants
 from personasteer.monitor.everyday import ordinary_prompts
@@ -48,8 +55,9 @@ STATES = ("ok", "watch", "alarm")
 WATCH, ALARM = 80.0, 95.0  # percentiles of clean prompts
 AT_ONCE = 256  # prompts that are read together: the states of larger models are many
 EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model will do
+LEAST_AUROC = 0.7  # of a threshold that is used without a warning
 SCHEMA = 1
-METHOD = 4  # of calibration: thresholds that another one made are not taken from the cache
+METHOD = 5  # of calibration: thresholds that another one made are not taken from the cache
 CACHE = "thresholds.json"
 
 
@@ -64,8 +72,9 @@ class Threshold:
             vector's last-prompt-token direction, less what ordinary prompts differ in: see `discriminants`.
         watch, alarm: readings that clean prompts exceed in 20 % and in 5 % of cases.
         slope, intercept: P(trait | x) = 1 / (1 + exp(-(slope x + intercept))), for as many trait prompts as clean ones.
-        auroc: of trait prompts over clean ones that the layer was not chosen on.
-        n_clean, n_trait: how many there were.
+        auroc: of the trait's held-out questions, asked for under its encouraging system prompts, over clean prompts
+            that the layer was not chosen on.
+        n_clean, n_trait: how many prompts the threshold is from.
         origin: the model's fingerprint, and the parts of its identity.
         running: what to compare the answer with while it is generated; None where it was not calibrated.
     """
@@ -115,7 +124,7 @@ class Threshold:
             return
         given, now = dict(own.get("identity", {})), here["identity"]
         changed = {part: what for part, what in PARTS.items() if given.get(part) != now.get(part)}
-        said = "; ".join(changed.values()) or "an unknown one"
+        said = "; ".join(changed.values()) or differences(given, now)
         if "metadata" in changed:
             raise ModelError(
                 f"the threshold of {self.name!r} was calibrated on another model ({said}): calibrate again"
@@ -124,6 +133,14 @@ class Threshold:
             "the threshold of %r was calibrated on another model (%s): calibrate again to trust its alarms",
             self.name, said,
         )  # fmt: skip
+
+    def warn_if_blind(self) -> None:
+        """Warn where prompts that ask for the trait hardly read higher than ordinary ones."""
+        if self.auroc < LEAST_AUROC:
+            log.warning(
+                "prompts that ask for %r read hardly higher than ordinary ones (AUROC %.2f): its alarms say little",
+                self.name, self.auroc,
+            )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -161,23 +178,27 @@ def calibrate(
 
     Reads the last token of prompts, where the answer begins, along the vectors' last-prompt-token directions
     less what clean prompts differ in (`discriminants`). Trait prompts are the trait's own deriving questions under its
-    encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, each as it is
-    and under an everyday system prompt or after an everyday conversation. Percentiles are of cross-fitted readings. The
-    block is the one, not before a third of them, with the largest AUROC over clean prompts and over the same questions
-    under the trait's opposite system prompts, whichever is smaller, on two thirds of them all; AUROC over clean ones is
-    reported on the rest.
+    encouraging system prompts; clean ones are ordinary questions, those of other traits in the library, each as it is,
+    under an everyday system prompt, and after an everyday conversation. Percentiles are of cross-fitted readings. The
+    block is the one, not before a third of them, with the largest AUROC over two thirds of the clean prompts and over
+    the same questions under the trait's opposite system prompts, whichever is smaller. The AUROC that is reported is of
+    the trait's held-out questions (a third of the deriving ones where it has none) over the other clean prompts.
 
     Args:
         clean: prompts that count as ordinary for you, at least 40, instead of the library's: texts of the user, or
             messages that end with the user's.
         percentiles: of clean prompts, for watch and alarm.
         running: also calibrate the running mean over answers. The model answers 120 clean prompts, and 40 of each
-            trait's, with 32 tokens each.
+            trait's, with 64 tokens each.
 
     Raises:
         VectorError: a vector without last-prompt-token directions. TraitError: one whose trait is not known.
         ArgumentError: too few clean prompts, percentiles out of order. TemplateError: a model without a system role.
     """
+    if not model.takes_system:
+        raise TemplateError(
+            f"{model.name}: no system message reaches the model, and thresholds are calibrated with some"
+        )
     if not 0 < percentiles[0] <= percentiles[1] < 100:
         raise ArgumentError(f"percentiles must be two ascending numbers between 0 and 100, not {percentiles}")
     if clean is not None and len(clean) < FEWEST:
@@ -194,21 +215,29 @@ def calibrate(
     behind = [trait_of(v) for v in vectors]
     prompts, numbers, whose = ordinary_prompts(clean)
     question = np.array(numbers)
-    asked = [prompted(t, t.derive_questions) for t in behind]
+    own_questions = [_questions(t) for t in behind]
+    asked = [
+        [*prompted(t, chosen_on), *_encouraged(t, held_out)]
+        for t, (chosen_on, held_out) in zip(behind, own_questions, strict=True)
+    ]
     n_states = len(prompts) + sum(map(len, asked))
     n_answers = N_CLEAN_ANSWERS + N_TRAIT_ANSWERS * len(vectors) if running else 0
     meter = Meter(progress, n_states + n_answers)
-    ordinary = last_states(model, prompts, meter.part(len(prompts)))
+    try:
+        ordinary = last_states(model, prompts, meter.part(len(prompts)))
+    except ContextError as e:
+        raise ContextError(f"{e} (of the ordinary prompts that thresholds are calibrated on)") from e
     directions = np.stack([v.last_prompt for v in vectors if v.last_prompt is not None])
     directions[:, : model.n_layer // EARLIEST] = 0
     fitted = discriminants(ordinary, directions, question)
     found = []
     for k, (vector, trait, pairs) in enumerate(zip(vectors, behind, asked, strict=True)):
         units, offsets, own = fitted.units[k], fitted.offsets[k], np.array([name == trait.name for name in whose])
-        asked_for, opposite = np.split(last_states(model, pairs, meter.part(len(pairs))), 2)
-        high, other = (np.einsum("nld,ld->nl", s, units, dtype=np.float64) - offsets for s in (asked_for, opposite))
+        states = last_states(model, pairs, meter.part(len(pairs)))
+        n = len(own_questions[k][0]) * len(trait.system)
+        of_trait = np.split(np.einsum("nld,ld->nl", states, units, dtype=np.float64) - offsets, (n, 2 * n))
         low = fitted.readings[k][~own]
-        found.append(_threshold(model, vector, units, offsets, low, question[~own], high, other, percentiles))
+        found.append(_threshold(model, vector, units, offsets, low, question[~own], of_trait, percentiles))
     if not running:
         return found
     answered = calibrate_running(model, vectors, clean=clean, percentiles=percentiles, progress=meter.part(n_answers))
@@ -218,6 +247,18 @@ def calibrate(
 def prompted(trait: Trait, questions: Sequence[str]) -> list[tuple[str, str]]:
     """(question, system prompt): those that ask for the trait, then as many that ask for its opposite."""
     return [(q, pair[side]) for side in (0, 1) for q in questions for pair in trait.system]
+
+
+def _encouraged(trait: Trait, questions: Sequence[str]) -> list[tuple[str, str]]:
+    return prompted(trait, questions)[: len(questions) * len(trait.system)]
+
+
+def _questions(trait: Trait) -> tuple[Sequence[str], Sequence[str]]:
+    """A trait's questions to calibrate with, and those to try the threshold on."""
+    own = trait.derive_questions
+    if trait.evaluate_questions:
+        return own, trait.evaluate_questions
+    return [q for i, q in enumerate(own) if i % 3 < 2], own[2::3] or own
 
 
 def last_states(
@@ -249,26 +290,26 @@ def _threshold(
     offsets: NDArray[np.float64],
     low: NDArray[np.float64],
     question: NDArray[np.int64],
-    high: NDArray[np.float64],
-    other: NDArray[np.float64],
+    of_trait: Sequence[NDArray[np.float64]],
     percentiles: tuple[float, float],
 ) -> Threshold:
-    """From (n, n_layer) readings, less `offsets`, of clean prompts and the numbers of their questions, of the trait's
-    prompts, and of its opposite's.
+    """From (n, n_layer) readings, less `offsets`, of clean prompts and the numbers of their questions; and of the
+    trait's prompts, of its opposite's, and of the trait's held-out ones.
     """
+    high, other, held_out = of_trait
     usable = [il for il in range(len(units)) if units[il].any()]
     if not usable:
         raise VectorError(f"vector {vector.name!r} has no usable last-prompt-token direction")
-    choosing = question % 3 < 2, np.arange(len(high)) % 3 < 2
-    seen, against = high[choosing[1]], (low[choosing[0]], other[choosing[1]])
-    areas = np.min([auroc(seen, x) for x in against], axis=0)
-    gaps = np.min([np.nan_to_num(cohen_d(seen, x)) for x in against], axis=0)
+    choosing = question % 3 < 2
+    against = low[choosing], other
+    areas = np.min([auroc(high, x) for x in against], axis=0)
+    gaps = np.min([np.nan_to_num(cohen_d(high, x)) for x in against], axis=0)
     layer = max(usable, key=lambda il: (round(float(areas[il]), 3), float(gaps[il])))
     x, y = (side[:, layer] + offsets[layer] for side in (low, high))
     slope, intercept = _logistic(y, x)
     watch, alarm = (percentile(x, p) for p in percentiles)
-    left = [v[~chosen] if not chosen.all() else v for v, chosen in ((y, choosing[1]), (x, choosing[0]))]
-    tested = float(auroc(left[0][:, None], left[1][:, None])[0])
+    left = low if choosing.all() else low[~choosing]
+    tested = float(auroc(held_out[:, [layer]], left[:, [layer]])[0])
     return Threshold(
         vector.name, layer, units[layer].astype(np.float32), watch, alarm, slope, intercept, tested, len(x), len(y),
         dict(model.origin),
@@ -311,16 +352,21 @@ def thresholds_for(
             found[key] = Threshold.from_dict(known[key])  # type: ignore[arg-type]
     of_key = dict(zip(keys, vectors, strict=True))
     missing = [key for key in of_key if key not in found]
-    silent = [key for key in of_key if running and key in found and not found[key].running]
+    silent = [key for key in of_key if running and (key in missing or not found[key].running)]
     meter = Meter(progress, len(missing) + len(silent))
+
+    def keep(made: Mapping[str, Threshold]) -> None:
+        found.update(made)
+        write_cache(CACHE, read_cache(CACHE) | {k: t.as_dict() for k, t in made.items()})
+
     if missing:
-        made = calibrate(model, [of_key[k] for k in missing], running=running, progress=meter.part(len(missing)))
-        found |= dict(zip(missing, made, strict=True))
-    if silent:
+        made = calibrate(model, [of_key[k] for k in missing], progress=meter.part(len(missing)))
+        keep(dict(zip(missing, made, strict=True)))
+    if silent:  # what came before is kept, should this be interrupted
         answered = calibrate_running(model, [of_key[k] for k in silent], progress=meter.part(len(silent)))
-        found |= {k: replace(found[k], running=r) for k, r in zip(silent, answered, strict=True)}
-    if missing or silent:
-        write_cache(CACHE, read_cache(CACHE) | {k: found[k].as_dict() for k in (*missing, *silent)})
+        keep({k: replace(found[k], running=r) for k, r in zip(silent, answered, strict=True)})
+    for threshold in found.values():
+        threshold.warn_if_blind()
     return [found[key] for key in keys]
 
 
