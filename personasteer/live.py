@@ -237,6 +237,7 @@ class Session:
         system: str | None = None,
         steer: Steer = None,
         observer: Observer | None = None,
+        thinking: bool = True,
         **options: Any,
     ) -> Stream:
         """Queue a conversation (through the chat template), or a plain `prompt`.
@@ -244,6 +245,7 @@ class Session:
         Args:
             steer: as in Model.chat.
             observer: is asked for more edits once the prompt is read, and told of each token.
+            thinking: False asks templates that know `enable_thinking` for an answer without thinking.
             options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
                 stop=(); grammar (GBNF with the start symbol root) or json_schema; logprobs=n, for log p of each token
                 and of the n most probable ones; readings=[vector or (vector, layers) or {block: direction}, ...],
@@ -261,7 +263,7 @@ class Session:
         given = (
             self._model._plain_prompt(prompt)
             if prompt is not None
-            else self._chat_prompt(conversation or "", system, needs_roles=steering.needs_roles)
+            else self._chat_prompt(conversation or "", system, thinking=thinking, needs_roles=steering.needs_roles)
         )
         options.setdefault("reuse_cache", self._reuse)
         seed = options.pop("seed", None)
@@ -271,14 +273,16 @@ class Session:
             request = replace(request, at_prompt=observer.at_prompt)
         return self._submit(request, observer)
 
-    def _chat_prompt(self, conversation: Conversation, system: str | None, *, needs_roles: bool) -> Prompt:
+    def _chat_prompt(
+        self, conversation: Conversation, system: str | None, *, thinking: bool, needs_roles: bool
+    ) -> Prompt:
         """With roles, which a later `steer` may need, where the template shows them."""
         try:
-            return self._model._chat_prompt(conversation, system, roles=True)
+            return self._model._chat_prompt(conversation, system, roles=True, thinking=thinking)
         except TemplateError:
             if needs_roles:
                 raise
-            return self._model._chat_prompt(conversation, system)
+            return self._model._chat_prompt(conversation, system, thinking=thinking)
 
     def _check_hook(self, steering: Steering, reads: Sequence[object] = ()) -> None:
         if self._model.unhooked and (steering or reads):

@@ -315,8 +315,43 @@ def test_a_reading_that_is_no_number_is_an_alarm(threshold: monitor.Threshold) -
     assert threshold.state(float("nan")) == "alarm"
     assert threshold.running is not None
     assert threshold.running.state(float("nan"), "ok") == "alarm"
-    event = monitor.Event(3, "before", "x", float("nan"), "alarm", None, "", 0)
+    event = monitor.Event(3, "before", "x", float("nan"), "alarm", float("nan"), "", 0)
     assert json.loads(json.dumps(event.as_dict(), allow_nan=False))["reading"] is None
+
+
+def test_an_alarm_of_the_last_answer_lasts_until_a_reading_is_below_watch(
+    model: ps.Model, threshold: monitor.Threshold, vector: ps.PersonaVector
+) -> None:
+    reading = monitor.Guard(model, [Rule(vector)], thresholds=[threshold]).chat("one", max_tokens=1).before[vector.name]
+    between = replace(threshold, watch=reading - 1, alarm=reading + 1)
+    guard = monitor.Guard(model, [Rule(vector)], thresholds=[between])
+    for earlier, state in (("ok", "watch"), ("alarm", "alarm")):
+        found = guard.chat("one", max_tokens=1, earlier={vector.name: earlier})
+        assert found.states_before == {vector.name: state}
+        assert found.events[0].state == state
+
+
+def test_an_edit_that_has_no_token_left_is_not_recorded(
+    model: ps.Model, threshold: monitor.Threshold, vector: ps.PersonaVector
+) -> None:
+    running = threshold.running
+    assert running is not None
+    low = replace(threshold, running=replace(running, watch=-1e9, alarm=-1e9))
+    guard = monitor.Guard(model, [Rule(vector, "subtract", when="during")], thresholds=[low])
+    answer = {"temperature": 0.0, "system": LOUD}
+    assert told(guard.chat("one two", max_tokens=9, **answer)) == [("during", "subtract")]
+    assert told(guard.chat("one two", max_tokens=8, **answer)) == []  # the first mean comes with the last token
+
+
+def test_a_cap_leaves_out_the_last_block(
+    model: ps.Model, threshold: monitor.Threshold, vector: ps.PersonaVector
+) -> None:
+    every = replace(vector, layers=tuple(range(model.n_layer)))
+    guard = monitor.Guard(model, [Rule(every, "cap")], thresholds=[threshold])
+    assert told(guard.chat("one two", system=LOUD, **GREEDY)) == [("before", "cap")]
+    last = replace(vector, layers=(model.n_layer - 1,))
+    with pytest.raises(ps.VectorError, match="no block below the last one to cap at"):
+        monitor.Guard(model, [Rule(last, "cap")], thresholds=[threshold])
 
 
 # -- policies and the command line ------------------------------------------------------------------------------------
@@ -388,6 +423,7 @@ def test_chat_is_watched_and_guarded(at_home: Path, path: Path, capfd: pytest.Ca
     assert run([*common, "--watch", "v.gguf"]) == 0
     out, err = capfd.readouterr()
     assert "alarm before the answer" in err
+    assert re.search(r", (watch|alarm) at token \d+\]", err)
     assert re.search(r"while answering .*, (ok|watch|alarm) \(watch from .*, alarm from .*\)\]", err)
     assert len(out.strip()) >= 20
     Path("p.toml").write_text(POLICY)
@@ -403,6 +439,7 @@ def test_a_log_without_a_guard_and_a_strength_are_refused(at_home: Path, path: P
     common = ["chat", "-m", str(path), "-p", "one"]
     assert run([*common, "--guard-log", "log.jsonl"]) == 2
     assert run([*common, "--watch", "v.gguf:0.3"]) == 2
+    assert run([*common, "--thresholds", "none.json"]) == 2
     assert run([*common, "--watch", "v.gguf", "--guard-log", "none/log.jsonl"]) == 2
 
 

@@ -17,12 +17,14 @@ import planted_model
 import pyarrow.parquet as pq
 import pytest
 import samples
+from test_chat import QWEN_3
 
 import personasteer as ps
 from personasteer import monitor, plots
 from personasteer.cli import run
 from personasteer.monitor.page import report_files, write_report
 from personasteer.monitor.readings import Readings, read_tokens, save_readings, watched
+from personasteer.monitor.thresholds import last_states
 from personasteer.tiny_model import write_tiny_model
 
 N_LAYER, BLOCK = 4, 2
@@ -724,3 +726,40 @@ def test_words_of_the_bundled_model_are_read_as_captured(smollm2_path: Path) -> 
     sizes = np.linalg.norm(states, axis=2)
     assert np.abs(found.readings[:n, :, 0] - wanted).max(initial=0, where=sizes > 0) < 1e-3 * sizes.max()
     assert np.median(np.abs(found.readings[:n, :, 0] - wanted) / sizes) < 1e-3
+
+
+# -- templates that put other words before an answer than later turns keep --------------------------------------------
+
+
+def test_answers_are_read_where_they_were_asked_for(tmp_path: Path) -> None:
+    with ps.Model(write_tiny_model(tmp_path / "m.gguf", chat_template=QWEN_3), n_ctx=1024) as model:
+        directions = np.random.default_rng(5).standard_normal((2, model.n_embd)).astype(np.float32)
+        thresholds = [
+            threshold(model, name=f"t{il}", layer=il, direction=unit(directions[k]))
+            for k, il in enumerate((1, model.n_layer - 1))
+        ]
+        talk = said("Q 0", "A 0", "Q 1", "A 1", "Q 2", "A 2")
+        talks = [talk, [*talk, *said("Q 3")]]
+        found = monitor.watch_transcripts(model, thresholds, talks)
+        read = monitor.read_tokens(model, thresholds, talks)
+        for messages, one, again in zip(talks, found, read, strict=True):
+            asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            states = last_states(model, [(messages[:i], None) for i in asked])
+            assert len(again.before) == len(asked) - (messages is talk)  # the last answer is as it was asked for
+            for i, state in zip(asked, states, strict=True):
+                for turn in (one.turns[i], monitor.watched(again, thresholds).turns[i]):
+                    wanted = {t.name: float(t.readings(state[None])[0]) for t in thresholds}
+                    assert turn.before == pytest.approx(wanted, abs=0.02)  # other shapes, other roundings
+
+
+def test_a_guarded_request_is_read_where_thresholds_are_calibrated(tmp_path: Path) -> None:
+    with ps.Model(write_tiny_model(tmp_path / "m.gguf", chat_template=QWEN_3), n_ctx=256) as model:
+        v = samples.vector(n_layer=model.n_layer, n_embd=model.n_embd, layers=(1,))
+        t = threshold(model, name=v.name, layer=1, direction=unit(v.directions[1]))
+        guard = monitor.Guard(model, [monitor.Rule(v, when="before")], thresholds=[t])
+        (wanted,) = t.readings(last_states(model, [("Hi", None)]))
+        found = guard.chat("Hi", max_tokens=2)
+        assert found.before[v.name] == pytest.approx(wanted, abs=0.02)  # other shapes, other roundings
+        assert found.answer.n_prompt == len(model.measured_prompt("Hi")) > len(model.prompt_tokens("Hi"))
+        thought = guard.chat("Hi", max_tokens=2, thinking=True)
+        assert thought.answer.n_prompt == len(model.prompt_tokens("Hi"))

@@ -127,6 +127,9 @@ def test_a_model_that_is_added_again_keeps_its_place_and_its_label(file: Path) -
             r.add_model(model(SECOND, label="other"))
         with pytest.raises(ps.ArgumentError, match="must not be empty"):
             r.add_model(model(label=" "))
+        for odd in ("\ud800", "\x1b[2J", "a\nb"):
+            with pytest.raises(ps.ArgumentError, match="characters that show"):
+                r.add_model(model(label=odd))
 
 
 def test_a_model_is_found_by_its_label_or_the_beginning_of_its_fingerprint(file: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from personasteer.cli._common import harmless
 from personasteer.errors import ArgumentError, PersonasteerError, TraitError
 
 app = typer.Typer(
@@ -109,5 +110,5 @@ def _terminated(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo("personasteer: " + " ".join(message.split()), err=True)
+    typer.echo("personasteer: " + harmless(" ".join(message.split())), err=True)
     return code

@@ -75,7 +75,15 @@ SchemaOption: TypeAlias = Annotated[
 
 def say(line: str) -> None:
     """A line of results as it is: neither read as markup nor wrapped."""
-    stdout.print(line, markup=False, soft_wrap=True)
+    stdout.print(harmless(line), markup=False, soft_wrap=True)
+
+
+def harmless(text: str) -> str:
+    """The text with what would steer a terminal written out."""
+    return _CONTROLS.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def open_model(name: str, **options: Any) -> Model:

@@ -31,6 +31,7 @@ from personasteer.cli._common import (
     VectorsOption,
     as_dict,
     check_new,
+    harmless,
     load_adapters,
     load_steering,
     model_path,
@@ -44,7 +45,7 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.model import Model
-from personasteer.monitor import Event, Guard, GuardedAnswer, Rule, load_policy
+from personasteer.monitor import Event, Guard, GuardedAnswer, Rule, Threshold, load_policy, load_thresholds
 from personasteer.vectors import PersonaVector
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -85,12 +86,17 @@ def chat(
     guard_log: Annotated[
         Path | None, typer.Option("--guard-log", metavar="FILE.jsonl", help="Append what happened, a line an event.")
     ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option("--thresholds", metavar="FILE.json", help="Of monitor --running -o, instead of calibrating."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Chat through the model's template, steered by any number of vectors, and watched or guarded for others.
 
-    --watch prints each reading to stderr, the first one before the first token. It and --guard calibrate the model the
-    first time, which takes some minutes, and keep what they found.
+    --watch prints to stderr what it reads before the first token, and when the running mean over the answer's tokens
+    changes its state. It and --guard calibrate the model the first time, which takes some minutes, and keep what they
+    found; they ask models that think for an answer without thinking, as they are calibrated.
 
     Example: `personasteer chat -m demo -v pessimistic.gguf:0.3 -p "How will my exam go?"`
     """
@@ -98,7 +104,11 @@ def chat(
     if prompt is None and json:
         raise typer.BadParameter("--json needs -p")
     steered = [split_strength(spec)[0] for spec in (*(vector or []), *(cap or []), *(floor or []), *(ablate or []))]
-    rules = _rules(watch, guard, guard_log, offset, [model_path(model), *steered])
+    inputs: list[str | Path] = [model_path(model), *steered, *([thresholds] if thresholds else [])]
+    rules = _rules(watch, guard, guard_log, offset, inputs)
+    if thresholds is not None and not rules:
+        raise ArgumentError("--thresholds goes with --guard or --watch")
+    given = None if thresholds is None else load_thresholds(thresholds)
     with (
         open_model(
             model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed,
@@ -115,7 +125,7 @@ def chat(
             "grammar": read_text(grammar),
             "json_schema": read_text(json_schema),
         }
-        guarded = _guard(m, rules, guard_log, quiet=json, stack=stack) if rules else None
+        guarded = _guard(m, rules, given, guard_log, quiet=json, stack=stack) if rules else None
         if json:
             with m.session() as s:
                 if guarded:
@@ -127,6 +137,7 @@ def chat(
             return
         live = stack.enter_context(m.session()) if guarded else None
         messages: list[dict[str, str]] = []
+        earlier: dict[str, str] = {}
         while True:
             if prompt is None:
                 if sys.stdin.isatty():
@@ -138,12 +149,12 @@ def chat(
                     continue
             messages.append({"role": "user", "content": prompt if prompt is not None else line.strip()})
             if guarded and live:
-                stream = guarded.submit(live, messages, system=system, **options)
+                stream = guarded.submit(live, messages, system=system, earlier=earlier, **options)
                 for piece in stream:
                     write_piece(0, piece)
                 typer.echo()
                 found = stream.result()
-                answer = found.text
+                answer, earlier = found.text, found.states_before
                 _print_running(found, guarded)
             else:
                 answer = m.chat(messages, system=system, reuse_cache=True, on_token=write_piece, **options)
@@ -170,14 +181,16 @@ def _rules(
         known = named.setdefault(vector.name, vector)
         if known is vector:
             rules.append(Rule(vector))
-        elif not np.array_equal(known.directions, vector.directions):
+        elif not np.array_equal(known.directions, vector.directions, equal_nan=True):
             raise ArgumentError(f"{file}: another vector of the name {vector.name!r} is watched, too")
     return rules
 
 
-def _guard(m: Model, rules: list[Rule], log: Path | None, *, quiet: bool, stack: ExitStack) -> Guard:
+def _guard(
+    m: Model, rules: list[Rule], thresholds: list[Threshold] | None, log: Path | None, *, quiet: bool, stack: ExitStack
+) -> Guard:
     with stages() as stage:
-        guard = Guard(m, rules, progress=stage("calibrating"))
+        guard = Guard(m, rules, thresholds=thresholds, progress=stage("calibrating"))
     write: Callable[[str], object] | None = None
     if log is not None:
         try:
@@ -191,11 +204,13 @@ def _guard(m: Model, rules: list[Rule], log: Path | None, *, quiet: bool, stack:
                 write(jsons.dumps(event.as_dict(), ensure_ascii=False) + "\n")
             except OSError as e:
                 raise PersonasteerError(f"{log}: cannot be written ({e.strerror})") from e
-        if not quiet and (event.action != "log" and (event.action or event.moment == "before")):
+        if not quiet and event.action != "log":
             p = "" if event.probability is None else f", p {event.probability:.2f}"
             done = f": {event.action}" if event.action else ""
             when = "before the answer" if event.moment == "before" else f"at token {event.token}"
-            text = f"[{event.name} {event.reading:.2f}{p}, {event.state} {when}{done}]"
+            text = harmless(f"[{event.name} {event.reading:.2f}{p}, {event.state} {when}{done}]")
+            if event.moment == "during" and sys.stdout.isatty() and sys.stderr.isatty():
+                stderr.print()  # the answer's line is not at its end
             stderr.print(text, markup=False, soft_wrap=True, style="bold red" if event.state == "alarm" else "dim")
 
     guard.on_event = on_event
@@ -212,7 +227,7 @@ def _print_running(found: GuardedAnswer, guard: Guard) -> None:
             )
             limits = f"watch from {t.running.watch:.2f}, alarm from {t.running.alarm:.2f}"
             text = f"[{t.name} while answering {low:.2f} {bars} {high:.2f}, {t.running.state(high)} ({limits})]"
-            stderr.print(text, markup=False, soft_wrap=True, style="dim")
+            stderr.print(harmless(text), markup=False, soft_wrap=True, style="dim")
 
 
 def _number(x: float) -> float | None:

@@ -34,6 +34,7 @@ from personasteer.monitor import (
     drift_of_turns,
     load_thresholds,
     read_baseline,
+    read_clean,
     read_conversations,
     read_tokens,
     save_readings,
@@ -95,6 +96,9 @@ def monitor(
             "--baseline", metavar="FILE.jsonl", help="Conversations without drift, instead of the beginning of each."
         ),
     ] = None,
+    running: Annotated[
+        bool, typer.Option("--running", help="-o FILE.json also for running means, as chat --thresholds needs them.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what exists.")] = False,
     ctx: CtxOption = 2048,
     offset: OffsetOption = 0,
@@ -105,11 +109,12 @@ def monitor(
     """Read prompts and conversations for traits, before and while they show.
 
     The reading at the last token before an answer is compared with what ordinary prompts read on this very model: an
-    alarm exceeds 95 % of them. The thresholds are calibrated the first time and kept; those of --clean are kept where
-    -o FILE.json says. With --json a line a turn.
+    alarm exceeds 95 % of them. The thresholds are calibrated the first time and kept; those of --clean, at least 40
+    conversations up to their last answer, are kept where -o FILE.json says. With --json a line a turn.
 
-    A conversation of five answers and more also tells whether and from which turn on these readings drift. --tokens and
-    --report read every token at every block but the last; with --thresholds only at theirs.
+    A conversation of five answers and more also tells whether and from which turn on these readings drift; one in
+    twenty is said to without a cause. --tokens and --report read every token at every block but the last; with
+    --thresholds only at theirs.
 
     Example: `personasteer monitor -m demo -v pessimistic.gguf -p "Why even try?"`
     """
@@ -127,6 +132,8 @@ def monitor(
         raise ArgumentError("--system goes with -p")
     if baseline is not None and transcript is None:
         raise ArgumentError("--baseline goes with --transcript")
+    if running and (out is None or thresholds is not None):
+        raise ArgumentError("--running goes with -o FILE.json, and with thresholds that are calibrated here")
     if (tokens or report) and prompt is None and transcript is None:
         raise ArgumentError("nothing to read for --tokens and --report: give -p TEXT or --transcript FILE.jsonl")
     given_files = [path for path in (transcript, thresholds, baseline, clean) if path]
@@ -147,7 +154,7 @@ def monitor(
     if len(set(names)) < len(names):
         raise ArgumentError(f"two have the same name: {', '.join(names)}")
     conversations = read_conversations(transcript) if transcript else []
-    ordinary = read_conversations(clean) if clean else []
+    ordinary = read_clean(clean) if clean else []
     if prompt is not None:
         messages = [{"role": "user", "content": prompt}]
         conversations = [[*([{"role": "system", "content": system}] if system is not None else []), *messages]]
@@ -159,9 +166,9 @@ def monitor(
     options = {"n_ctx": ctx, "n_parallel": max(1, min(4, len(conversations))), "n_threads": threads}
     with open_model(model, n_gpu_layers=gpu_layers, **options) as m, stages() as stage:
         used = given or (
-            calibrate(m, loaded, clean=ordinary, progress=stage("calibrating"))
+            calibrate(m, loaded, clean=ordinary, running=running, progress=stage("calibrating"))
             if ordinary
-            else thresholds_for(m, loaded, progress=stage("calibrating"))
+            else thresholds_for(m, loaded, running=running, progress=stage("calibrating"))
         )
         if out is not None:
             save_thresholds(used, out)
@@ -201,11 +208,10 @@ def _print_lines(thresholds: list[Threshold], found: list[Reading], drifts: Drif
 
 def _print_tables(thresholds: list[Threshold], found: list[Reading], drifts: Drifts) -> None:
     for t in thresholds:
-        stdout.print(
-            f"{t.name}: block {t.layer}, watch from {t.watch:.2f}, alarm from {t.alarm:.2f} "
-            f"({t.n_clean} ordinary prompts; AUROC {t.auroc:.2f} against {t.n_trait} that ask for it)",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+        say(
+            f"{t.name}: block {t.layer}, watch from {t.watch:.2f}, alarm from {t.alarm:.2f} ({t.n_clean} ordinary "
+            f"prompts and {t.n_trait} that ask for it; AUROC {t.auroc:.2f} on others)"
+        )
     for i, reading in enumerate(found):
         table = Table(title=f"conversation {i}" if len(found) > 1 else None)
         for heading in ("turn", "role", "tokens", *(t.name for t in thresholds)):
@@ -223,7 +229,7 @@ def _drift(drift: TurnDrift) -> str:
     said = "does not drift"
     if drift.turn is not None:
         said = f"drifts {'up' if drift.chart.direction > 0 else 'down'} from turn {drift.turn} on"
-    return f"{said} (before answers the baseline reads {drift.chart.mean:.2f} ± {drift.chart.spread:.2f})"
+    return f"{said} (readings before answers without drift: {drift.chart.mean:.2f} ± {drift.chart.spread:.2f})"
 
 
 def _cell(turn: Any, name: str) -> str:

@@ -27,7 +27,7 @@ from personasteer.monitor.thresholds import (
     thresholds_for,
 )
 from personasteer.monitor.tracking import Check, Comparison, check_model, compare_models, track_model
-from personasteer.monitor.transcripts import Reading, Turn, read_conversations, watch_transcripts
+from personasteer.monitor.transcripts import Reading, Turn, read_clean, read_conversations, watch_transcripts
 
 __all__ = [
     "STATES",
@@ -65,6 +65,7 @@ __all__ = [
     "measure_profile",
     "read_audit",
     "read_baseline",
+    "read_clean",
     "read_conversations",
     "read_tokens",
     "registry_path",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,8 +102,8 @@ class Event:
     attempt: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data; the reading is None where it is no number."""
-        return {**vars(self), "reading": self.reading if np.isfinite(self.reading) else None}
+        """As plain data; reading and probability are None where the reading is no number."""
+        return {**vars(self), **({} if np.isfinite(self.reading) else {"reading": None, "probability": None})}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class GuardedAnswer:
         answer: as in Answer; readings are the guard's own. Where a rule stopped it, its text is the rule's message and
             its finish "stopped".
         events: what happened, in order.
-        before: for each vector the reading at the token before the answer, of the first attempt.
+        before: for each vector the reading at the token before the answer, of the first attempt; `states_before` what
+            it amounts to.
         running: for each vector (n,) running means over the answer, the first one over its first `window` tokens.
         attempts: answers made.
     """
@@ -122,6 +123,7 @@ class GuardedAnswer:
     answer: Answer
     events: tuple[Event, ...]
     before: dict[str, float]
+    states_before: dict[str, str]
     running: dict[str, NDArray[np.float64]]
     attempts: int
 
@@ -177,7 +179,9 @@ class Guard:
         for t in self.thresholds:
             t.check(model)
             if t.running is None and any(r.vector.name == t.name and r.when != "before" for r in rules):
-                raise VectorError(f"the threshold of {t.name!r} has no running mean: calibrate with running=True")
+                raise VectorError(
+                    f"the threshold of {t.name!r} has no running mean: calibrate with running=True (monitor --running)"
+                )
         _ = model.norms  # measured before a request is: it is a run of its own
         self._edits = {id(rule): self._edit(rule, known[rule.vector.name]) for rule in self.rules}
         for steering in self._edits.values():  # what is wrong with an edit shows now, not amid other requests
@@ -195,16 +199,30 @@ class Guard:
         if rule.action == "cap":
             if threshold.running is None:
                 raise VectorError(f"the threshold of {vector.name!r} has no caps: calibrate with running=True")
-            return as_steering(Cap(vector, threshold.running.caps, scope="response"))
+            caps = threshold.running.caps
+            layers = tuple(il for il in vector.layers if np.isfinite(caps[il]))  # not the last one, which is not read
+            if not layers:
+                raise VectorError(f"vector {vector.name!r} names no block below the last one to cap at")
+            return as_steering(Cap(vector, caps, layers=layers, scope="response"))
         if rule.action in ("subtract", "regenerate"):
             return as_steering(Add(vector, -rule.strength, scope="response"))
         return as_steering(rule.edit)
 
     def submit(
-        self, session: Session, conversation: Conversation | None = None, *, steer: Steer = None, **options: Any
+        self,
+        session: Session,
+        conversation: Conversation | None = None,
+        *,
+        steer: Steer = None,
+        earlier: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> GuardedStream:
-        """Queue a request as `Session.submit` does, guarded: it runs in the session's batch beside any others."""
-        return GuardedStream(self, session, conversation, steer, options)
+        """Queue a request as `Session.submit` does, guarded: it runs in the session's batch beside any others. Models
+        that think are asked for an answer without (thinking=False), as thresholds are calibrated.
+
+        earlier: `states_before` of the conversation's last answer: an alarm lasts until a reading is below `watch`.
+        """
+        return GuardedStream(self, session, conversation, steer, dict(earlier or {}), {"thinking": False, **options})
 
     def chat(self, conversation: Conversation, **options: Any) -> GuardedAnswer:
         """One guarded answer; options as in `Session.submit`."""
@@ -245,10 +263,16 @@ class GuardedStream:
     """
 
     def __init__(
-        self, guard: Guard, session: Session, conversation: Conversation | None, steer: Steer, options: dict[str, Any]
+        self,
+        guard: Guard,
+        session: Session,
+        conversation: Conversation | None,
+        steer: Steer,
+        earlier: dict[str, str],
+        options: dict[str, Any],
     ) -> None:
         self._guard, self._session = guard, session
-        self._conversation, self._options = conversation, options
+        self._conversation, self._earlier, self._options = conversation, earlier, options
         self._base = guard.model.steering_of(steer)
         edits = any(r.when != "before" and r.action in ("cap", "subtract", "edit") for r in guard.rules)
         if edits and Conditions(self._base, guard.model):
@@ -258,6 +282,7 @@ class GuardedStream:
         self._holds_back = any(r.action == "regenerate" or (r.action == "stop" and r.message) for r in guard.rules)
         self._extra = Steering()  # of earlier attempts
         self._before: dict[str, float] = {}
+        self._states_before: dict[str, str] = {}
         self._attempt = 0
         self.events: list[Event] = []
         self._reads = [
@@ -288,9 +313,10 @@ class GuardedStream:
         self._n_read = n_prompt
         for k, w in enumerate(self._watched):
             reading = float(readings[2 * k][n_prompt - 1, 0])
+            w.state = w.threshold.state(reading, self._earlier.get(w.threshold.name, "ok"))
             if self._attempt == 0:
                 self._before[w.threshold.name] = reading
-            w.state = w.threshold.state(reading)
+                self._states_before[w.threshold.name] = w.state
             probability = w.threshold.probability(reading)
             self._record(n_prompt - 1, "before", w, reading, probability, "")
             self._act(n_prompt - 1, "before", w, reading, probability)
@@ -314,24 +340,29 @@ class GuardedStream:
                 before, w.state = w.state, w.threshold.running.state(mean, w.state)
                 if w.state != before:
                     self._record(self._n_read + i, "during", w, mean, None, "")
-                self._act(self._n_read + i, "during", w, mean, None)
+                self._act(self._n_read + i, "during", w, mean, None, over=stream.done)
         self._n_read += len(fresh[0]) if fresh else 0
         if self._stopped or self._again:
             stream.cancel()
         elif len(self._added) > n_before:
             stream.steer(self._base + self._extra + self._added)
 
-    def _act(self, token: int, moment: str, w: _Watched, reading: float, probability: float | None) -> None:
+    def _act(
+        self, token: int, moment: str, w: _Watched, reading: float, probability: float | None, *, over: bool = False
+    ) -> None:
+        """over: there is no token left for an edit to act on."""
         for i, rule in enumerate(self._guard.rules):
             if rule.vector.name != w.threshold.name or i in self._acted or not rule.holds(w.state, moment):
                 continue
             if rule.action == "regenerate" and moment == "before" and self._attempt:
                 continue  # the prompt is what it was: now the answer tells
+            if over and rule.action in ("cap", "subtract", "edit"):
+                continue
             self._acted.add(i)
             if rule.action == "regenerate":
-                if self._attempt >= rule.tries:
+                if self._attempt >= rule.tries or self._again:
                     continue
-                self._again = self._again or rule
+                self._again = rule
             elif rule.action == "stop":
                 self._stopped = self._stopped or rule
             else:
@@ -384,7 +415,8 @@ class GuardedStream:
             text = self._stopped.message or ("" if self._silenced else answer.text)
             answer = replace(answer, text=text, finish="stopped")
         running = {w.threshold.name: np.array(w.means) for w in self._watched}
-        return GuardedAnswer(answer, tuple(self.events), dict(self._before), running, self._attempt + 1)
+        before = dict(self._before), dict(self._states_before)
+        return GuardedAnswer(answer, tuple(self.events), *before, running, self._attempt + 1)
 
     def cancel(self) -> None:
         """Stop now; `result` then gives what there is."""

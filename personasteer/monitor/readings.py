@@ -21,7 +21,13 @@ from personasteer.files import replacing
 from personasteer.model import Model
 from personasteer.monitor.drift import FEWEST, Drift, find_drift
 from personasteer.monitor.thresholds import Threshold
-from personasteer.monitor.transcripts import Reading, read_conversations, turns_of
+from personasteer.monitor.transcripts import (
+    Reading,
+    prompts_elsewhere,
+    read_conversations,
+    read_elsewhere,
+    turns_of,
+)
 from personasteer.spans import tokens_in_spans
 from personasteer.steering import check_fits
 from personasteer.vectors import PersonaVector
@@ -47,6 +53,8 @@ class Readings:
             vector has no direction at a block.
         position: of the directions, "last-prompt" or "response".
         calibrated: {name: block} where the direction is that of a threshold.
+        before: {turn: (n_layers, n_vectors)} the readings before those answers of which the conversation itself does
+            not have the token: many models that think open an answer with an empty thought, and only the last.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +65,7 @@ class Readings:
     readings: NDArray[np.float32]
     position: str = "last-prompt"
     calibrated: Mapping[str, int] = field(default_factory=dict)
+    before: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def turns(self) -> NDArray[np.int32]:
@@ -144,9 +153,11 @@ def read_tokens(
         column |= _directions(model, limits[name], position, 0) if name in limits else {}
     calibrated = {name: t.layer for name, t in limits.items()}
     blocks = tuple(sorted(set().union(*columns)))
-    requests, placed = [], []
+    requests, placed, elsewhere = [], [], []
     for conversation in conversations:
         tokens, pieces, spans = _words(model, conversation)
+        words = isinstance(conversation, str)
+        elsewhere.append({} if words else prompts_elsewhere(model, as_messages(conversation), tokens, spans))
         outputs = (0, len(tokens)) if model.n_layer - 1 in blocks else (0, 0)  # its rows are those with outputs
         requests.append(Request(tokens, None, outputs=outputs, reads=tuple(columns)))
         placed.append((pieces, spans))
@@ -154,11 +165,14 @@ def read_tokens(
         raise ArgumentError("there is no conversation to read")
     results = model.run_alone(requests, n_parallel=min(model.n_parallel, len(requests)), progress=progress)
     missing = np.array([[il not in column for column in columns] for il in blocks])
+    before = read_elsewhere(model, elsewhere, tuple(columns))
     found = []
-    for request, (pieces, spans), result in zip(requests, placed, results, strict=True):
+    for request, (pieces, spans), result, others in zip(requests, placed, results, before, strict=True):
         readings = np.asarray(result["readings"])
-        readings[:, missing] = np.nan
-        found.append(Readings(tuple(request.tokens), pieces, spans, blocks, names, readings, position, calibrated))
+        for values in (readings, *others.values()):
+            values[..., missing] = np.nan
+        text = tuple(request.tokens), pieces
+        found.append(Readings(*text, spans, blocks, names, readings, position, calibrated, others))
     return found
 
 
@@ -226,7 +240,9 @@ def watched(readings: Readings, thresholds: Sequence[Threshold]) -> Reading:
         if readings.calibrated.get(t.name) != t.layer:
             raise ArgumentError(f"the conversation was not read with the threshold of {t.name!r}")
     values = np.stack([readings.at(t.name, t.layer) for t in thresholds], axis=1)
-    return Reading(turns_of(thresholds, readings.spans, values), list(readings.tokens), values)
+    at = [readings.layers.index(t.layer) for t in thresholds], [readings.names.index(t.name) for t in thresholds]
+    before = {turn: x[at] for turn, x in readings.before.items()}
+    return Reading(turns_of(thresholds, readings.spans, values, before), list(readings.tokens), values)
 
 
 @dataclass(frozen=True)
@@ -249,7 +265,7 @@ class TurnDrift:
         return None if self.chart.change is None else self.turns[self.chart.change]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data: the turn (None without drift), the direction, the baseline's mean and spread."""
+        """As plain data: the turn (None without drift), the direction, mean and spread of readings without drift."""
         c = self.chart
         return {"turn": self.turn, "direction": c.direction, "mean": c.mean, "spread": c.spread}
 
@@ -389,7 +405,7 @@ def _columns(pa: Any, conversation: int, r: Readings) -> dict[str, Any]:
     every = np.tile(np.arange(n), repeats)
     return {
         "conversation": np.full(len(values), conversation, np.int32),
-        "vector": words(r.names, np.repeat(np.arange(n_vectors), n_layers * n)),
+        "vector": words([_encodable(name) for name in r.names], np.repeat(np.arange(n_vectors), n_layers * n)),
         "layer": np.tile(np.repeat(np.array(r.layers, np.int32), n), n_vectors),
         "token": every.astype(np.int32),
         "id": np.tile(np.array(r.tokens, np.int32), repeats),

@@ -276,6 +276,8 @@ class Registry:
         label = model.label
         if label is not None and not label.strip():
             raise ArgumentError("a model's label must not be empty")
+        if label is not None and not label.isprintable():
+            raise ArgumentError(f"a model's label must be of characters that show, not {label!r}")
         with self.transaction():
             before = self._model_row("fingerprint = ?", model.fingerprint)
             label = label if label is not None else before[1].label if before else None

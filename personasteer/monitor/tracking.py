@@ -168,8 +168,9 @@ class Comparison:
 def describe(model: Model, label: str | None = None) -> TrackedModel:
     """How the registry names an open model."""
     identity = {part: digest for part, digest in model.identity.items() if part != "fingerprint"}
+    file = model.path.name.encode("utf-8", "backslashreplace").decode()  # not every name is one, and the table is UTF-8
     return TrackedModel(
-        model.fingerprint, model.name, model.path.name, model.architecture, model.n_layer, model.n_embd, identity, label
+        model.fingerprint, model.name, file, model.architecture, model.n_layer, model.n_embd, identity, label
     )
 
 
@@ -460,8 +461,10 @@ def _checked(
 
 
 def _whole(vectors: Iterable[PersonaVector], model: TrackedModel) -> list[PersonaVector]:
-    """Those with a direction for every block; an imported one may have fewer."""
-    return [v for v in vectors if v.n_layer == model.n_layer]
+    """Those that tell a block's whole state; an imported one may have fewer blocks, increments tell the step from one
+    block to the next.
+    """
+    return [v for v in vectors if v.n_layer == model.n_layer and v.provenance.get("form") != "incremental"]
 
 
 def _vectors(n: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from personasteer.chat import Message, as_messages
 from personasteer.engine import Progress, Request
-from personasteer.errors import ArgumentError, ModelError
+from personasteer.errors import ArgumentError, ModelError, TemplateError
 from personasteer.files import parse_line, read_lines
 from personasteer.model import Model
+from personasteer.monitor.running import FEWEST
 from personasteer.monitor.thresholds import STATES, Threshold
 
 
@@ -81,26 +83,66 @@ def watch_transcripts(
         TemplateError: a template that does not take these messages.
     """
     _check(model, thresholds)
-    spans = []
-    requests = []
+    spans, requests, elsewhere = [], [], []
     reads = tuple({t.layer: t.direction} for t in thresholds)
     last = any(t.layer == model.n_layer - 1 for t in thresholds)  # its rows are those with outputs
     for conversation in conversations:
-        tokens, placed = model.transcript_tokens(as_messages(conversation))
+        messages = as_messages(conversation)
+        tokens, placed = model.transcript_tokens(messages)
         if not placed:
             raise ArgumentError("a conversation has no words to read")
         spans.append(placed)
+        elsewhere.append(prompts_elsewhere(model, messages, tokens, placed))
         requests.append(Request(tokens, None, outputs=(0, len(tokens)) if last else (0, 0), reads=reads))
     if not requests:
         raise ArgumentError("there is no conversation to read")
     layers = sorted({t.layer for t in thresholds})
     at = [layers.index(t.layer) for t in thresholds]
+    results = model.run_requests(requests, progress=progress)
+    before = read_elsewhere(model, elsewhere, reads)
     found = []
-    for request, placed, result in zip(requests, spans, model.run_requests(requests, progress=progress), strict=True):
+    for request, placed, result, others in zip(requests, spans, results, before, strict=True):
         readings = np.asarray(result["readings"])[:, at, range(len(thresholds))]
-        if not np.isfinite(readings).all():
+        own = {turn: x[at, range(len(thresholds))] for turn, x in others.items()}
+        if not (np.isfinite(readings).all() and all(np.isfinite(x).all() for x in own.values())):
             raise ModelError("what the model computes for this conversation are no numbers")
-        found.append(Reading(turns_of(thresholds, placed, readings), list(request.tokens), readings))
+        found.append(Reading(turns_of(thresholds, placed, readings, own), list(request.tokens), readings))
+    return found
+
+
+def prompts_elsewhere(
+    model: Model, messages: Sequence[Message], tokens: Sequence[int], placed: Sequence[tuple[str, int, int]]
+) -> dict[int, list[int]]:
+    """{turn: tokens} of the prompts of answers before which something else stands within the conversation: many models
+    that think open an answer with an empty thought, which their templates leave out of earlier turns.
+    """
+    if [role for role, _, _ in placed][: len(messages)] != [m["role"] for m in messages]:
+        return {}  # the template leaves a message out, or has them in another order
+    found = {}
+    for turn, (role, begin, _) in enumerate(placed[: len(messages)]):
+        if role == "assistant" and turn > 0:
+            with suppress(TemplateError):
+                prompt = model.measured_prompt(messages[:turn])
+                if prompt != list(tokens[:begin]):
+                    found[turn] = prompt
+    return found
+
+
+def read_elsewhere(
+    model: Model, prompts: Sequence[Mapping[int, list[int]]], reads: tuple[Mapping[int, NDArray[Any]], ...]
+) -> list[dict[int, NDArray[np.float32]]]:
+    """For each conversation {turn: (n_layers, n_reads)} readings at the last tokens of `prompts_elsewhere`."""
+    found: list[dict[int, NDArray[np.float32]]] = [{} for _ in prompts]
+    places = [(i, turn) for i, own in enumerate(prompts) for turn in own]
+    requests = []
+    for i, turn in places:
+        tokens = prompts[i][turn]
+        n = len(tokens)
+        requests.append(
+            Request(tokens, n, outputs=(n - 1, n), reads=reads, reads_from=n - 1, share_prefix=True)
+        )  # the last block's rows are those with outputs
+    for (i, turn), result in zip(places, model.run_alone(requests, n_parallel=1), strict=True):
+        found[i][turn] = np.asarray(result["readings"])[-1]
     return found
 
 
@@ -113,20 +155,42 @@ def _check(model: Model, thresholds: Sequence[Threshold]) -> None:
 
 
 def turns_of(
-    thresholds: Sequence[Threshold], placed: Sequence[tuple[str, int, int]], readings: NDArray[np.float32]
+    thresholds: Sequence[Threshold],
+    placed: Sequence[tuple[str, int, int]],
+    readings: NDArray[np.float32],
+    elsewhere: Mapping[int, NDArray[np.float32]],
 ) -> list[Turn]:
-    """Turns of (role, begin, end), from (n_tokens, n_thresholds) readings."""
+    """Turns of (role, begin, end), from (n_tokens, n_thresholds) readings, and those before some answers of which the
+    conversation itself has no token: {turn: (n_thresholds,)}.
+    """
     states = {t.name: "ok" for t in thresholds}
-    turns = []
+    turns: list[Turn] = []
     for role, begin, end in placed:
         means = {t.name: float(readings[begin:end, k].mean()) for k, t in enumerate(thresholds) if end > begin}
         before = None
         if role == "assistant" and begin > 0:
-            before = {t.name: float(readings[begin - 1, k]) for k, t in enumerate(thresholds)}
+            last = elsewhere.get(len(turns), readings[begin - 1])
+            before = {t.name: float(last[k]) for k, t in enumerate(thresholds)}
             states = {t.name: t.state(before[t.name], states[t.name]) for t in thresholds}
         probabilities = {t.name: t.probability(before[t.name]) for t in thresholds} if before else {}
         turns.append(Turn(role, begin, end, before, dict(states) if before else {}, probabilities, means))
     return turns
+
+
+def read_clean(path: Path) -> list[list[dict[str, str]]]:
+    """The conversations of a .jsonl file to calibrate on, as `read_conversations`, without an answer at the end.
+
+    Raises ArgumentError for fewer than 40, or an answer alone.
+    """
+    found = read_conversations(path)
+    if len(found) < FEWEST:
+        raise ArgumentError(
+            f"{path}: {len(found)} conversations are too few to calibrate: {FEWEST} at least, one a line"
+        )
+    prompts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in found]
+    if not all(prompts):
+        raise ArgumentError(f"{path}: a conversation must be more than an answer")
+    return prompts
 
 
 def read_conversations(path: Path) -> list[list[dict[str, str]]]:

@@ -148,8 +148,9 @@ class CrossTalkEntry(_Entry):
 
     @model_validator(mode="after")
     def _fits(self) -> CrossTalkEntry:
-        if not self.delta or [len(row) for row in self.delta] != [len(self.traits)] * len(self.vectors):
-            raise ValueError(f"{len(self.vectors)} vectors and {len(self.traits)} traits, and another matrix")
+        n, widths = len(self.traits), [len(row) for row in self.delta]
+        if not (n and widths) or widths != [n] * len(self.vectors):
+            raise ValueError(f"{len(self.vectors)} vectors and {n} traits, and another matrix")
         return self
 
 

@@ -21,7 +21,7 @@ from personasteer._native import build_id
 from personasteer.derive import derive
 from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError, ModelError, PersonasteerError
+from personasteer.errors import ArgumentError, ModelError, PersonasteerError, TemplateError, TraitError, VectorError
 from personasteer.evaluate import Evaluation, cross_talk, evaluate, trait_of
 from personasteer.identity import check_model_file, differences
 from personasteer.model import Model
@@ -67,8 +67,13 @@ DERIVE_QUESTIONS = 6  # that a trait's continuations answer, of a vector that is
 N_COHERENCE = 4
 AT_ONCE = 6  # traits of a profile that are kept together
 NO_NUMBERS = "what the model computes are no numbers"
+LASTING = ArgumentError, TemplateError, TraitError, VectorError  # the same command would meet them again
 
 Stage: TypeAlias = Callable[[str], Progress]
+
+
+class _NotNow(Exception):  # noqa: N818
+    """What cannot be measured this time."""
 
 
 @dataclass(frozen=True)
@@ -253,19 +258,26 @@ class _Run:
         return shown(" ".join(str(e).replace(str(path), self.model.name).replace(path.name, self.model.name).split()))
 
     def part(self, name: str, compute: Callable[[], tuple[dict[str, NDArray[Any]], Any]]) -> tuple[Any, Any, str]:
-        """(arrays, rest, "") of a part; (None, None, the reason) where it cannot be measured."""
+        """(arrays, rest, "") of a part; (None, None, the reason) where it cannot be measured, which is kept where it
+        lies in the model or the vector.
+        """
 
         def kept() -> tuple[dict[str, NDArray[Any]], Any]:
             try:
                 arrays, rest = compute()
                 json.dumps(rest, allow_nan=False)
-            except PersonasteerError as e:
+            except LASTING as e:
                 return {}, {"why": self.why(e)}
+            except PersonasteerError as e:
+                raise _NotNow(self.why(e)) from e
             except ValueError:
                 return {}, {"why": NO_NUMBERS}
             return arrays, {"rest": rest}
 
-        arrays, found = self.kept.part(name, kept)
+        try:
+            arrays, found = self.kept.part(name, kept)
+        except _NotNow as e:
+            return None, None, str(e)
         return (None, None, found["why"]) if "why" in found else (arrays, found["rest"], "")
 
     def profile(self, name: str, subjects: Mapping[str, Trait], *, directions: bool) -> tuple[Profile | None, str]:
