@@ -16,11 +16,13 @@ os.environ["PERSONASTEER_CACHE_DIR"] = _cache.name
 
 import numpy as np  # noqa: E402 (the cache folder must be known before the package is imported)
 import oracle  # noqa: E402 (brings llama_cpp's libraries into the process, before the extension)
+import planted_model  # noqa: E402
 import pytest  # noqa: E402
 import tiny_models  # noqa: E402
 
 import personasteer  # noqa: E402, F401
 from personasteer import _core, _native  # noqa: E402
+from personasteer.monitor import everyday  # noqa: E402
 from personasteer.tiny_model import write_tiny_model  # noqa: E402
 
 N_THREADS = 2
@@ -181,7 +183,12 @@ def loaded(request: pytest.FixtureRequest) -> Loaded:
 
 @pytest.fixture(scope="module")
 def short_conversations() -> Iterator[None]:
-    """Everyday conversations of one turn, for models to which every character is a token."""
+    """For planted models, to which every character is a token, and some a mark of the trait: everyday conversations of
+    one turn, without marks.
+    """
+    marks = {planted_model.FOR, planted_model.AGAINST}
+    plain = {name: [x for x in part if not marks & set("".join(x))] for name, part in everyday._data().items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("personasteer.monitor.everyday.DEPTHS", (1,))
+        patch.setattr("personasteer.monitor.everyday._data", lambda: plain)
         yield

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("short_conversations")
 
 BLOCK = 3
 TRAIT = planted_model.planted_trait()
-LIBRARY = ["formal", "optimistic", "pirate"]  # instead of all of it: a tiny model reads a token a letter
+LIBRARY = ["casual", "formal", "humorous", "optimistic", "pirate", "warm"]  # instead of all: a letter is a token
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -308,7 +308,7 @@ def test_thresholds_that_do_not_fit_are_calibrated_again(
     assert v.alarms is not None
     assert v.shown is not None
     if alarm == "too often":
-        assert v.alarms[1] == pytest.approx(v.n_ordinary / 2, abs=6)  # the noise moves ordinary readings, too
+        assert v.alarms[1] == pytest.approx(v.n_ordinary / 2, rel=0.3)  # the noise moves ordinary readings, too
         assert "ordinary prompts" in v.reasons[0]
     else:
         assert v.shown == (v.n_shown, 0)
