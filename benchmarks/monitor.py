@@ -30,7 +30,7 @@ from personasteer import monitor
 from personasteer.cli._common import model_path
 from personasteer.evaluate import trait_of
 from personasteer.monitor import everyday_prompt
-from personasteer.monitor.running import answer_readings, running_mean, spread_over
+from personasteer.monitor.running import answer_readings, asked_for, running_mean, spread_over
 from personasteer.monitor.thresholds import last_states, prompted
 from personasteer.statistics import auroc
 
@@ -92,8 +92,7 @@ def measure_answers(model: ps.Model, vectors: list[ps.PersonaVector], n: int) ->
     rows = []
     for k, (vector, running) in enumerate(zip(vectors, known, strict=True)):
         trait = trait_of(vector)
-        asked = prompted(trait, trait.evaluate_questions)
-        pairs = spread_over(asked[: len(asked) // 2], 40)
+        pairs = spread_over(asked_for(trait, trait.evaluate_questions), 40)
         shown = answer_readings(model, pairs, [{running.layer: running.direction}], max_tokens=LENGTHS[1])
         own = [r[k][:, 0] for r, (_, name) in zip(ordinary, fresh, strict=True) if name != trait.name]
         rows.append(

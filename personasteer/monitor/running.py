@@ -17,6 +17,7 @@ from personasteer.model import Model
 from personasteer.monitor.everyday import ordinary_prompts
 from personasteer.progress import Meter
 from personasteer.statistics import auroc, cohen_d
+from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
 
 FEWEST = 40  # clean prompts that a 95th percentile is taken of
@@ -115,7 +116,7 @@ def calibrate_running(
         ArgumentError: fewer than 40 clean answers that are long enough.
     """
     prompts, _, _ = ordinary_prompts(clean)
-    shown = [[(q, pair[0]) for q in t.derive_questions for pair in t.system] for t in map(trait_of, vectors)]
+    shown = [asked_for(t, t.derive_questions) for t in map(trait_of, vectors)]
     units = []
     for vector in vectors:
         at = [il for il in vector.usable_layers if il < model.n_layer - 1]
@@ -132,6 +133,11 @@ def calibrate_running(
         high = [r[0] for r in answer_readings(model, pairs, [own], meter.part(len(pairs)))]
         found.append(_running(model, own, [r[k] for r in ordinary], high, percentiles))
     return found
+
+
+def asked_for(trait: Trait, questions: Sequence[str], *, opposite: bool = False) -> list[tuple[str, str]]:
+    """(question, system prompt) of each question under each that asks for the trait, or for its opposite."""
+    return [(q, pair[opposite]) for q in questions for pair in trait.system]
 
 
 def spread_over(items: Sequence[Any], n: int) -> list[Any]:

@@ -37,6 +37,7 @@ from personasteer.monitor.running import (
     N_CLEAN_ANSWERS,
     N_TRAIT_ANSWERS,
     Running,
+    asked_for,
     calibrate_running,
     check_numbers,
     direction_of,
@@ -217,7 +218,7 @@ def calibrate(
     question = np.array(numbers)
     own_questions = [_questions(t) for t in behind]
     asked = [
-        [*prompted(t, chosen_on), *_encouraged(t, held_out)]
+        [*prompted(t, chosen_on), *asked_for(t, held_out)]
         for t, (chosen_on, held_out) in zip(behind, own_questions, strict=True)
     ]
     n_states = len(prompts) + sum(map(len, asked))
@@ -246,11 +247,7 @@ def calibrate(
 
 def prompted(trait: Trait, questions: Sequence[str]) -> list[tuple[str, str]]:
     """(question, system prompt): those that ask for the trait, then as many that ask for its opposite."""
-    return [(q, pair[side]) for side in (0, 1) for q in questions for pair in trait.system]
-
-
-def _encouraged(trait: Trait, questions: Sequence[str]) -> list[tuple[str, str]]:
-    return prompted(trait, questions)[: len(questions) * len(trait.system)]
+    return [*asked_for(trait, questions), *asked_for(trait, questions, opposite=True)]
 
 
 def _questions(trait: Trait) -> tuple[Sequence[str], Sequence[str]]:
