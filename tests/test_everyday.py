@@ -35,7 +35,7 @@ def test_ordinary_questions_are_asked_as_they_are_and_under_a_system_prompt_and_
     for number, pair in enumerate(zip(under, after, strict=True)):
         folds[number % FOLDS] |= sentences(pair)
     assert not [a & b for i, a in enumerate(folds) for b in folds[:i] if a & b]
-    assert len(set().union(*folds)) == 2 * 44 + 2 * 40
+    assert len(set().union(*folds)) == 2 * 100 + 2 * 60
 
 
 def test_fresh_questions_are_tried_under_system_prompts_and_after_turns_of_their_own() -> None:
@@ -44,11 +44,11 @@ def test_fresh_questions_are_tried_under_system_prompts_and_after_turns_of_their
     assert 0.3 < sum((q, None) == pair for q, pair in zip(every, given, strict=True)) / len(every) < 0.37
     assert 0.3 < sum(not isinstance(c, str) for c, _ in given) / len(every) < 0.37
     systems = {s for _, s in given if s is not None}
-    assert len(systems) > 150
+    assert len(systems) > 300
     asked = " ".join(text for name in traits.names() for pair in traits.get(name).system for text in pair)
     tried, calibrated = sentences(given), sentences(ordinary_prompts()[0])
     assert not [s for s in tried | calibrated if s in asked]
     assert given == [monitor.everyday_prompt(q) for q in every]
-    assert (len(tried), len(calibrated)) == (4 * 16, 2 * 44 + 2 * 40)
+    assert (len(tried), len(calibrated)) == (2 * 60 + 2 * 40, 2 * 100 + 2 * 60)
     assert not tried & calibrated
     assert not (tried | calibrated) & set(every)

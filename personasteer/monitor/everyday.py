@@ -16,10 +16,9 @@ from personasteer.traits import Trait
 
 HELD_OUT = 3  # every third clean prompt is left for testing
 DEPTHS = (1, 2, 4, 8)  # turns of everyday conversations
-N_HELD_OUT = 16  # of each list, to try thresholds with
+N_HELD_OUT = {"who": 60, "how": 60, "turns": 40}  # of each list, to try thresholds with
 ORDERS = 32  # of turns, in which conversations begin: what prompts share is computed once
 ROLES = ("user", "assistant")
-LISTS = ("who", "how", "turns")
 
 
 def clean_prompts(*, held_out: bool = False) -> tuple[tuple[str, str], ...]:
@@ -35,7 +34,7 @@ def everyday_prompt(question: str) -> tuple[Conversation, str | None]:
     """(prompt, system prompt) that an ordinary question is asked as when a monitor is tried: as it is, under an
     everyday system prompt, or after an everyday conversation; no threshold is calibrated on any of their sentences.
     """
-    ways = _ways(question, *(_data()[name][-N_HELD_OUT:] for name in LISTS))
+    ways = _ways(question, *(_data()[name][-n:] for name, n in N_HELD_OUT.items()))
     return ways[_digest(question)[0] % len(ways)]
 
 
@@ -51,7 +50,7 @@ def ordinary_prompts(
     """
     if given is not None:
         return [(c, None) for c in given], list(range(len(given))), [""] * len(given)
-    own = [[_data()[name][:-N_HELD_OUT][fold::FOLDS] for name in LISTS] for fold in range(FOLDS)]
+    own = [[_data()[name][:-n][fold::FOLDS] for name, n in N_HELD_OUT.items()] for fold in range(FOLDS)]
     asked = [(prompt, i, name) for i, (q, name) in enumerate(clean_prompts()) for prompt in _ways(q, *own[i % FOLDS])]
     return [p for p, _, _ in asked], [i for _, i, _ in asked], [name for _, _, name in asked]
 
@@ -85,8 +84,9 @@ def _digest(text: str) -> bytes:
 
 @functools.cache
 def _data() -> dict[str, Any]:
-    """who, how: sentences of system prompts; turns: (question, answer)."""
-    return tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))
+    """who, how: sentences of system prompts; turns: (question, answer); in a fixed mixed order."""
+    data = tomllib.loads(files(__package__).joinpath("everyday.toml").read_text("utf-8"))
+    return {name: sorted(part, key=lambda x: _digest("".join(x))) for name, part in data.items()}
 
 
 def _questions(trait: Trait) -> tuple[str, ...]:

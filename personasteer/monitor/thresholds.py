@@ -58,7 +58,7 @@ AT_ONCE = 256  # prompts that are read together: the states of larger models are
 EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model will do
 LEAST_AUROC = 0.7  # of a threshold that is used without a warning
 SCHEMA = 1
-METHOD = 5  # of calibration: thresholds that another one made are not taken from the cache
+METHOD = 6  # of calibration: thresholds that another one made are not taken from the cache
 CACHE = "thresholds.json"
 
 
