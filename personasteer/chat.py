@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+from jinja2 import nodes
 
 from personasteer.errors import ArgumentError, TemplateError
 from personasteer.spans import END_OF_MESSAGE, THINKING_MARKERS, Span, locate_contents
 
 Message: TypeAlias = Mapping[str, str]
 Conversation: TypeAlias = str | Sequence[Message]
+
+
+PATIENCE = 20.0  # seconds that one rendering may take: templates come with foreign files, and may never end
 
 
 def _raise(message: str) -> NoReturn:
@@ -28,12 +34,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
         environment.globals["raise_exception"] = _raise
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.bounded(source)
         except (jinja2.TemplateError, RecursionError) as e:
             raise TemplateError(f"the model's chat template does not parse: {e}") from e
         self._source = source
@@ -53,6 +57,7 @@ class ChatTemplate:
         `enable_thinking` for an answer without thinking.
         """
         names = self._names if thinking else {**self._names, "enable_thinking": False}
+        _deadline.set(time.monotonic() + PATIENCE)
         try:
             return self._template.render(
                 messages=[dict(m) for m in messages],
@@ -109,6 +114,42 @@ class ChatTemplate:
         except TemplateError:
             return False
         return 0 <= text.find("xSYSx") < text.find("xUSRx")
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox that templates cannot stay in: the clock is looked at in every pass of a loop and every call of a
+    macro; products and powers that one operation would spend all memory on are refused.
+    """
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def bounded(self, source: str) -> jinja2.Template:
+        tree = self.parse(source)
+        self.filters["in_time"] = _in_time
+        check = nodes.Output([nodes.Filter(nodes.Const(""), "in_time", [], [], None, None)])
+        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock] = []
+        for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
+            repeated += tree.find_all(kind)
+        for node in repeated:
+            node.body.insert(0, check.set_lineno(1).set_environment(self))
+        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        texts = hasattr(left, "__len__") or hasattr(right, "__len__")
+        a, b = (len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right))
+        if (a > 10**6 or b > 64) if operator == "**" else a * b > (10**7 if texts else 10**18):
+            raise OverflowError(f"{operator} of numbers or texts that large")
+        return super().call_binop(context, operator, left, right)
+
+
+_deadline: ContextVar[float] = ContextVar("_deadline")
+
+
+@jinja2.pass_context  # else it is computed once, when the template is compiled
+def _in_time(context: jinja2.runtime.Context, text: str) -> str:
+    if time.monotonic() > _deadline.get():
+        raise TimeoutError(f"it does not end within {PATIENCE:g} s")
+    return text
 
 
 def as_messages(conversation: Conversation, system: str | None = None) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import personasteer as ps
-from personasteer import ArgumentError, ChatTemplate, TemplateError, _core
+from personasteer import ArgumentError, ChatTemplate, TemplateError, _core, chat
 from personasteer.spans import Span, thinking_spans, tokens_in_spans
 from personasteer.tiny_model import write_tiny_model
 
@@ -452,3 +452,30 @@ def test_the_bundled_models_own_system_message_is_markup(real: Any) -> None:
 
 def test_the_bundled_model_does_not_think(real: Any) -> None:
     assert ChatTemplate(real.chat_template.decode()).thinking_markers() is None
+
+
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a loop that leaves all out": "{% for i in range(99999) %}"
+    "{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for i in [[1] * 3] * 3 recursive %}{% if loop.depth < 50 %}{{ loop([[1] * 3] * 3) }}"
+    "{% endif %}{% endfor %}",
+    "a macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "PATIENCE", 0.05)
+    with pytest.raises(TemplateError, match="does not end within"):
+        ChatTemplate(source).render([{"role": "user", "content": "Hello"}])
+
+
+@pytest.mark.parametrize("source", ["{{ 9**9**9 }}", "{{ 'a' * 10**6 * 10**6 }}", "{{ [0] * 10**10 }}"])
+def test_a_template_does_not_fill_the_memory_with_one_product(source: str) -> None:
+    with pytest.raises(TemplateError, match="large"):
+        ChatTemplate(source).render([{"role": "user", "content": "Hello"}])
+
+
+def test_templates_may_multiply() -> None:
+    assert ChatTemplate("{{ '=' * 3 }}{{ 2 ** 3 * 4 }}{{ 0.5 * 3 }}").render([]) == "===321.5"
