@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from personasteer import traits
 from personasteer.chat import Conversation
 from personasteer.monitor.discriminant import FOLDS
@@ -16,7 +18,7 @@ from personasteer.traits import Trait
 
 HELD_OUT = 3  # every third clean prompt is left for testing
 DEPTHS = (1, 2, 4, 8)  # turns of everyday conversations
-N_HELD_OUT = {"who": 60, "how": 60, "turns": 40}  # of each list, to try thresholds with
+N_HELD_OUT = {"who": 150, "how": 150, "turns": 100}  # of each list, to try thresholds with
 ORDERS = 32  # of turns, in which conversations begin: what prompts share is computed once
 ROLES = ("user", "assistant")
 
@@ -34,8 +36,8 @@ def everyday_prompt(question: str) -> tuple[Conversation, str | None]:
     """(prompt, system prompt) that an ordinary question is asked as when a monitor is tried: as it is, under an
     everyday system prompt, or after an everyday conversation; no threshold is calibrated on any of their sentences.
     """
-    ways = _ways(question, *(_data()[name][-n:] for name, n in N_HELD_OUT.items()))
-    return ways[_digest(question)[0] % len(ways)]
+    ways = _ways(question, *(_data()[name][-n:] for name, n in N_HELD_OUT.items()), orders=None)
+    return ways[_numbers(question)[0] % len(ways)]
 
 
 def ordinary_prompts(
@@ -51,23 +53,27 @@ def ordinary_prompts(
     if given is not None:
         return [(c, None) for c in given], list(range(len(given))), [""] * len(given)
     own = [[_data()[name][:-n][fold::FOLDS] for name, n in N_HELD_OUT.items()] for fold in range(FOLDS)]
-    asked = [(prompt, i, name) for i, (q, name) in enumerate(clean_prompts()) for prompt in _ways(q, *own[i % FOLDS])]
+    asked = [
+        (prompt, i, name)
+        for i, (q, name) in enumerate(clean_prompts())
+        for prompt in _ways(q, *own[i % FOLDS], orders=ORDERS)
+    ]
     return [p for p, _, _ in asked], [i for _, i, _ in asked], [name for _, _, name in asked]
 
 
 def _ways(
-    question: str, who: Sequence[str], how: Sequence[str], turns: Sequence[tuple[str, str]]
+    question: str, who: Sequence[str], how: Sequence[str], turns: Sequence[tuple[str, str]], *, orders: int | None
 ) -> list[tuple[Conversation, str | None]]:
     """The question as it is, under a system prompt, and as the next one of a conversation of some of the turns, every
-    second with a system prompt.
+    second with a system prompt. The turns come in one of so many `orders`, or in one of the question's own.
     """
-    which, depth, *own = _digest(question)[1:]
-    which %= ORDERS
+    which, depth, *own = _numbers(question)[1:]
+    which %= orders or 2**16
     order = sorted(turns, key=lambda turn: hashlib.sha256(f"{which} {turn[0]}".encode()).digest())
     before = order[: DEPTHS[depth % len(DEPTHS)]]
     said = [{"role": role, "content": text} for turn in before for role, text in zip(ROLES, turn, strict=True)]
     talk = [*said, {"role": "user", "content": question}]
-    amid = _system(_digest(str(which)), who, how) if which % 2 else None
+    amid = _system(_numbers(str(which)), who, how) if which % 2 else None
     return [(question, None), (question, _system(own, who, how)), (talk, amid)]
 
 
@@ -80,6 +86,11 @@ def _system(choice: Sequence[int], who: Sequence[str], how: Sequence[str]) -> st
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(b"everyday " + text.encode()).digest()
+
+
+def _numbers(text: str) -> list[int]:
+    """Sixteen below 2**16."""
+    return np.frombuffer(_digest(text), "<u2").tolist()
 
 
 @functools.cache
