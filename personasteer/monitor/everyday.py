@@ -90,7 +90,7 @@ def _digest(text: str) -> bytes:
 
 def _numbers(text: str) -> list[int]:
     """Sixteen below 2**16."""
-    return np.frombuffer(_digest(text), "<u2").tolist()
+    return [int(x) for x in np.frombuffer(_digest(text), "<u2")]
 
 
 @functools.cache
