@@ -72,6 +72,7 @@ void bind_model(py::module_ & m) {
             },
             "path"_a, "scale"_a, "A LoRA GGUF that every context made afterwards applies.")
         .def("is_end", &model::is_end, "token"_a)
+        .def("control_tokens", &model::control_tokens)
         .def_property_readonly("bos", [](const model & s) { return llama_vocab_bos(s.vocab()); })
         .def_property_readonly("eos", [](const model & s) { return llama_vocab_eos(s.vocab()); });
 }

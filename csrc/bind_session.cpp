@@ -180,11 +180,12 @@ void bind_session(py::module_ & m) {
             [](session & s, std::vector<llama_token> tokens, const mix_list & mixes, std::vector<int> mix_of_token,
                const phase_list & generated, int response_begin, const std::shared_ptr<readout> & reads, int reads_from,
                bool decides, int max_tokens, float temperature, int top_k, float top_p, float min_p,
-               float repeat_penalty, uint32_t seed, const std::string & grammar, const std::vector<py::bytes> & stop,
-               int n_logprobs, const std::pair<std::string, std::string> & think_marks, bool thinking,
-               std::pair<int, int> outputs, bool keep_logits, bool keep_scores,
-               const std::vector<std::pair<int, int>> & pools, const std::vector<std::pair<int, int>> & raws,
-               bool reuse_prefix, bool ignore_end) {
+               float repeat_penalty, float frequency_penalty, float presence_penalty,
+               std::vector<std::pair<llama_token, float>> logit_bias, uint32_t seed, const std::string & grammar,
+               const std::vector<py::bytes> & stop, int n_logprobs,
+               const std::pair<std::string, std::string> & think_marks, bool thinking, std::pair<int, int> outputs,
+               bool keep_logits, bool keep_scores, const std::vector<std::pair<int, int>> & pools,
+               const std::vector<std::pair<int, int>> & raws, bool reuse_prefix, bool ignore_end) {
                 request r;
                 r.tokens = std::move(tokens);
                 r.steer = to_steering(mixes, std::move(mix_of_token), generated);
@@ -198,6 +199,9 @@ void bind_session(py::module_ & m) {
                 r.sampling.top_p = top_p;
                 r.sampling.min_p = min_p;
                 r.sampling.repeat_penalty = repeat_penalty;
+                r.sampling.frequency_penalty = frequency_penalty;
+                r.sampling.presence_penalty = presence_penalty;
+                r.sampling.logit_bias = std::move(logit_bias);
                 r.sampling.seed = seed;
                 r.sampling.grammar = grammar;
                 for (const py::bytes & text : stop) {
@@ -223,8 +227,9 @@ void bind_session(py::module_ & m) {
             py::kw_only(), "tokens"_a, "mixes"_a = py::list(), "mix_of_token"_a = py::list(),
             "generated"_a = py::list(), "response_begin"_a = -1, "reads"_a = py::none(), "reads_from"_a = 0,
             "decides"_a = false, "max_tokens"_a = 0, "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f,
-            "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "seed"_a = 0, "grammar"_a = "", "stop"_a = py::list(),
-            "n_logprobs"_a = -1, "think_marks"_a = std::pair<std::string, std::string>(), "thinking"_a = false,
+            "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "frequency_penalty"_a = 0.0f, "presence_penalty"_a = 0.0f,
+            "logit_bias"_a = py::list(), "seed"_a = 0, "grammar"_a = "", "stop"_a = py::list(), "n_logprobs"_a = -1,
+            "think_marks"_a = std::pair<std::string, std::string>(), "thinking"_a = false,
             "outputs"_a = std::pair<int, int>(0, 0), "keep_logits"_a = false, "keep_scores"_a = false,
             "pools"_a = py::list(), "raws"_a = py::list(), "reuse_prefix"_a = false, "ignore_end"_a = false)
         .def(
@@ -295,14 +300,16 @@ void bind_session(py::module_ & m) {
                 }
                 py::list out;
                 for (const token_event & e : events) {
-                    out.append(py::make_tuple(e.id, e.token, py::bytes(e.piece), e.logprob));
+                    out.append(py::make_tuple(e.id, e.token, py::bytes(e.piece), e.logprob, e.top_logprobs));
                 }
                 return out;
             },
             "decide"_a = py::none(),
-            "One decode; [(request id, token, bytes, log p or NaN)] sampled by it. decide(id, readings) is asked once "
-            "the "
-            "prompt of a request that `decides` is read: None, or (mixes, mix_of_token, generated) for its response.")
+            "One decode; [(request id, token, bytes, log p or NaN, [(token, log p)])] sampled by it. decide(id, "
+            "readings) "
+            "is asked once the prompt of a request that `decides` is read: None, or (mixes, mix_of_token, generated) "
+            "for "
+            "its response.")
         .def("take_results",
              [](session & s) {
                  std::vector<result> results;

@@ -97,6 +97,16 @@ std::vector<llama_token> model::tokenize(const std::string & text, bool add_spec
     return tokens;
 }
 
+std::vector<llama_token> model::control_tokens() const {
+    std::vector<llama_token> out;
+    for (llama_token t = 0; t < n_vocab(); ++t) {
+        if (llama_vocab_get_attr(vocab(), t) & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN)) {
+            out.push_back(t);
+        }
+    }
+    return out;
+}
+
 std::string model::piece(llama_token token, bool special) const {
     if (token < 0 || token >= n_vocab()) {
         throw model_error("token id " + std::to_string(token) + " out of range");

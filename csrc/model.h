@@ -37,6 +37,7 @@ class model {
     std::vector<llama_token> tokenize(const std::string & text, bool add_special, bool parse_special) const;
     std::string piece(llama_token token, bool special) const;
     bool is_end(llama_token token) const { return llama_vocab_is_eog(vocab(), token); }
+    std::vector<llama_token> control_tokens() const; // whose names stand for them only where they are parsed
 
     // A LoRA GGUF that every context made afterwards applies. Throws when it does not load or fit.
     void add_adapter(const std::string & path, float scale);

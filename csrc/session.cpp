@@ -1016,7 +1016,10 @@ void session::take_token(slot & s, int output, std::vector<token_event> & events
     s.res.tokens.push_back(token);
     const std::string piece = mdl->piece(token, false);
     s.res.text += piece;
-    events.push_back({s.id, token, piece, logprob});
+    events.push_back({s.id, token, piece, logprob, {}});
+    if (!s.res.top_logprobs.empty()) {
+        events.back().top_logprobs = s.res.top_logprobs.back();
+    }
     size_t cut = std::string::npos; // where the first stop string begins
     for (const std::string & stop : s.req.stop) {
         cut = std::min(cut, s.res.text.find(stop));

@@ -99,6 +99,7 @@ struct token_event {
     llama_token token;
     std::string piece;
     double logprob; // NaN unless asked for
+    std::vector<std::pair<llama_token, double>> top_logprobs;
 };
 
 // Many requests over one llama_context: they join and leave the batch between decodes. Every token carries the row of

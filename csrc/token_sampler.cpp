@@ -39,9 +39,17 @@ static llama_sampler_ptr make_chain(const sampling_params & p, int n_vocab) {
     llama_sampler_chain_params cp = llama_sampler_chain_default_params();
     cp.no_perf = true;
     llama_sampler_ptr chain(llama_sampler_chain_init(cp));
-    if (p.repeat_penalty != 1.0f) {
+    if (!p.logit_bias.empty()) {
+        std::vector<llama_logit_bias> biases;
+        for (const auto & [token, bias] : p.logit_bias) {
+            biases.push_back({token, bias});
+        }
         llama_sampler_chain_add(chain.get(),
-                                llama_sampler_init_penalties(n_vocab, p.repeat_last_n, p.repeat_penalty, 0.0f, 0.0f));
+                                llama_sampler_init_logit_bias(n_vocab, int32_t(biases.size()), biases.data()));
+    }
+    if (p.repeat_penalty != 1.0f || p.frequency_penalty != 0.0f || p.presence_penalty != 0.0f) {
+        llama_sampler_chain_add(chain.get(), llama_sampler_init_penalties(n_vocab, p.repeat_last_n, p.repeat_penalty,
+                                                                          p.frequency_penalty, p.presence_penalty));
     }
     if (p.temperature <= 0.0f) {
         llama_sampler_chain_add(chain.get(), llama_sampler_init_greedy());

@@ -16,6 +16,9 @@ struct sampling_params {
     float top_p = 0.95f;      // >= 1: off
     float min_p = 0.05f;      // <= 0: off
     float repeat_penalty = 1.0f;
+    float frequency_penalty = 0.0f; // off the logit for each time a token stands in the last ones
+    float presence_penalty = 0.0f;  // and once for being there
+    std::vector<std::pair<llama_token, float>> logit_bias;
     int repeat_last_n = 64;
     uint32_t seed = 0;
     std::string grammar; // GBNF with the start symbol `root`; "": none

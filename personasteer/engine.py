@@ -24,7 +24,9 @@ AtPrompt: TypeAlias = Callable[[list[NDArray[np.float32]], int], Steering]  # (r
 class Sampling:
     """How the next token is drawn. Temperature 0 is greedy; top_k <= 0, top_p >= 1, min_p <= 0 are off.
 
-    Order: repetition penalty (over the last 64 tokens, prompt included), top-k, top-p, min-p, temperature, draw.
+    Order: logit_bias (what is added to tokens' logits), penalties (over the last 64 tokens, prompt included: a repeated
+    token's logit over repeat_penalty, times it where negative; less frequency_penalty for each time that it is there;
+    less presence_penalty), top-k, top-p, min-p, temperature, draw.
     """
 
     temperature: float = 0.7
@@ -33,20 +35,26 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repeat_penalty"):
+        for name in ("temperature", "top_p", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty"):
             if not np.isfinite(getattr(self, name)):
                 raise ArgumentError(f"{name} must be finite, not {getattr(self, name)}")
         if self.temperature < 0:
             raise ArgumentError(f"temperature must not be negative, not {self.temperature}")
         if self.repeat_penalty <= 0:
             raise ArgumentError(f"repeat_penalty must be positive, not {self.repeat_penalty}")
+        for token, bias in self.logit_bias.items():
+            if np.isnan(bias) or bias == np.inf:
+                raise ArgumentError(f"logit_bias of token {token} must be a number or -inf, not {bias}")
 
-    def arguments(self, index: int) -> dict[str, float | int]:
+    def arguments(self, index: int) -> dict[str, Any]:
         """For the index-th request of a list: each draws from a stream of its own."""
-        values = {k: getattr(self, k) for k in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")}
-        return {**values, "seed": (self.seed * 1_000_003 + index) % 2**32}
+        numbers = {k: v for k, v in vars(self).items() if k not in ("seed", "logit_bias")}
+        return {**numbers, "logit_bias": list(self.logit_bias.items()), "seed": (self.seed * 1_000_003 + index) % 2**32}
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,8 @@ class TextStream:
         self._held += piece
         if any(s in self._held for s in self._stop):
             return ""
-        starts = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
+        most = len(self._held) + 1
+        starts = (n for s in self._stop for n in range(1, min(len(s), most)) if self._held.endswith(s[:n]))
         n_certain = len(self._held) - max(starts, default=0)
         certain, self._held = self._held[:n_certain], self._held[n_certain:]
         self._n_sent += n_certain
@@ -270,7 +279,7 @@ def run(
             order[session.submit(**c.arguments(first + i))] = i
         done = 0
         while session.busy:
-            for request_id, _, piece, _ in session.step(decide):
+            for request_id, _, piece, *_ in session.step(decide):
                 i = order[request_id]
                 if on_token and (text := streams[i].push(piece)):
                     on_token(first + i, text)

@@ -40,7 +40,7 @@ class Observer(Protocol):
 
 
 def make_request(
-    model: SteeredModel,
+    model: Model,
     prompt: Prompt,
     steering: Steering,
     *,
@@ -51,6 +51,9 @@ def make_request(
     top_p: float = 0.95,
     min_p: float = 0.05,
     repeat_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     stop: Sequence[str] | str = (),
     grammar: str | None = None,
     json_schema: Mapping[str, Any] | str | None = None,
@@ -72,7 +75,17 @@ def make_request(
         prompt.n_prompt,
         steering,
         max_tokens,
-        Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
+        Sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repeat_penalty,
+            seed,
+            frequency_penalty,
+            presence_penalty,
+            _biases(logit_bias or {}, model),
+        ),
         tuple(filter(None, stops)),
         reads=tuple(_reading(r, model) for r in readings),
         reads_from=0 if read_prompt else (prompt.n_prompt or len(prompt.tokens)) - 1,
@@ -83,6 +96,13 @@ def make_request(
         grammar=grammar_of(grammar, json_schema),
         n_logprobs=-1 if logprobs is None else logprobs,
     )
+
+
+def _biases(given: Mapping[int, float], model: Model) -> dict[int, float]:
+    for token in given:
+        if not isinstance(token, int) or not 0 <= token < model.n_vocab:
+            raise ArgumentError(f"logit_bias names token {token!r}: the model has tokens 0 to {model.n_vocab - 1}")
+    return dict(given)
 
 
 def _reading(reading: Any, model: SteeredModel) -> dict[int, NDArray[np.float64]]:
@@ -152,6 +172,7 @@ class Stream:
         self._session, self._compiled, self._id, self._observer = session, compiled, request_id, observer
         self._text = TextStream(compiled.request.stop)
         self._pieces: deque[str] = deque()
+        self._tokens: list[tuple[int, float, list[tuple[int, float]]]] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
 
@@ -204,6 +225,23 @@ class Stream:
         self._session._steer(self, as_steering(steer))
 
     @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._compiled.request.tokens)
+
+    def take(self) -> str:
+        """The text that is there and was not taken, without computing anything."""
+        text = "".join(self._pieces)
+        self._pieces.clear()
+        return text
+
+    def tokens(self, first: int = 0) -> list[tuple[int, float, list[tuple[int, float]]]]:
+        """(token, log p, [(token, log p)] of the most probable ones) of the tokens generated so far, from the token
+        `first` on; NaN and [] where no log p was asked for.
+        """
+        return self._tokens[first:]
+
+    @property
     def rho(self) -> float:
         """The largest dose that a token gets, or got before `steer`."""
         return self._compiled.rho
@@ -233,24 +271,27 @@ class Session:
         self,
         conversation: Conversation | None = None,
         *,
-        prompt: str | None = None,
+        prompt: str | Sequence[int] | None = None,
         system: str | None = None,
         steer: Steer = None,
         observer: Observer | None = None,
         thinking: bool = True,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Stream:
-        """Queue a conversation (through the chat template), or a plain `prompt`.
+        """Queue a conversation (through the chat template), or a plain `prompt`, a text or tokens.
 
         Args:
             steer: as in Model.chat.
             observer: is asked for more edits once the prompt is read, and told of each token.
             thinking: False asks templates that know `enable_thinking` for an answer without thinking.
-            options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
-                stop=(); grammar (GBNF with the start symbol root) or json_schema; logprobs=n, for log p of each token
-                and of the n most probable ones; readings=[vector or (vector, layers) or {block: direction}, ...],
-                projected on for every token; read_prompt=False leaves out the prompt but its last token, so that a
-                computed prefix can be taken over.
+            variables: more names that the chat template may know, such as tools.
+            options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0,
+                frequency_penalty=0.0, presence_penalty=0.0, logit_bias={token: added to its logit}, seed, stop=();
+                grammar (GBNF with the start symbol root) or json_schema; logprobs=n, for log p of each token and of the
+                n most probable ones; readings=[vector or (vector, layers) or {block: direction}, ...], projected on for
+                every token; read_prompt=False leaves out the prompt but its last token, so that a computed prefix can
+                be taken over.
 
         Raises:
             ContextError: the prompt does not fit. ArgumentError: an option outside its range, a broken grammar.
@@ -263,7 +304,9 @@ class Session:
         given = (
             self._model._plain_prompt(prompt)
             if prompt is not None
-            else self._chat_prompt(conversation or "", system, thinking=thinking, needs_roles=steering.needs_roles)
+            else self._chat_prompt(
+                conversation or "", system, steering.needs_roles, thinking=thinking, variables=variables
+            )
         )
         options.setdefault("reuse_cache", self._reuse)
         seed = options.pop("seed", None)
@@ -273,16 +316,14 @@ class Session:
             request = replace(request, at_prompt=observer.at_prompt)
         return self._submit(request, observer)
 
-    def _chat_prompt(
-        self, conversation: Conversation, system: str | None, *, thinking: bool, needs_roles: bool
-    ) -> Prompt:
+    def _chat_prompt(self, conversation: Conversation, system: str | None, needs_roles: bool, **how: Any) -> Prompt:
         """With roles, which a later `steer` may need, where the template shows them."""
         try:
-            return self._model._chat_prompt(conversation, system, roles=True, thinking=thinking)
+            return self._model._chat_prompt(conversation, system, roles=True, **how)
         except TemplateError:
             if needs_roles:
                 raise
-            return self._model._chat_prompt(conversation, system, thinking=thinking)
+            return self._model._chat_prompt(conversation, system, **how)
 
     def _check_hook(self, steering: Steering, reads: Sequence[object] = ()) -> None:
         if self._model.unhooked and (steering or reads):
@@ -303,7 +344,9 @@ class Session:
         return stream
 
     def step(self) -> bool:
-        """Compute one decode; whether requests are left. Raises what the decode did, and all requests fail with it."""
+        """Compute one decode; whether requests are left. Raises what the decode did, and all requests fail with it.
+        Edits that turn out unusable amid a request fail that request alone.
+        """
         with self._model._lock, self._lock:
             native = self._open()
             if self._model._running:
@@ -311,14 +354,19 @@ class Session:
             self._model._running = True
             try:
                 observed = [s for s in self._streams.values() if s._observer]
-                for request_id, _, piece, _ in native.step(self._decide) if native.busy else ():
+                for request_id, token, piece, logprob, top in native.step(self._decide) if native.busy else ():
                     stream = self._streams[request_id]
+                    stream._tokens.append((token, logprob, top))
                     if text := stream._text.push(piece):
                         stream._pieces.append(text)
                 self._collect(native)
                 for stream in observed:
                     assert stream._observer is not None
-                    stream._observer.after_token(stream)
+                    try:
+                        stream._observer.after_token(stream)
+                    except PersonasteerError as e:
+                        stream._error = e
+                self._drop_failed(native)
                 return bool(native.busy)
             except BaseException as e:  # Ctrl-C may come anywhere in between
                 native.reset()
@@ -372,11 +420,24 @@ class Session:
                 await asyncio.to_thread(self._advance, stream)
 
     def _decide(self, request_id: int, readings: NDArray[np.float32]) -> Any:
-        return self._streams[request_id]._compiled.decide(readings)
+        stream = self._streams[request_id]
+        try:
+            return stream._compiled.decide(readings)
+        except PersonasteerError as e:
+            stream._error = e
+            return None
+
+    def _drop_failed(self, native: Any) -> None:
+        """Requests whose own edits failed amid their computation; the others go on."""
+        for request_id in [i for i, stream in self._streams.items() if stream._error]:
+            native.cancel(request_id)
+            del self._streams[request_id]
 
     def _collect(self, native: Any) -> None:
         for r in native.take_results():
-            stream = self._streams.pop(r["id"])
+            stream = self._streams.pop(r["id"], None)
+            if stream is None or stream._error:
+                continue
             if r["error"]:
                 stream._error = ModelError(r["error"])
                 continue

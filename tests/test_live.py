@@ -320,19 +320,52 @@ def test_ctrl_c_during_a_long_decode_stops_it_and_leaves_the_session_usable(smol
         assert model.generate("One two", max_tokens=1, temperature=0) is not None
 
 
-def test_an_error_in_a_decode_reaches_every_stream_and_the_session_goes_on(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_whose_own_decision_fails_fails_alone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ps.VectorError("no such decision")
 
     gate = ps.When(samples.vector(), samples.vector() * 0.1, threshold=np.zeros(4))
     asks, other = submit(session, 0, steer=gate), submit(session, 1)
     monkeypatch.setattr(asks._compiled, "decide", fail)
+    assert other.result().finish == "length"
     with pytest.raises(ps.VectorError, match="no such decision"):
+        list(asks)
+    with pytest.raises(ps.VectorError, match="no such decision"):
+        asks.result()
+    assert session.n_running == 0
+    assert_usable(session)
+
+
+def test_a_request_whose_observer_fails_fails_alone(session: Session) -> None:
+    class Fails:
+        def at_prompt(self, readings: list[np.ndarray], n_prompt: int) -> ps.Steering:
+            return ps.Steering()
+
+        def after_token(self, stream: Stream) -> None:
+            if len(stream.tokens()) == 3:
+                raise ps.VectorError("not with these edits")
+
+    asks, other = submit(session, 0, observer=Fails()), submit(session, 1)
+    assert other.result().finish == "length"
+    with pytest.raises(ps.VectorError, match="not with these edits"):
+        asks.result()
+    assert len(asks.tokens()) == 3
+    assert_usable(session)
+
+
+def test_an_error_in_a_decode_reaches_every_stream_and_the_session_goes_on(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ps.ModelError("the device is gone")
+
+    one, other = submit(session, 0), submit(session, 1)
+    monkeypatch.setattr(session, "_collect", fail)
+    with pytest.raises(ps.ModelError, match="the device is gone"):
         other.result()
-    for stream in (asks, other):
-        with pytest.raises(ps.VectorError, match="no such decision"):
+    monkeypatch.undo()
+    for stream in (one, other):
+        with pytest.raises(ps.ModelError, match="the device is gone"):
             list(stream)
     assert_usable(session)
 
@@ -432,3 +465,62 @@ def test_a_callback_of_a_running_computation_cannot_step_a_session_of_the_same_m
         assert failures
         assert all("cannot start another" in f for f in failures)
         assert stream.result().finish == "length"
+
+
+# ---- what is there before the end
+
+
+def test_tokens_and_text_can_be_taken_while_others_compute(session: Session) -> None:
+    one, other = submit(session, 0, logprobs=2), submit(session, 1)
+    taken, seen = "", []
+    while session.step():
+        taken += one.take()
+        seen += one.tokens(len(seen))
+    taken += one.take()
+    seen += one.tokens(len(seen))
+    answer = one.result()
+    assert taken == answer.text
+    assert [t for t, _, _ in seen] == answer.tokens
+    assert [p for _, p, _ in seen] == answer.logprobs
+    assert [top for _, _, top in seen] == answer.top_logprobs
+    assert one.take() == ""
+    assert [top for _, _, top in other.tokens()] == [[]] * 12
+    assert np.isnan([p for _, p, _ in other.tokens()]).all()
+
+
+# ---- penalties and biases
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(0.4, 0.0), (0.0, 1.5), (0.3, 0.7), (-0.5, 0.0)])
+def test_penalties_are_off_the_logit_for_each_time_a_token_was_there(
+    session: Session, model: ps.Model, frequency: float, presence: float
+) -> None:
+    prompt = model.tokenize(PROMPTS[0])
+    answer = submit(
+        session, max_tokens=30, logprobs=100, frequency_penalty=frequency, presence_penalty=presence
+    ).result()
+    said: list[int] = []
+    for token, top in zip(answer.tokens, answer.top_logprobs or [], strict=True):
+        last = (prompt + said)[-64:]
+        scores = {t: p - frequency * last.count(t) - presence * (t in last) for t, p in top}
+        assert scores[token] == pytest.approx(max(scores.values()), abs=1e-4)
+        said.append(token)
+    assert said != submit(session, max_tokens=30).result().tokens
+
+
+def test_a_bias_is_added_to_the_logit(session: Session) -> None:
+    plain = submit(session, logprobs=5).result()
+    assert plain.top_logprobs
+    first, second = (t for t, _ in plain.top_logprobs[0][:2])
+    assert submit(session, logit_bias={first: -np.inf}).result().tokens[0] == second
+    assert set(submit(session, logit_bias={second: 100.0}).result().tokens) == {second}
+    for wrong in ({-1: 1.0}, {10**6: 1.0}, {first: float("nan")}, {first: np.inf}):
+        with pytest.raises(ps.ArgumentError, match="logit_bias"):
+            submit(session, logit_bias=wrong)
+
+
+def test_a_prompt_may_be_tokens(session: Session, model: ps.Model) -> None:
+    tokens = model.tokenize(PROMPTS[0])
+    assert alike(session.submit(prompt=tokens, max_tokens=12, **GREEDY).result(), submit(session).result())
+    with pytest.raises(ps.ArgumentError, match="no token 100000"):
+        session.submit(prompt=[1, 100000])
