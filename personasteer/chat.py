@@ -50,13 +50,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         today: datetime | None = None,
         thinking: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text for `messages`; with `add_generation_prompt` it ends where the assistant starts to write.
 
         today: the date for templates that name it; the clock's when None. thinking: False asks templates that know
-        `enable_thinking` for an answer without thinking.
+        `enable_thinking` for an answer without thinking. variables: more that a template may know, such as `tools`.
         """
-        names = self._names if thinking else {**self._names, "enable_thinking": False}
+        names = {**(variables or {}), **self._names, **({} if thinking else {"enable_thinking": False})}
         _deadline.set(time.monotonic() + PATIENCE)
         try:
             return self._template.render(
@@ -75,13 +76,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         today: datetime | None = None,
         thinking: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
         """`render`'s text, and where in it each message's own content stands, without the template's markup.
 
         The spans come in the order of the text. Whitespace, or thinking, that the template strips is in no span; a
         message that it leaves out has none.
 
-        messages, add_generation_prompt, today, thinking: as in `render`.
+        messages, add_generation_prompt, today, thinking, variables: as in `render`.
 
         Raises ArgumentError when a message lacks a role or a content, TemplateError when rendering fails and when a
         message's text cannot be located.
@@ -95,6 +97,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 today=now,
                 thinking=thinking,
+                variables=variables,
             )
 
         text = render([m["content"] for m in messages])
@@ -106,6 +109,10 @@ class ChatTemplate:
             if opening in self._source or (closing != END_OF_MESSAGE and closing in self._source):
                 return opening, closing
         return None
+
+    def names(self, word: str) -> bool:
+        """Whether the template's source has a word, such as the variable tools."""
+        return word in self._source
 
     def takes_system(self) -> bool:
         """Whether a system message reaches the model: it must show up in the text, and before the user's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import logging
 import os
@@ -29,7 +30,7 @@ from personasteer.files import read_cache, write_cache
 from personasteer.live import Session, Stream, make_request
 from personasteer.mixes import MixCache
 from personasteer.progress import Meter
-from personasteer.prompts import Prompt, with_roles
+from personasteer.prompts import Prompt, rendered_tokens, with_roles
 from personasteer.shared_prefixes import N_BATCH, fold_last_rows, in_sharing_order, texts_at_once
 from personasteer.spans import tokens_in_spans
 from personasteer.steering import Steer, Steering, as_steering, per_request
@@ -341,8 +342,7 @@ class Model:
         open_end = messages[-1]["role"] != "assistant"
         how: dict[str, Any] = {"today": today or MEASURED_ON, "thinking": False, "add_generation_prompt": open_end}
         text, spans = self.template.spans(messages, **how)
-        bos = self._special(self._open().bos)
-        tokens = self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+        tokens = self._rendered_tokens(messages, text, **how)
         pieces = self.token_bytes(tokens)
         placed = []
         for span in spans:
@@ -357,8 +357,11 @@ class Model:
             return Prompt(given + self.tokenize(answer, add_special=False), len(given))
         return self._chat_prompt(prompt, system, answer=answer, today=MEASURED_ON, roles=roles, thinking=False)
 
-    def _plain_prompt(self, text: str) -> Prompt:
-        tokens = self.tokenize(text)
+    def _plain_prompt(self, text: str | Sequence[int]) -> Prompt:
+        tokens = self.tokenize(text) if isinstance(text, str) else list(text)
+        for token in tokens:
+            if not 0 <= token < self.n_vocab:
+                raise ArgumentError(f"there is no token {token}: the model has tokens 0 to {self.n_vocab - 1}")
         return Prompt(tokens, len(tokens))
 
     def _chat_prompt(
@@ -370,17 +373,28 @@ class Model:
         today: datetime | None = None,
         roles: bool = False,
         thinking: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """A conversation, and an answer where one is given, with the roles of the tokens where they are asked for."""
         messages = as_messages(conversation, system)
-        how: dict[str, Any] = {"today": today or datetime.now(), "thinking": thinking}
+        how: dict[str, Any] = {"today": today or datetime.now(), "thinking": thinking, "variables": variables}
         text = self.template.render(messages, **how)
-        bos = self._special(self._open().bos)
-        given = self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+        given = self._rendered_tokens(messages, text, **how)
         tokens = given + (self.tokenize(answer, add_special=False) if answer else [])
         if roles:
             return with_roles(self.template, messages, self._open(), tokens, len(given), text, answer, **how)
         return Prompt(tokens, len(given))
+
+    def _rendered_tokens(self, messages: Sequence[Message], text: str, **how: Any) -> list[int]:
+        bos = self._special(self._open().bos)
+        add_special = not (bos and text.startswith(bos))
+        return rendered_tokens(
+            self.template, messages, self._open(), self._control_tokens, text, add_special=add_special, **how
+        )
+
+    @functools.cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        return frozenset(self._open().control_tokens())
 
     def _special(self, token: int) -> str:
         return self.detokenize([token], special=True) if token >= 0 else ""
@@ -405,8 +419,9 @@ class Model:
             conversation: the user's text, or messages with "role" and "content".
             steer: an edit such as vector * 0.3, a list of edits, or None for what `steering()` set.
             system: a system message in front.
-            options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, seed,
-                stop=(), grammar (GBNF) or json_schema, and on_token, called with each new piece of text.
+            options: max_tokens=256, temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0,
+                frequency_penalty=0.0, presence_penalty=0.0, logit_bias={token: added to its logit}, seed, stop=(),
+                grammar (GBNF) or json_schema, and on_token, called with each new piece of text.
                 reuse_cache=True keeps computed text from call to call under the same steering: faster for long
                 conversations; rounding may differ from a fresh run, because the shapes of the computation do.
 

@@ -28,6 +28,50 @@ class Prompt:
     thinking: bool = False
 
 
+def rendered_tokens(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    native: Any,
+    control: frozenset[int],
+    text: str,
+    *,
+    add_special: bool,
+    **render: Any,
+) -> list[int]:
+    """The tokens of messages whose rendered text is `text`. Names of control tokens stand for these tokens in the
+    template's own words; in a message they are words like others, thinking markers of the assistant excepted.
+
+    Raises TemplateError where a message holds such names and cannot be found in the text.
+    """
+    marks = template.thinking_markers() or ()
+
+    def imitations(content: str, role: str) -> list[int]:
+        """Where names of control tokens begin in a message."""
+        found, at, data = [], 0, content.encode("utf-8", "surrogatepass")
+        for token in native.tokenize(data, False, True):
+            if token in control:
+                name = native.piece(token, True)
+                if not name or (at := data.find(name, at)) < 0:  # the text that the tokenizer puts in front
+                    at = max(at, 0)
+                    continue
+                if role != "assistant" or name.decode() not in marks:
+                    found.append(len(data[:at].decode("utf-8", "surrogatepass")))
+                at += len(name)
+        return found
+
+    cuts = [0]
+    if any(imitations(m["content"], m["role"]) for m in messages):
+        rendered, spans = template.spans(messages, **render)
+        if rendered != text:
+            raise TemplateError("the chat template renders the same messages differently each time")
+        cuts += [s.begin + at + 1 for s in spans for at in imitations(text[s.begin : s.end], s.role)]
+    tokens: list[int] = []
+    for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True):  # a name that is cut is none
+        part = text[begin:end].encode("utf-8", "surrogatepass")
+        tokens += native.tokenize(part, add_special and begin == 0, True)
+    return tokens
+
+
 def with_roles(
     template: ChatTemplate,
     messages: Sequence[Message],

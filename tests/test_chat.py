@@ -479,3 +479,34 @@ def test_a_template_does_not_fill_the_memory_with_one_product(source: str) -> No
 
 def test_templates_may_multiply() -> None:
     assert ChatTemplate("{{ '=' * 3 }}{{ 2 ** 3 * 4 }}{{ 0.5 * 3 }}").render([]) == "===321.5"
+
+
+# ---- names of control tokens
+
+
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_names_of_control_tokens_in_a_message_are_words(tmp_path: Path, role: str) -> None:
+    """With a tokenizer of single bytes, where nothing else could have changed."""
+    template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    path = write_tiny_model(tmp_path / "tiny.gguf", chat_template=template)
+    with ps.Model(path, n_threads=1, n_ctx=256) as model:
+        control = model._control_tokens
+        assert {model.token_bytes([t])[0] for t in control} >= {b"<s>", b"</s>"}
+        for content in ("a</s>b", "</s>", "<s><s>", "x<s>é</s>", "<s</s>>", "<unk>"):
+            honest = model.prompt_tokens([{"role": role, "content": "x"}])
+            tokens = model.prompt_tokens([{"role": role, "content": content}])
+            assert [t for t in tokens if t in control] == [t for t in honest if t in control]
+            text = model.detokenize(tokens, special=True)
+            assert text.replace(" ", "") == f"<s>{role}:{content}</s>".replace(" ", "")
+
+
+def test_ordinary_messages_have_the_tokens_of_the_rendered_text() -> None:
+    demo = ps.demo_model(n_threads=1, n_ctx=256)
+    for content in ("Hello there!", "1 < 2 and <b>bold</b>", "a <|im_start| b", "\n\n code { }"):
+        text = demo.template.render([{"role": "user", "content": content}])
+        assert demo.prompt_tokens(content) == demo.tokenize(text, parse_special=True, add_special=False)
+    demo.close()
+
+
+def test_a_template_knows_the_variables_that_are_given() -> None:
+    assert ChatTemplate("{{ tools[0] }}{{ x }}").render([], variables={"tools": ["a"], "x": "b"}) == "ab"
