@@ -19,6 +19,10 @@ _UNENFORCED = {
 }  # fmt: skip
 _NAMED = {"properties", "$defs", "definitions"}  # these hold schemas by names of the author's own
 
+MAX_COUNT = 2000  # of repetitions; llama.cpp's own limit in a grammar
+_COUNTS = {"minItems", "maxItems", "minLength", "maxLength"}
+_NUMBER = re.compile(r"(?<=[{,])\s*(\d{1,18})")
+
 # what braces mean nothing in: strings, character classes and comments of a grammar
 _LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
 _REPETITION = re.compile(r"\{\s*(\d+)\s*,\s*(\d+)\s*\}")
@@ -43,12 +47,28 @@ def grammar_of(grammar: str | None, json_schema: Mapping[str, Any] | str | None)
         schema = json.loads(text)
         if not isinstance(schema, dict):
             raise ValueError("it is no object")
+        _check_counts(schema)
         made = _checked(json_schema_to_gbnf(text))
     except Exception as e:  # the converter raises whatever a malformed schema makes it run into
         raise ArgumentError(f"json_schema cannot be used ({type(e).__name__}: {e})") from e
     if missing := sorted(_unenforced(schema)):
         log.warning("json_schema: %s not enforced, the text may break it", ", ".join(missing))
     return made
+
+
+def _check_counts(schema: Any) -> None:
+    """The converter writes out what is repeated: a count of millions would fill the memory."""
+    if isinstance(schema, list):
+        for part in schema:
+            _check_counts(part)
+    elif isinstance(schema, dict):
+        for key, part in schema.items():
+            counts = [part] if key in _COUNTS and isinstance(part, (int, float)) else []
+            if key == "pattern" and isinstance(part, str):
+                counts = [int(n) for n in _NUMBER.findall(part)]
+            if any(n > MAX_COUNT for n in counts):
+                raise ValueError(f"{key} is beyond {MAX_COUNT}")
+            _check_counts(part)
 
 
 def _unenforced(schema: Any) -> set[str]:

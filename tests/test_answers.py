@@ -121,6 +121,19 @@ def test_what_a_schema_asks_for_and_the_grammar_does_not_enforce_is_named(
     assert "maximum, minimum not enforced" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 10**8}, {"type": "array", "items": {"type": "integer"}, "minItems": 1e9},
+        {"type": "string", "pattern": "^a{1,99999999}$"},
+        {"type": "object", "properties": {"a": {"anyOf": [{"type": "string", "minLength": 2001}]}}},
+    ],
+)  # fmt: skip
+def test_counts_that_would_fill_the_memory_are_refused(model: ps.Model, schema: dict[str, Any]) -> None:
+    with pytest.raises(ps.ArgumentError, match="is beyond 2000"):
+        model.generate("x", json_schema=schema)
+
+
 def test_chat_takes_a_schema_too(model: ps.Model) -> None:
     schema, valid = SCHEMAS[0]
     assert valid(json.loads(model.chat("how", json_schema=schema, max_tokens=230, seed=5)))
