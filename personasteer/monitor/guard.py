@@ -111,8 +111,8 @@ class GuardedAnswer:
     """What came of a guarded request.
 
     Args:
-        answer: as in Answer; readings are the guard's own. Where a rule stopped it, its text is the rule's message and
-            its finish "stopped".
+        answer: as in Answer; its first readings, two for each vector, are the guard's own. Where a rule stopped it, its
+            text is the rule's message and its finish "stopped".
         events: what happened, in order.
         before: for each vector the reading at the token before the answer, of the first attempt; `states_before` what
             it amounts to.
@@ -260,6 +260,11 @@ class GuardedStream:
     """One guarded request: iterate for its text, or ask for the whole `result`.
 
     Where a rule may take back the text (stop with a message, regenerate), it comes when the answer is whole.
+
+    Attributes:
+        events: what happened so far.
+        holds_back: whether a rule may take back the text.
+        attempt: 0, and more for an answer that is made anew.
     """
 
     def __init__(
@@ -273,21 +278,25 @@ class GuardedStream:
     ) -> None:
         self._guard, self._session = guard, session
         self._conversation, self._earlier, self._options = conversation, earlier, options
+        more_reads = list(options.pop("readings", ()))
+        options.pop("read_prompt", None)  # of the prompt only its last token is read
         self._base = guard.model.steering_of(steer)
         edits = any(r.when != "before" and r.action in ("cap", "subtract", "edit") for r in guard.rules)
         if edits and Conditions(self._base, guard.model):
             raise ArgumentError(
                 'a guard that edits during the answer takes no conditions on the prompt: use When(..., on="token")'
             )
-        self._holds_back = any(r.action == "regenerate" or (r.action == "stop" and r.message) for r in guard.rules)
+        self.holds_back = any(r.action == "regenerate" or (r.action == "stop" and r.message) for r in guard.rules)
         self._extra = Steering()  # of earlier attempts
         self._before: dict[str, float] = {}
         self._states_before: dict[str, str] = {}
-        self._attempt = 0
+        self.attempt = 0
         self.events: list[Event] = []
         self._reads = [
             {side.layer: side.direction} for t in guard.thresholds for side in (t, t.running or t)
         ]  # before the answer, and during it
+        self._n_own = len(self._reads)
+        self._reads += more_reads
         self._begin()
 
     def _begin(self) -> None:
@@ -314,7 +323,7 @@ class GuardedStream:
         for k, w in enumerate(self._watched):
             reading = float(readings[2 * k][n_prompt - 1, 0])
             w.state = w.threshold.state(reading, self._earlier.get(w.threshold.name, "ok"))
-            if self._attempt == 0:
+            if self.attempt == 0:
                 self._before[w.threshold.name] = reading
                 self._states_before[w.threshold.name] = w.state
             probability = w.threshold.probability(reading)
@@ -354,13 +363,13 @@ class GuardedStream:
         for i, rule in enumerate(self._guard.rules):
             if rule.vector.name != w.threshold.name or i in self._acted or not rule.holds(w.state, moment):
                 continue
-            if rule.action == "regenerate" and moment == "before" and self._attempt:
+            if rule.action == "regenerate" and moment == "before" and self.attempt:
                 continue  # the prompt is what it was: now the answer tells
             if over and rule.action in ("cap", "subtract", "edit"):
                 continue
             self._acted.add(i)
             if rule.action == "regenerate":
-                if self._attempt >= rule.tries or self._again:
+                if self.attempt >= rule.tries or self._again:
                     continue
                 self._again = rule
             elif rule.action == "stop":
@@ -372,7 +381,7 @@ class GuardedStream:
     def _record(
         self, token: int, moment: str, w: _Watched, reading: float, probability: float | None, action: str
     ) -> None:
-        event = Event(token, moment, w.threshold.name, reading, w.state, probability, action, self._attempt)
+        event = Event(token, moment, w.threshold.name, reading, w.state, probability, action, self.attempt)
         self.events.append(event)
         log.info("%s", event)
         if self._guard.on_event:
@@ -381,7 +390,7 @@ class GuardedStream:
     # -- for the caller ---------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[str]:
-        if self._holds_back:
+        if self.holds_back:
             yield self.result().text
             return
         for piece in self._stream:
@@ -390,7 +399,7 @@ class GuardedStream:
             yield piece
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        if self._holds_back:
+        if self.holds_back:
             yield (await asyncio.to_thread(self.result)).text
             return
         async for piece in self._stream:
@@ -403,20 +412,56 @@ class GuardedStream:
         """Whether a rule has stopped it before its first token."""
         return self._stopped is not None and not any(len(w.sums) > 1 for w in self._watched)
 
+    def take(self) -> str:
+        """The text that is there and was not taken, without computing: others step the session. Where a rule asks for
+        another answer, it is queued here.
+        """
+        if self._stream.done and self._again and not self._failed:
+            self._begin_again()
+        if self.holds_back or self._silenced:
+            return ""
+        return self._stream.take()
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete, cancelled or failed."""
+        return self._stream.done and (self._again is None or self._failed)
+
+    @property
+    def _failed(self) -> bool:
+        return self._stream._error is not None
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self._stream.n_prompt
+
+    def readings(self, first: int = 0) -> list[NDArray[np.float32]]:
+        """Those of the caller's own `readings`, as in Stream."""
+        return self._stream.readings(first)[self._n_own :]
+
+    def tokens(self, first: int = 0) -> list[tuple[int, float, list[tuple[int, float]]]]:
+        """As in Stream; of the attempt under way."""
+        return self._stream.tokens(first)
+
+    def _begin_again(self) -> None:
+        assert self._again is not None
+        self.attempt += 1
+        self._extra = self._extra + self._guard._edits[id(self._again)]
+        self._begin()
+
     def result(self) -> GuardedAnswer:
         """Compute to the end. Raises ModelError where the request failed."""
         answer = self._stream.result()
         while self._again:
-            self._attempt += 1
-            self._extra = self._extra + self._guard._edits[id(self._again)]
-            self._begin()
+            self._begin_again()
             answer = self._stream.result()
         if self._stopped:
             text = self._stopped.message or ("" if self._silenced else answer.text)
             answer = replace(answer, text=text, finish="stopped")
         running = {w.threshold.name: np.array(w.means) for w in self._watched}
         before = dict(self._before), dict(self._states_before)
-        return GuardedAnswer(answer, tuple(self.events), *before, running, self._attempt + 1)
+        return GuardedAnswer(answer, tuple(self.events), *before, running, self.attempt + 1)
 
     def cancel(self) -> None:
         """Stop now; `result` then gives what there is."""
