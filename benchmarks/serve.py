@@ -34,7 +34,7 @@ QUESTIONS = [f"Tell me {i + 2} things about rain." for i in range(N)]
 
 
 def start(model: str, vector: Path, threads: int) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-c", "from personasteer.cli import main; main()", "serve", "-m", model, "--no-page",
+    command = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()", "serve", "-m", model, "--no-page",
                "-v", f"v={vector}", "--port", "0", "--parallel", str(N), "-c", "256", "-t", str(threads)]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -62,7 +62,8 @@ class Running:
 @contextmanager
 def serving(log: Path, options: Sequence[str]) -> Iterator[Running]:
     """`personasteer serve` with these options at a free port, with a key."""
-    command = [sys.executable, "-c", "from personasteer.cli import main; main()", "serve", "--port", "0", *options]
+    program = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()"]  # not from the folder we are in
+    command = [*program, "serve", "--port", "0", *options]
     with log.open("w") as f:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=f, text=True, env={**os.environ, "PERSONASTEER_API_KEY": KEY}

@@ -456,6 +456,20 @@ def test_a_bundle_is_served_with_its_own_mix(vectors: dict[str, Path], model: ps
         assert s.get("/v1/steering").json() == {"steering": [], "bundle": True}
 
 
+def test_where_it_is_may_be_said_as_json(tmp_path: Path) -> None:
+    program = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()"]
+    command = [*program, "serve", "--port", "0", "-m", "demo", "-t", "1", "-c", "256", "--no-page", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = json.loads(process.stdout.readline())
+            assert httpx.get(said["url"] + "/health").status_code == 200
+            assert said["vectors"] == []
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -475,7 +489,16 @@ def test_a_bundle_is_served_with_its_own_mix(vectors: dict[str, Path], model: ps
 def test_what_cannot_be_served_ends_with_one_line(
     options: list[str], code: int, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-c", "from personasteer.cli import main; main()", "serve", "--port", "0", *options]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from personasteer.cli import main; main()",
+        "serve",
+        "--port",
+        "0",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr

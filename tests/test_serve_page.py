@@ -159,3 +159,25 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(page: Any) -> None:
     page.wait_for_function("document.body.classList.contains('body--dark')")
     page.set_viewport_size({"width": 1200, "height": 850})
     shots(page, "dark")
+
+
+@pytest.mark.browser
+def test_a_vector_can_be_uploaded_where_that_is_allowed(browser: Any, tmp_path: Path) -> None:
+    samples.vector(n_layer=30, n_embd=576, layers=(12,), name="calm").save(tmp_path / "calm.gguf")
+    (tmp_path / "junk.gguf").write_bytes(b"no vector")
+    with serving(tmp_path / "log", ["-m", "demo", "-t", "1", "-c", "512", "-n", "4", "--allow-upload"]) as s:
+        page = browser.new_context().new_page()
+        page.set_default_timeout(30_000)
+        page.goto(s.url)
+        page.get_by_label("API key").fill(KEY)
+        page.get_by_label("API key").press("Enter")
+        page.get_by_label("Your message").wait_for()
+        page.set_input_files("input[type=file]", tmp_path / "junk.gguf")
+        page.get_by_text("junk.gguf: not a GGUF file").wait_for()
+        page.set_input_files("input[type=file]", tmp_path / "calm.gguf")
+        page.get_by_text("calm can be used").wait_for()
+        assert page.locator("[role=slider][aria-label=calm]").count() == 1
+        assert [v["id"] for v in s.get("/v1/vectors").json()["data"]] == ["calm"]
+        mix = [{"vector": "calm", "strength": 0.3}]
+        ask_for = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "steering": mix}
+        assert s.post("/v1/chat/completions", json=ask_for).status_code == 200

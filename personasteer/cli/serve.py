@@ -11,6 +11,7 @@ import typer
 from personasteer.cli._common import (
     CtxOption,
     GpuOption,
+    JsonOption,
     LoraOption,
     OffsetOption,
     ThreadsOption,
@@ -76,6 +77,7 @@ def serve(
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    json: JsonOption = False,
 ) -> None:
     """Serve a model to OpenAI clients; every request has its own mix of vectors.
 
@@ -125,7 +127,7 @@ def serve(
         from personasteer.serve.page import add_page
 
         add_page(application, application.state.server, upload=allow_upload)
-    run(application, sock, grace=grace, verbose=verbose or log_requests)
+    run(application, sock, grace=grace, verbose=verbose or log_requests, as_json=json)
 
 
 def _vectors(given: list[str]) -> tuple[dict[str, str], dict[str, float]]:

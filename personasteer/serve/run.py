@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 from types import FrameType
@@ -19,8 +20,9 @@ log = logging.getLogger("personasteer.serve")
 class _Server(uvicorn.Server):
     """Stops taking requests at the first signal; those that run have `grace` seconds."""
 
-    def __init__(self, app: FastAPI, config: uvicorn.Config, grace: float) -> None:
+    def __init__(self, app: FastAPI, config: uvicorn.Config, grace: float, *, as_json: bool) -> None:
         super().__init__(config)
+        self._as_json = as_json
         self.failed = ""
         self._backend, self._grace = app.state.server.backend, grace
         self._ending: asyncio.Task[None] | None = None
@@ -40,7 +42,9 @@ class _Server(uvicorn.Server):
             return
         for sock in sockets:
             host, port = sock.getsockname()[:2]
-            print(f"http://{f'[{host}]' if ':' in host else host}:{port} is ready", flush=True)
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            said = json.dumps({"url": url, "vectors": list(self._backend.info["vectors"])}) if self._as_json else ""
+            print(said or f"{url} is ready", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
@@ -66,15 +70,15 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: FastAPI, sock: socket.socket, *, grace: float, verbose: bool) -> None:
-    """Serve until a signal comes. Raises ModelError or ArgumentError where the worker cannot start."""
+def run(app: FastAPI, sock: socket.socket, *, grace: float, verbose: bool, as_json: bool = False) -> None:
+    """Serve until a signal comes; says where it is in a line, as words or as JSON. Raises ModelError or ArgumentError where the worker cannot start."""
     if verbose:
         log.setLevel(logging.INFO)
     config = uvicorn.Config(
         app, log_level="info" if verbose else "warning", access_log=verbose, server_header=False,
         timeout_graceful_shutdown=max(1, round(grace + 5)), timeout_keep_alive=30, h11_max_incomplete_event_size=65536,
     )  # fmt: skip
-    server = _Server(app, config, grace)
+    server = _Server(app, config, grace, as_json=as_json)
     with contextlib.suppress(KeyboardInterrupt):  # the signal again, once all is done
         server.run(sockets=[sock])
     if server.failed:
