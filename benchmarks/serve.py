@@ -34,7 +34,8 @@ QUESTIONS = [f"Tell me {i + 2} things about rain." for i in range(N)]
 
 
 def start(model: str, vector: Path, threads: int) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()", "serve", "-m", model, "--no-page",
+    program = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()"]
+    command = [*program, "serve", "-m", model, "--no-page",
                "-v", f"v={vector}", "--port", "0", "--parallel", str(N), "-c", "256", "-t", str(threads)]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

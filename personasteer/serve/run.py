@@ -71,7 +71,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(app: FastAPI, sock: socket.socket, *, grace: float, verbose: bool, as_json: bool = False) -> None:
-    """Serve until a signal comes; says where it is in a line, as words or as JSON. Raises ModelError or ArgumentError where the worker cannot start."""
+    """Serve until a signal comes; says where it is in a line, as words or as JSON. Raises ModelError or ArgumentError
+    where the worker cannot start.
+    """
     if verbose:
         log.setLevel(logging.INFO)
     config = uvicorn.Config(
