@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from personasteer._native import load_core
 from personasteer.errors import VectorError
 from personasteer.steering import (
+    ROLES,
     Add,
     AnyEdit,
     Edit,
@@ -123,6 +124,12 @@ class Plan:
     def rho(self) -> float:
         """The largest dose that a token gets."""
         return max((m.rho for m in self.mixes), default=0.0)
+
+
+def check_steering(steering: Steering, model: SteeredModel) -> None:
+    """Raises what a request with these edits would, whatever roles its tokens have."""
+    everywhere = {role: np.ones(2, bool) for role in (*ROLES, "thinking")}
+    compile_plan(steering, model, n_tokens=2, n_prompt=1, roles=everywhere)
 
 
 def compile_plan(

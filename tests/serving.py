@@ -16,6 +16,7 @@ import httpx
 import openai
 
 KEY = "sk-a-key-of-the-tests"
+PROGRAM = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()"]  # not from the folder we are in
 
 
 @dataclass
@@ -62,8 +63,7 @@ class Running:
 @contextmanager
 def serving(log: Path, options: Sequence[str]) -> Iterator[Running]:
     """`personasteer serve` with these options at a free port, with a key."""
-    program = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()"]  # not from the folder we are in
-    command = [*program, "serve", "--port", "0", *options]
+    command = [*PROGRAM, "serve", "--port", "0", *options]
     with log.open("w") as f:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=f, text=True, env={**os.environ, "PERSONASTEER_API_KEY": KEY}

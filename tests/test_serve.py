@@ -16,7 +16,7 @@ import numpy as np
 import openai
 import pytest
 import samples
-from serving import KEY, Running, serving
+from serving import KEY, PROGRAM, Running, serving
 
 import personasteer as ps
 from personasteer import monitor
@@ -457,8 +457,7 @@ def test_a_bundle_is_served_with_its_own_mix(vectors: dict[str, Path], model: ps
 
 
 def test_where_it_is_may_be_said_as_json(tmp_path: Path) -> None:
-    program = [sys.executable, "-P", "-c", "from personasteer.cli import main; main()"]
-    command = [*program, "serve", "--port", "0", "-m", "demo", "-t", "1", "-c", "256", "--no-page", "--json"]
+    command = [*PROGRAM, "serve", "--port", "0", "-m", "demo", "-t", "1", "-c", "256", "--no-page", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -17,6 +17,7 @@ from personasteer.cli._common import (
     ThreadsOption,
     load_adapters,
     model_path,
+    read_text,
     split_strength,
     stderr,
 )
@@ -148,10 +149,7 @@ def _vectors(given: list[str]) -> tuple[dict[str, str], dict[str, float]]:
 def _key(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get(KEY) or None
-    try:
-        key = file.read_text("utf-8").strip()
-    except (OSError, ValueError) as e:
-        raise ArgumentError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
+    key = (read_text(file) or "").strip()
     if not key:
         raise ArgumentError(f"{file}: holds no key")
     return key

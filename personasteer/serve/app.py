@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -80,27 +80,24 @@ def create_app(worker: WorkerOptions, options: ServerOptions | None = None) -> F
     }
     ready = [Depends(running)]
 
-    def counted(request: Request, response: Response) -> Response:
+    async def answered(answer: Callable[[Any, Request], Awaitable[Response]], body: Any, request: Request) -> Response:
+        if options.log_bodies:
+            log.info("%s: %s", _route(request), body.model_dump_json(exclude_none=True))
+        response = await answer(body, request)
         server.metrics.requests.labels(_route(request), response.status_code).inc()
         return response
 
     @app.post("/v1/chat/completions", dependencies=ready, responses=errors)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        if options.log_bodies:
-            log.info("chat: %s", body.model_dump_json(exclude_none=True))
-        return counted(request, await server.chat(body, request))
+        return await answered(server.chat, body, request)
 
     @app.post("/v1/completions", dependencies=ready, responses=errors)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        if options.log_bodies:
-            log.info("completion: %s", body.model_dump_json(exclude_none=True))
-        return counted(request, await server.complete(body, request))
+        return await answered(server.complete, body, request)
 
     @app.post("/v1/responses", dependencies=ready, responses=errors)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
-        if options.log_bodies:
-            log.info("response: %s", body.model_dump_json(exclude_none=True))
-        return counted(request, await server.respond(body, request))
+        return await answered(server.respond, body, request)
 
     @app.get("/v1/models", dependencies=ready, responses=errors)
     async def models() -> dict[str, Any]:
@@ -113,8 +110,7 @@ def create_app(worker: WorkerOptions, options: ServerOptions | None = None) -> F
     @app.get("/v1/models/{name}", dependencies=ready, responses=errors)
     async def model(name: str) -> dict[str, Any]:
         if name != server.name:
-            raise ApiError(404, f"there is no model {name[:80]!r}; this server has {server.name!r}", param="model",
-                           code="model_not_found")  # fmt: skip
+            raise server.no_model(name)
         return {"id": name, "object": "model", "created": server.created, "owned_by": "personasteer"}
 
     @app.get("/v1/vectors", dependencies=ready, responses=errors)

@@ -302,7 +302,7 @@ class Backend:
 
     async def check(self, mix: Sequence[Mapping[str, Any]]) -> None:
         """Raises ApiError where a request with these edits would fail."""
-        await self._ask({"do": "check", "mixes": [list(mix)]})
+        await self._ask({"do": "check", "mix": list(mix)})
 
     async def load(self, name: str, file: str) -> None:
         """One more vector. Raises ApiError for a file that is none, or for another model."""

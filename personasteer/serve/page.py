@@ -28,7 +28,7 @@ from personasteer.ship.bundle import write_bundle
 from personasteer.steering import SCOPES
 from personasteer.vectors import PersonaVector
 
-OPS = {"add": "add", "cap": "cap", "floor": "floor", "ablate": "ablate"}
+OPS = ("add", "cap", "floor", "ablate")
 REDRAW = 0.1  # seconds between two looks of a growing answer
 MAX_UPLOAD = 256 * 2**20
 GREY = "#888"  # readable on light and dark

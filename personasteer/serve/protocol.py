@@ -136,6 +136,10 @@ class Generation(Own):
                 raise ValueError(f"{token[:40]!r} is no token id")
         return given
 
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def options(self) -> dict[str, Any]:
         """As Session.submit takes them."""
         named = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty")

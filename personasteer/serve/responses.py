@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from personasteer.serve.answers import Choice, dumps, now, usage
+from personasteer.serve.answers import Choice, comment, dumps, now, usage
 from personasteer.serve.protocol import MAX_MESSAGES, ApiError, ChatRequest, Open, Own, TextPart
 
 
@@ -135,9 +134,9 @@ class Response:
                 news: dict[str, Any] | None = first[1]
                 while news is not None:
                     if not news:
-                        yield b": " + json.dumps({"waiting": True}).encode() + b"\n\n"
+                        yield comment({"waiting": True})
                     for e in news.get("events", ()):
-                        yield b": " + dumps({"personasteer": {"event": e}}) + b"\n\n"
+                        yield comment({"personasteer": {"event": e}})
                     if news.get("text"):
                         yield event("response.output_text.delta", **at, delta=news["text"], logprobs=[])
                     following = await anext(heard, None)

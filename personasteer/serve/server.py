@@ -118,10 +118,7 @@ class Server:
         """Raises ApiError for a model or a vector that is not here."""
         name, in_name = split_model(body.model or "", (self.name, str(self.backend.info.get("model"))))
         if name not in ("", "default", self.name, self.backend.info.get("model")):
-            raise ApiError(
-                404, f"there is no model {name[:80]!r}; this server has {self.name!r}", param="model",
-                code="model_not_found",
-            )  # fmt: skip
+            raise self.no_model(name)
         own = body.steering is not None or in_name is not None
         steering = [*(in_name or []), *(body.steering or [])] if own else self.default
         known = list(self.vectors)
@@ -131,6 +128,10 @@ class Server:
         readings = known if body.readings is True else list(dict.fromkeys(body.readings or []))
         check_names(readings, known, "readings")
         return Plan(steering, self.bundled and not own, body.guard, readings, client)
+
+    def no_model(self, name: str) -> ApiError:
+        text = f"there is no model {name[:80]!r}; this server has {self.name!r}"
+        return ApiError(404, text, param="model", code="model_not_found")
 
     def submit(self, plan: Plan, command: dict[str, Any]) -> Job:
         return self.backend.submit(
@@ -229,7 +230,7 @@ class Server:
             head |= {"object": "chat.completion.chunk"}
             return await self._stream(
                 request, jobs, choices, plan, head, ChatEvents(body.wants_logprobs),
-                with_usage=bool(body.stream_options and body.stream_options.include_usage),
+                with_usage=body.wants_usage,
             )  # fmt: skip
         await _unless_gone(request, _all(self.heard(jobs, choices)))
         answers = []
@@ -282,7 +283,7 @@ class Server:
         if body.stream:
             return await self._stream(
                 request, jobs, choices, plan, head, PlainEvents(body.logprobs is not None),
-                with_usage=bool(body.stream_options and body.stream_options.include_usage),
+                with_usage=body.wants_usage,
             )  # fmt: skip
         await _unless_gone(request, _all(self.heard(jobs, choices)))
         answers = [

@@ -86,20 +86,15 @@ class Calling:
             return None
         if self.named:
             return _parameters(next(t for t in self.tools if t.function.name == self.choice))
-        return {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "properties": {"name": {"const": t.function.name}, "arguments": _parameters(t)},
-                    "required": ["name", "arguments"],
-                }
-                for t in self.tools
-            ]
-        } if len(self.tools) > 1 else {
-            "type": "object",
-            "properties": {"name": {"const": self.tools[0].function.name}, "arguments": _parameters(self.tools[0])},
-            "required": ["name", "arguments"],
-        }  # fmt: skip
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": t.function.name}, "arguments": _parameters(t)},
+                "required": ["name", "arguments"],
+            }
+            for t in self.tools
+        ]
+        return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
     def in_messages(self, messages: list[dict[str, Any]], *, template_knows: bool) -> dict[str, Any]:
         """More variables of the template; or, where it knows no tools, words in the system message."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ContextError, PersonasteerError, TemplateError, VectorError
 from personasteer.live import Session, Stream
-from personasteer.mixes import compile_plan
+from personasteer.mixes import check_steering
 from personasteer.model import Model
 from personasteer.monitor.guard import Guard, GuardedStream, Rule
 from personasteer.monitor.policy import load_policy
@@ -33,7 +33,7 @@ from personasteer.monitor.thresholds import Threshold, load_thresholds, threshol
 from personasteer.serve.edits import rules_of, steering_of
 from personasteer.serve.protocol import Edit, GuardRule
 from personasteer.ship.bundle import load_bundle
-from personasteer.steering import ROLES, Steering, check_fits
+from personasteer.steering import Steering, check_fits
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer.serve")
@@ -78,7 +78,6 @@ class _Running:
     wants_tokens: bool
     n_prompt: int
     n_told: int = 0  # tokens
-    n_read: int = 0
     n_events: int = 0
     attempt: int = 0
 
@@ -113,7 +112,9 @@ class Worker:
             check_fits(vector, self.model)
         if options.watched or options.policy or options.thresholds:
             self._check_traits()
-        self.thresholds = self._thresholds(options)
+        known = load_thresholds(options.thresholds) if options.thresholds else []
+        self.thresholds: dict[str, Threshold] = {t.name: t for t in known}
+        self._calibrate([self.vectors[name] for name in options.watched])
         policy = load_policy(Path(options.policy)) if options.policy else []
         self.guard = self._guarded(policy) if policy else None
         self.norms = self.model.norms
@@ -127,22 +128,17 @@ class Worker:
             if of.setdefault(v.name, name) != name:
                 raise ArgumentError(f"{of[v.name]} and {name} are both of {v.name!r}: a guard cannot tell them apart")
 
-    def _thresholds(self, options: WorkerOptions) -> dict[str, Threshold]:
-        found = {t.name: t for t in load_thresholds(options.thresholds)} if options.thresholds else {}
-        missing = [self.vectors[name] for name in options.watched if self.vectors[name].name not in found]
+    def _calibrate(self, vectors: Sequence[PersonaVector]) -> None:
+        """Thresholds of those that have none."""
+        missing = list({v.name: v for v in vectors if v.name not in self.thresholds}.values())
         if missing:
             made = thresholds_for(self.model, missing, running=True, progress=self._progress("calibrating"))
-            found |= {t.name: t for t in made}
-        return found
+            self.thresholds |= {t.name: t for t in made}
 
     def _guarded(self, rules: Sequence[Rule]) -> Guard:
         """A guard by known thresholds, where there are; those of the policy file are calibrated."""
-        named = {r.vector.name for r in rules}
-        if not named <= self.thresholds.keys():
-            vectors = list({r.vector.name: r.vector for r in rules if r.vector.name not in self.thresholds}.values())
-            made = thresholds_for(self.model, vectors, running=True, progress=self._progress("calibrating"))
-            self.thresholds |= {t.name: t for t in made}
-        return Guard(self.model, rules, thresholds=[self.thresholds[n] for n in named])
+        self._calibrate([r.vector for r in rules])
+        return Guard(self.model, rules, thresholds=[self.thresholds[n] for n in {r.vector.name for r in rules}])
 
     def _progress(self, what: str) -> Any:
         last = [0.0]
@@ -163,9 +159,7 @@ class Worker:
             "fingerprint": m.fingerprint, "n_ctx": m.n_ctx, "n_parallel": m.n_parallel, "n_layer": m.n_layer,
             "chat": m.has_template,
             "tools": m.has_template and m.template.names("tools"),
-            "unhooked": m.unhooked or None,
             "vectors": {name: self._described(v) for name, v in self.vectors.items()},
-            "bundled": len(self.bundled),
         }  # fmt: skip
 
     def _described(self, v: PersonaVector) -> dict[str, Any]:
@@ -184,8 +178,7 @@ class Worker:
             if command["do"] == "submit":
                 self._submit(request_id, command)
             elif command["do"] == "check":
-                for edits in command["mixes"]:
-                    self._check(steering_of([Edit(**e) for e in edits], self.vectors))
+                check_steering(steering_of([Edit(**e) for e in command["mix"]], self.vectors), self.model)
                 self.tell([{"id": request_id, "done": {}}])
             elif command["do"] == "load":
                 vector = PersonaVector.load(command["file"], offset=self.options.offset)
@@ -203,11 +196,6 @@ class Worker:
         except Exception as e:  # one request's trouble is not the others'
             log.exception("a request failed")
             self.tell([{"id": request_id, "error": [500, "an error of the server; its log says more", str(e)]}])
-
-    def _check(self, steering: Steering) -> None:
-        """Raises what a request with these edits would."""
-        everywhere = {role: np.ones(2, bool) for role in (*ROLES, "thinking")}
-        compile_plan(steering, self.model, n_tokens=2, n_prompt=1, roles=everywhere)
 
     def _submit(self, request_id: int, c: Mapping[str, Any]) -> None:
         steering = steering_of([Edit(**e) for e in c["steering"]], self.vectors)
@@ -277,7 +265,7 @@ class Worker:
             events = [{**e.as_dict(), "name": self._served_as(e.name)} for e in r.stream.events[r.n_events :]]
             r.n_events += len(events)
             if r.stream.attempt != r.attempt:  # what it said of the attempt before is taken back
-                r.attempt, r.n_told, r.n_read = r.stream.attempt, 0, 0
+                r.attempt, r.n_told = r.stream.attempt, 0
         done = r.stream.done
         held = isinstance(r.stream, GuardedStream) and r.stream.holds_back and not done
         item: dict[str, Any] = {"id": request_id}

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from personasteer.chat import Conversation
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, BundleError, ModelError, PersonasteerError, VectorError
 from personasteer.identity import check_model_file, differences, identify
-from personasteer.mixes import compile_plan
+from personasteer.mixes import check_steering
 from personasteer.model import Model, demo_model_path
 from personasteer.ship import archive
 from personasteer.ship.card import Row, evaluations_in, render_card, render_modelfile
@@ -32,7 +30,7 @@ from personasteer.ship.contents import (
     vector_entry,
 )
 from personasteer.ship.persona import Persona, clean, edit_entry, edit_of, parse
-from personasteer.steering import ROLES, Ablate, Add, AnyEdit, Cap, Steer, Steering, as_steering, check_fits
+from personasteer.steering import Ablate, Add, AnyEdit, Cap, Steer, Steering, as_steering, check_fits
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
@@ -92,8 +90,7 @@ def write_bundle(
     if not include_model and target.is_dir() and target.resolve() in base.resolve().parents:
         raise ArgumentError(f"{base}: lies in the bundle that would be replaced; include the model, or move it")
     described = ModelInFile.read(base)
-    everywhere = {role: np.ones(2, bool) for role in (*ROLES, "thinking")}
-    compile_plan(Steering(edits), described, n_tokens=2, n_prompt=1, roles=everywhere)  # that they can be together
+    check_steering(Steering(edits), described)  # that they can be together
     vectors = VectorFiles(edits)
     evidence, forms = report_files(reports), shipped_files(shipped, described)
     content: dict[str, Any] = {
