@@ -29,7 +29,7 @@ void attachment::attach() {
     const int n_layer = llama_model_n_layer(mdl), n_embd = llama_model_n_embd(mdl);
     auto new_bank = std::make_unique<edit_bank>(n_embd, std::vector<int>(wanted_layers.begin(), wanted_layers.end()),
                                                 columns, wanted_tables, false);
-    auto new_hook = std::make_unique<graph_edit>(n_layer, n_embd, columns, new_bank.get(), nullptr);
+    auto new_hook = std::make_unique<graph_edit>(n_layer, n_embd, columns, 0, new_bank.get(), nullptr);
     if (!llama_set_sampler(ctx, graph_edit::never_decoded, new_hook->chain())) {
         throw model_error("llama.cpp refuses the graph hook here (a model split by tensor?)");
     }

@@ -161,7 +161,7 @@ void bind_session(py::module_ & m) {
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     py::class_<session>(m, "Session", "Many requests over one llama.cpp context.")
         .def(py::init([](std::shared_ptr<model> mdl, int n_ctx, int n_parallel, int n_batch, int n_threads,
-                         int n_outputs, bool hook, bool native_on_cpu) {
+                         int n_outputs, bool hook, bool native_on_cpu, int n_cells, int n_blocks) {
                  session_params p;
                  p.n_ctx = n_ctx;
                  p.n_parallel = n_parallel;
@@ -170,11 +170,13 @@ void bind_session(py::module_ & m) {
                  p.n_outputs = n_outputs;
                  p.hook = hook;
                  p.native_on_cpu = native_on_cpu;
+                 p.n_cells = n_cells;
+                 p.n_blocks = n_blocks;
                  const py::gil_scoped_release release;
                  return std::make_unique<session>(std::move(mdl), p);
              }),
              "model"_a, "n_ctx"_a, "n_parallel"_a, "n_batch"_a, "n_threads"_a, "n_outputs"_a, "hook"_a = true,
-             "native_on_cpu"_a = false)
+             "native_on_cpu"_a = false, "n_cells"_a = 0, "n_blocks"_a = 0)
         .def(
             "submit",
             [](session & s, std::vector<llama_token> tokens, const mix_list & mixes, std::vector<int> mix_of_token,
@@ -324,6 +326,8 @@ void bind_session(py::module_ & m) {
                  return out;
              })
         .def("reset", &session::reset, no_gil)
+        .def("keep_prefix", &session::keep_prefix, "n"_a, no_gil,
+             "Forget all texts but the first n tokens of the first sequence; False: all is forgotten.")
         .def("detach", &session::detach, no_gil)
         .def(
             "set_taps",

@@ -43,8 +43,9 @@ std::string graph_edit::describe(int site) const {
                               : "the token embeddings (embd)";
 }
 
-graph_edit::graph_edit(int n_layer_, int n_embd_, int n_columns_, edit_bank * bank_, taps * tap_)
-    : n_layer(n_layer_), n_embd(n_embd_), n_columns(n_columns_), bank(bank_), tap(tap_) {
+graph_edit::graph_edit(int n_layer_, int n_embd_, int n_columns_, int n_blocks_, edit_bank * bank_, taps * tap_)
+    : n_layer(n_layer_), n_embd(n_embd_), n_columns(n_columns_), n_blocks(n_blocks_ > 0 ? n_blocks_ : n_layer_),
+      bank(bank_), tap(tap_) {
     order_ctx = make_tensor_context(2);
     seen_tokens = ggml_new_tensor_1d(order_ctx.get(), GGML_TYPE_I32, n_columns);
     seen_positions = ggml_new_tensor_1d(order_ctx.get(), GGML_TYPE_I32, n_columns);
@@ -249,12 +250,16 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     for (ggml_tensor * leaf : leaves) {
         ggml_build_forward_order(gf, leaf);
     }
+    const int last = n_blocks < n_layer ? output_at[size_t(n_blocks) - 1] : -1; // nothing is read behind it
     for (ggml_tensor * node : before) {
         ggml_build_forward_order(gf, node);
         if (const auto it = behind.find(node); it != behind.end()) {
             for (int i = it->second.first; i < it->second.second; ++i) {
                 ggml_build_forward_order(gf, all[size_t(i)]);
             }
+        }
+        if (last >= 0 && node == before[size_t(last)]) {
+            break;
         }
     }
     for (size_t i = size_t(checks_begin); i < all.size(); ++i) {

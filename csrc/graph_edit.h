@@ -23,8 +23,9 @@ class graph_edit {
   public:
     static constexpr llama_seq_id never_decoded = 1 << 30;
 
-    // bank and tap may be null; both must outlive the attachment
-    graph_edit(int n_layer, int n_embd, int n_columns, edit_bank * bank, taps * tap);
+    // bank and tap may be null; both must outlive the attachment. n_blocks > 0: later blocks, and the logits, are left
+    // out of the graph.
+    graph_edit(int n_layer, int n_embd, int n_columns, int n_blocks, edit_bank * bank, taps * tap);
     ~graph_edit();
     graph_edit(const graph_edit &) = delete;
     graph_edit & operator=(const graph_edit &) = delete;
@@ -50,6 +51,7 @@ class graph_edit {
     int n_layer;
     int n_embd;
     int n_columns;
+    int n_blocks;
     edit_bank * bank;
     taps * tap;
     llama_sampler_i interface{};

@@ -20,11 +20,16 @@ llama_context_params context_params(const session_params & p) {
     if (p.n_ctx < 1 || p.n_parallel < 1 || p.n_batch < p.n_parallel || p.n_threads < 1 || p.n_outputs < 1) {
         throw context_error("a session needs positive sizes, and n_batch of at least n_parallel");
     }
-    if (int64_t(p.n_ctx) * p.n_parallel > std::numeric_limits<int32_t>::max()) {
+    const int64_t n_cells = p.n_cells > 0 ? p.n_cells : int64_t(p.n_ctx) * p.n_parallel;
+    if (n_cells > std::numeric_limits<int32_t>::max()) {
         throw context_error(std::to_string(p.n_parallel) + " requests of " + std::to_string(p.n_ctx) +
                             " tokens are more than llama.cpp can count");
     }
-    cp.n_ctx = uint32_t(p.n_ctx * p.n_parallel);
+    if (n_cells < p.n_ctx) {
+        throw context_error("a cache of " + std::to_string(n_cells) + " tokens has no room for a request of " +
+                            std::to_string(p.n_ctx));
+    }
+    cp.n_ctx = uint32_t(n_cells);
     cp.n_batch = cp.n_ubatch = std::min(uint32_t(p.n_batch), cp.n_ctx);
     cp.n_seq_max = uint32_t(p.n_parallel);
     cp.n_outputs_max = uint32_t(std::max(p.n_outputs, p.n_parallel));
@@ -125,6 +130,13 @@ std::vector<int> session::checked_layers(std::vector<int> layers) const {
     return layers;
 }
 
+void session::check_computed(const std::vector<int> & layers) const {
+    if (cfg.n_blocks > 0 && !layers.empty() && layers.back() >= cfg.n_blocks) {
+        throw vector_error("block " + std::to_string(layers.back()) + " is not computed here, only " +
+                           std::to_string(cfg.n_blocks) + " blocks are");
+    }
+}
+
 void session::detach() {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!hook) {
@@ -156,8 +168,8 @@ void session::attach() {
     if (!wanted_taps.empty()) {
         new_tap = std::make_unique<taps>(mdl->n_embd(), wanted_taps, n_columns);
     }
-    auto new_hook =
-        std::make_unique<graph_edit>(mdl->n_layer(), mdl->n_embd(), n_columns, new_bank.get(), new_tap.get());
+    auto new_hook = std::make_unique<graph_edit>(mdl->n_layer(), mdl->n_embd(), n_columns, cfg.n_blocks, new_bank.get(),
+                                                 new_tap.get());
     if (!llama_set_sampler(ctx.get(), graph_edit::never_decoded, new_hook->chain())) {
         throw model_error("llama.cpp refuses the graph hook here (a model split by tensor?)");
     }
@@ -175,6 +187,8 @@ void session::set_taps(tap_config config) {
     require_idle("changing what is captured");
     config.pool_layers = checked_layers(std::move(config.pool_layers));
     config.raw_layers = checked_layers(std::move(config.raw_layers));
+    check_computed(config.pool_layers);
+    check_computed(config.raw_layers);
     if (config.n_pools < 0 || (config.n_pools == 0) != config.pool_layers.empty()) {
         throw vector_error("blocks to pool and pools come together");
     }
@@ -251,6 +265,10 @@ int session::submit(request r) {
     if (!inside(r.outputs, n)) {
         throw context_error("the span of outputs is outside the given tokens");
     }
+    if (cfg.n_blocks > 0 && (r.max_tokens > 0 || r.outputs.end > r.outputs.begin || !r.steer.mixes.empty())) {
+        throw context_error("this session computes " + std::to_string(cfg.n_blocks) +
+                            " blocks, no outputs and no edits");
+    }
     if (r.raws.size() > 1 || (r.raws.size() == 1 && !inside(r.raws[0], n_all))) {
         throw context_error("the span of raw rows is outside the request's tokens");
     }
@@ -274,6 +292,7 @@ int session::submit(request r) {
             o.directions.size() != o.layers.size() * size_t(o.n) * size_t(o.n_embd)) {
             throw vector_error("read-outs need ascending blocks, and directions of the model's width");
         }
+        check_computed(o.layers);
     }
     if (r.max_tokens > 0) { // a grammar that does not parse is this request's own error
         const token_sampler parsed(mdl->vocab(), r.sampling);
@@ -382,6 +401,28 @@ bool session::cancel(int id) {
 void session::reset() {
     const std::lock_guard<std::mutex> lock(mutex);
     fail_all();
+}
+
+bool session::keep_prefix(int n) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    require_idle("forgetting texts");
+    llama_synchronize(ctx.get());
+    const auto mem = llama_get_memory(ctx.get());
+    slot & first = slots[0];
+    if (n <= 0 || first.cached.size() < size_t(n) || llama_memory_seq_pos_min(mem, 0) != 0) {
+        fail_all();
+        return false;
+    }
+    for (size_t q = 1; q < slots.size(); ++q) {
+        llama_memory_seq_rm(mem, llama_seq_id(q), -1, -1);
+        slots[q].cached.clear();
+    }
+    if (!llama_memory_seq_rm(mem, 0, n, -1)) { // a recurrent state cannot go back
+        fail_all();
+        return false;
+    }
+    first.cached.resize(size_t(n));
+    return true;
 }
 
 void session::fail_all() {

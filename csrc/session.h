@@ -29,6 +29,8 @@ struct session_params {
     int n_outputs = 64;         // output rows per decode, at most
     bool hook = true;           // false: plain llama.cpp, no steering, no capture
     bool native_on_cpu = false; // blocks on the CPU take the operations of other devices, too
+    int n_cells = 0;            // tokens of all requests in the cache together; 0: n_ctx for each of n_parallel
+    int n_blocks = 0;           // only these are computed: readings and captures, no output rows; 0: all
 };
 
 // A span of token indices [begin, end) of a request, the tokens it will generate counted in.
@@ -123,6 +125,8 @@ class session {
     std::vector<float> readings_of(int id, size_t from) const; // of a running request, from a token on
     std::vector<result> take_results();
     void reset(); // forget all requests and all cached text
+    // Forget all cached text but the first n tokens of the first sequence. False: it has not so many, and all is gone.
+    bool keep_prefix(int n);
 
     // These change the graph, and throw while requests are queued or running.
     void set_taps(tap_config config);
@@ -164,6 +168,7 @@ class session {
     void require_idle(const char * what) const;
     bool any_request() const;
     std::vector<int> checked_layers(std::vector<int> layers) const; // ascending, once each, in range
+    void check_computed(const std::vector<int> & layers) const;     // ascending ones
     void check_steering(const steering & s, int n_given) const;
     void make_room(const steering & s, const readout * reads); // what the next decode must find attached
     void compute(const std::function<bool()> & interrupted, const decide_fn & decide,

@@ -23,6 +23,7 @@ from personasteer.errors import (  # noqa: E402
 )
 from personasteer.live import Answer, Session, Stream  # noqa: E402
 from personasteer.model import Model, demo_model  # noqa: E402
+from personasteer.screen import screen  # noqa: E402
 from personasteer.ship.bundle import Bundle, load_bundle  # noqa: E402
 from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When  # noqa: E402
 from personasteer.traits import Trait  # noqa: E402
@@ -65,4 +66,5 @@ __all__ = [
     "derive",
     "detach",
     "load_bundle",
+    "screen",
 ]

@@ -135,14 +135,19 @@ class TextStream:
 class Compiled:
     """A request as the native session takes it, and its conditions on the prompt."""
 
-    def __init__(self, request: Request, model: SteeredModel) -> None:
+    def __init__(self, request: Request, model: SteeredModel, like: Compiled | None = None) -> None:
+        """like: another one; where its directions are the same objects, both are one read-out to the session."""
         self.request, self._model = request, model
         conditions = Conditions(request.steering, model)
         # a text that is all prompt has no response to decide on
         self._conditions = conditions if request.n_prompt is not None else Conditions(Steering(), model)
         self._check_last_block()
-        columns = [*self._conditions.directions, *(dict(r) for r in request.reads)]
-        self._reads: Reads | None = make_reads(columns, model.n_embd)
+        self._reads: Reads | None = None
+        self._readout: Any = None
+        if like and like.request.reads is request.reads and not (self._conditions or like._conditions):
+            self._reads, self._readout = like._reads, like._readout
+        elif reads := make_reads([*self._conditions.directions, *map(dict, request.reads)], model.n_embd):
+            self._reads, self._readout = reads, load_core().Readout(reads.layers, reads.directions)
         self._own = [
             (first, [self._reads.layers.index(il) for il in sorted(column)])
             for first, column in enumerate(request.reads, len(self._conditions.directions))
@@ -171,12 +176,12 @@ class Compiled:
 
     def arguments(self, index: int) -> dict[str, Any]:
         """Keyword arguments of the native submit; `index` gives the request a random stream of its own."""
-        r, core = self.request, load_core()
+        r = self.request
         return {
             "tokens": r.tokens,
             **self._native(self.plan),
             "response_begin": -1 if r.n_prompt is None or r.n_prompt > len(r.tokens) else r.n_prompt - 1,
-            "reads": core.Readout(self._reads.layers, self._reads.directions) if self._reads else None,
+            "reads": self._readout,
             "reads_from": 0 if self._conditions else r.reads_from,
             "decides": bool(self._conditions) or r.at_prompt is not None,
             "max_tokens": r.max_tokens,
@@ -266,7 +271,9 @@ def run(
         session.reset()
     taps = taps or Taps()
     session.set_taps(pool_layers=taps.pool_layers, n_pools_per_request=taps.n_pools, raw_layers=taps.raw_layers)
-    compiled = [Compiled(r, model) for r in requests]
+    compiled: list[Compiled] = []
+    for r in requests:
+        compiled.append(Compiled(r, model, compiled[-1] if compiled else None))
     order: dict[int, int] = {}
     results: list[dict[str, Any]] = [{} for _ in requests]
     streams = [TextStream(r.stop) for r in requests]

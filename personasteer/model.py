@@ -159,7 +159,7 @@ class Model:
             self._shared_session = self._new_session(self.n_ctx, self.n_parallel, self.n_batch)
         return self._shared_session
 
-    def _new_session(self, n_ctx: int, n_parallel: int, n_batch: int) -> Any:
+    def _new_session(self, n_ctx: int, n_parallel: int, n_batch: int, **sizes: int) -> Any:
         return load_core().Session(
             model=self._native,
             n_ctx=n_ctx,
@@ -168,6 +168,7 @@ class Model:
             n_threads=self.n_threads,
             n_outputs=output_rows(self.n_vocab, n_parallel),
             hook=not self.unhooked,
+            **sizes,
         )
 
     # -- identity ---------------------------------------------------------------------------------------------------

@@ -471,6 +471,35 @@ def intervals(
     return figure
 
 
+def score_histogram(
+    scores: NDArray[np.floating], clean: NDArray[np.floating], threshold: float, *, title: str, label: str
+) -> Figure:
+    """Scores of rows, those above the threshold in colour, beside a clean reference's; shares of each."""
+    figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    both = np.concatenate([scores, clean])
+    edges = (
+        np.histogram_bin_edges(both, np.clip(int(2 * len(both) ** (1 / 3)), 10, 80)) if len(both) else np.arange(2.0)
+    )
+    middles, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    for values, colours, name in (
+        (scores, [SERIES[int(x <= threshold)] for x in middles], f"{len(scores)} rows"),
+        (clean, None, f"{len(clean)} clean rows"),
+    ):
+        shares = np.histogram(values, edges)[0] / max(len(values), 1)
+        if colours:
+            axes.bar(middles, shares, width, color=colours, alpha=0.8, label=name)
+        else:
+            axes.stairs(shares, edges, color="0.25", linewidth=1.4, label=name)
+    axes.axvline(threshold, color="0.2", linestyle="--", linewidth=1.2, label="threshold")
+    axes.set_xlabel(label)
+    axes.set_ylabel("share of rows")
+    axes.set_title(_short(title, 70), parse_math=False, fontsize=11)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def svg(draw: Callable[[], Figure], key: str) -> str:
     """An <svg> element for a page: transparent, in the page's font and, for axes and words, its text colour.
 

@@ -1,0 +1,226 @@
+"""A screening as files: scores.parquet, summary.json, report.html, and the rows that are kept and that are not."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from personasteer import plots
+from personasteer.engine import Progress
+from personasteer.errors import ArgumentError, PersonasteerError
+from personasteer.files import atomic_write, replacing
+from personasteer.model import Model
+from personasteer.screen.data import Data, arrow
+from personasteer.screen.journal import Journal
+from personasteer.screen.results import Screening, TraitResult
+from personasteer.screen.score import SCORE
+from personasteer.screen.texts import unpacked
+
+SCORES, SUMMARY, PAGE = "scores.parquet", "summary.json", "report.html"
+SPLIT = ("kept", "quarantine")
+CHUNK = 5000  # rows that are written together
+WORST = 10  # rows of each trait on the page
+LONGEST, SHOWN = 2000, 500  # characters of an answer, and of the end of a prompt, on the page
+
+
+def check_outputs(folder: Path, plan: Mapping[str, Any], *, force: bool) -> None:
+    """Raise ArgumentError where `folder` holds the outputs of another screening and `force` is not given."""
+    file = folder / SUMMARY
+    if not file.exists() or force:
+        return
+    try:
+        known = json.loads(file.read_text("utf-8"))["plan"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    if known != json.loads(json.dumps(plan)):
+        raise ArgumentError(f"{file}: is of another screening; --force overwrites it")
+
+
+def write_outputs(
+    folder: Path,
+    result: Screening,
+    journal: Journal,
+    model: Model,
+    data: Data,
+    *,
+    keep: str | None,
+    plan: Mapping[str, Any],
+    progress: Progress,
+) -> list[Path]:
+    """Write all files, each under a temporary name and renamed, the summary last; their paths."""
+    texts = _Texts(journal, model)
+    try:
+        _write_scores(folder / SCORES, result, texts, progress)
+        paths = [folder / SCORES]
+        if keep is not None:
+            take = ~result.flagged if keep == "below" else result.flagged
+            kept = take & ~result.unscored
+            paths += data.split(folder, SPLIT, lambda i: bool(kept[i]))
+        atomic_write(folder / PAGE, _page(result, texts).encode("utf-8", "backslashreplace"))
+        summary = {**result.summary(), "files": [p.name for p in paths], "plan": plan}
+        atomic_write(folder / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as e:
+        raise PersonasteerError(f"{folder}: cannot be written ({os.strerror(e.errno) if e.errno else e})") from e
+    return [*paths, folder / PAGE, folder / SUMMARY]
+
+
+class _Texts:
+    """The words of rows, and the spans that carry their scores."""
+
+    def __init__(self, journal: Journal, model: Model) -> None:
+        self._journal, self._model = journal, model
+
+    def of(self, row: int) -> list[tuple[str, str, np.ndarray, str | None]]:
+        """(prompt, answer, scores, the model's own answer) of each answer."""
+        found = []
+        for data, n_prompt, score, own in self._journal.row_texts("data", row):
+            tokens = unpacked(data)
+            prompt = self._model.detokenize(tokens[:n_prompt], special=True)
+            found.append((prompt, self._model.detokenize(tokens[n_prompt:]), np.frombuffer(score, SCORE), own))
+        return found
+
+    def spans(self, row: int, k: int) -> list[tuple[str, float]]:
+        """(text, mean reading) of the row's spans with the highest readings along trait k."""
+        found: list[tuple[float, list[int]]] = []
+        for data, n_prompt, score, _ in self._journal.row_texts("data", row):
+            own = np.frombuffer(score, SCORE)[k]
+            answer = unpacked(data)[n_prompt:]
+            for (begin, end), mean in zip(own["spans"].tolist(), own["highest"].tolist(), strict=True):
+                if end > begin:
+                    found.append((mean, answer[begin:end]))
+        found.sort(key=lambda f: -f[0])
+        return [(_whole(self._model.detokenize(tokens)), mean) for mean, tokens in found[: len(own["highest"])]]
+
+
+def _whole(text: str) -> str:
+    return text.replace("\ufffd", "").strip()
+
+
+def _write_scores(path: Path, result: Screening, texts: _Texts, progress: Progress) -> None:
+    pa, pq = arrow()
+    span = pa.struct([("text", pa.string()), ("reading", pa.float32())])
+    own = [("row", pa.int64()), ("id", pa.string()), ("hash", pa.string()), ("problem", pa.string())]
+    fields = [*own, ("tokens", pa.int32())]
+    for t in result.traits:
+        numbers = ("score", "percentile", "projection", "fast", "full")
+        fields += [(f"{t.name}.{name}", pa.float32()) for name in numbers]
+        fields += [(f"{t.name}.flag", pa.bool_()), (f"{t.name}.spans", pa.list_(span))]
+    schema = pa.schema(fields)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for chunk in _chunks(len(result.rows)):
+            writer.write_table(pa.table(_columns(result, texts, chunk, pa), schema=schema))
+            progress(chunk.stop, len(result.rows))
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    for first in range(0, n, CHUNK):
+        yield slice(first, min(n, first + CHUNK))
+
+
+def _columns(result: Screening, texts: _Texts, chunk: slice, pa: Any) -> list[Any]:
+    """In the order of the schema; numbers that are none become null."""
+
+    def numbers(values: np.ndarray) -> Any:
+        x = values[chunk].astype(np.float32)
+        return pa.array(x, mask=~np.isfinite(x))
+
+    rows = result.rows[chunk]
+    known = ~result.unscored[chunk]
+    columns = [
+        pa.array(range(chunk.start, chunk.stop), pa.int64()),
+        pa.array([name for name, _, _ in rows], pa.string()),
+        pa.array([digest or None for _, digest, _ in rows], pa.string()),
+        pa.array([problem or None for *_, problem in rows], pa.string()),
+        pa.array(result.scores.tokens[chunk].astype(np.int32), mask=~known),
+    ]
+    for k, t in enumerate(result.traits):
+        s = result.scores
+        columns += [numbers(x) for x in (t.score, t.percentile, s.projection[:, k], s.fast[:, k], s.full[:, k])]
+        flags = t.flagged[chunk]
+        columns.append(pa.array(flags, mask=~np.isfinite(t.score[chunk])))
+        spans = [
+            [{"text": text, "reading": x} for text, x in texts.spans(chunk.start + i, k)] if flag else None
+            for i, flag in enumerate(flags)
+        ]
+        columns.append(spans)
+    return columns
+
+
+# ---- the page
+
+
+def _page(result: Screening, texts: _Texts) -> str:
+    traits = []
+    for k, t in enumerate(result.traits):
+        figure = plots.score_histogram(
+            t.score[np.isfinite(t.score)],
+            t.clean,
+            t.threshold,
+            title=f"“{t.name}” of each row",
+            label=_label(result, t),
+        )
+        order = np.argsort(-np.where(np.isfinite(t.score), t.score, -np.inf), kind="stable")[:WORST]
+        worst = [_worst(result, t, k, int(row), texts) for row in order if np.isfinite(t.score[row])]
+        traits.append({"result": t, "figure": base64.b64encode(plots.png(figure)).decode(), "worst": worst})
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"printable": plots.printable, "two": _two, "share": _share}
+    template = environment.from_string(files(__package__).joinpath("screening.html.j2").read_text("utf-8"))
+    versions = {name: version(name) for name in ("personasteer", "llama-cpp-python")}
+    return template.render(result=result, summary=result.summary(), traits=traits, versions=versions)
+
+
+def _label(result: Screening, t: TraitResult) -> str:
+    said = {"fast": "⟨h, v̂⟩ of the answer less that before it", "full": "less the model's own answer"}
+    return f"score, block {t.layer}: {said.get(result.mode, 'mean ⟨h, v̂⟩ of the answer')}"
+
+
+def _worst(result: Screening, t: TraitResult, k: int, row: int, texts: _Texts) -> dict[str, Any]:
+    name, _, _ = result.rows[row]
+    spans = texts.spans(row, k)
+    turns = []
+    for prompt, answer, _, own in texts.of(row):
+        marked = _marked(_cut(answer), [text for text, _ in spans])
+        before = prompt if len(prompt) <= SHOWN else "…" + prompt[-SHOWN:]
+        turns.append({"prompt": before, "answer": marked, "own": None if own is None else _cut(own)})
+    return {
+        "row": row,
+        "id": name,
+        "score": float(t.score[row]),
+        "percentile": float(t.percentile[row]),
+        "turns": turns,
+        "spans": spans,
+    }
+
+
+def _marked(text: str, spans: Sequence[str]) -> list[tuple[str, bool]]:
+    """The text in pieces, those of the spans marked."""
+    places = sorted((at, at + len(span)) for span in spans if span and (at := text.find(span)) >= 0)
+    pieces, end = [], 0
+    for begin, until in places:
+        if begin >= end:
+            pieces += [(text[end:begin], False), (text[begin:until], True)]
+            end = until
+    return [(piece, mark) for piece, mark in [*pieces, (text[end:], False)] if piece]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _two(x: float | None) -> str:
+    return "–" if x is None else f"{x:.2f}"
+
+
+def _share(x: float | None) -> str:
+    return "–" if x is None else f"{100 * x:.1f} %"

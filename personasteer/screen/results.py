@@ -1,0 +1,286 @@
+"""From scores to what they say: shifts, percentiles, flags, groups, and how the fast score agrees with the full one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personasteer.screen.journal import Journal
+from personasteer.screen.score import SCORE, Axis
+from personasteer.statistics import pearson, spearman, wilson_interval
+
+MODES = ("fast", "full", "projection")
+MOST_GROUPS = 200  # of a column: one with more values names rows, not groups
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one part of the data, all float64 arrays (n_rows, n_traits), NaN for a row with a problem.
+
+    For a row with the answers y_1 .. y_k, of n_i tokens each, after the prompts x_i, and a trait with the unit
+    direction v-hat at its block, all weighted by n_i:
+
+    projection: mean_i a(x_i, y_i), where a is the mean over the answer's tokens of <h, v-hat>.
+    fast: mean_i [a(x_i, y_i) - <h, v-hat> at the last token of x_i].
+    full: mean_i [a(x_i, y_i) - a(x_i, y'_i)], y' the model's own greedy answer; NaN where there is none.
+
+    tokens: (n_rows,) of all answers.
+
+    Source: arXiv 2507.21509, section 6 (projection difference) and its appendix on estimating it without generation.
+    """
+
+    projection: NDArray[np.float64]
+    fast: NDArray[np.float64]
+    full: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    def of(self, mode: str) -> NDArray[np.float64]:
+        """The score that a mode goes by."""
+        return {"fast": self.fast, "full": self.full, "projection": self.projection}[mode]
+
+
+def collect(journal: Journal, part: str, n_traits: int) -> Scores:
+    """The scores of a part of the journal."""
+    n = journal.n_rows(part)
+    sums = np.zeros((3, n, n_traits))
+    tokens = np.zeros(n, np.int64)
+    for row, _, n_prompt, n_tokens, score, mean in journal.turns(part):
+        own = np.frombuffer(score, SCORE)
+        count = n_tokens - n_prompt
+        answer = np.frombuffer(mean, "<f4") if mean is not None else np.full(n_traits, np.nan)
+        sums[:, row] += count * np.stack([own["mean"], own["last"], answer]).astype(np.float64)
+        tokens[row] += count
+    with np.errstate(invalid="ignore"):
+        means = sums / np.where(tokens, tokens, np.nan)[:, None]
+    return Scores(means[0], means[0] - means[1], means[0] - means[2], tokens)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The mean score of some rows along one trait.
+
+    Args:
+        name: of the rows.
+        n: rows with a score.
+        mean, low, high: of the score, and its 95 % interval (normal; None for fewer than two rows).
+        shift, shift_low, shift_high: the mean less that of the clean reference, and its interval (Welch).
+        above: the share of rows above the threshold, and its 95 % interval (Wilson).
+    """
+
+    name: str
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    shift: float | None
+    shift_low: float | None
+    shift_high: float | None
+    above: float | None
+    above_low: float | None
+    above_high: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: round(x, 6) if isinstance(x, float) else x for key, x in vars(self).items()}
+
+
+def shift_of(name: str, values: NDArray[np.float64], clean: NDArray[np.float64], threshold: float) -> Shift:
+    own = values[np.isfinite(values)]
+    if not len(own):
+        return Shift(name, 0, *[None] * 9)
+    mean, error = _mean_and_error(own)
+    reference, spread = _mean_and_error(clean)
+    above = int((own > threshold).sum())
+    both = None if error is None or spread is None else 1.96 * math.hypot(error, spread)
+    half = None if error is None else 1.96 * error
+    return Shift(
+        name, len(own), mean, *_around(mean, half), mean - reference, *_around(mean - reference, both),
+        above / len(own), *wilson_interval(above, len(own)),
+    )  # fmt: skip
+
+
+def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float | None]:
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def _around(x: float, half: float | None) -> tuple[float | None, float | None]:
+    return (None, None) if half is None else (x - half, x + half)
+
+
+@dataclass(frozen=True)
+class TraitResult:
+    """One trait of a screening.
+
+    Args:
+        name, layer, norm: of the vector, the block that is read, and m_il there: scores over it are in the units of
+            strengths.
+        threshold: the percentile of the clean reference from which a row is flagged.
+        clean: (n_clean,) the reference's scores, ascending.
+        score, percentile: (n_rows,) of the data; a percentile is the share of clean rows below, in %.
+        all: of the whole data; groups: {column: of the rows of each value}, the highest first.
+        ordering: the data, its groups and the sets to compare with, by the mean score, the highest first.
+        correlation: of the fast score and of the projection with the full one over the sampled rows.
+    """
+
+    name: str
+    layer: int
+    norm: float
+    threshold: float
+    clean: NDArray[np.float64]
+    score: NDArray[np.float64]
+    percentile: NDArray[np.float64]
+    all: Shift
+    groups: dict[str, list[Shift]]
+    ordering: list[Shift]
+    correlation: dict[str, Any] | None
+
+    @property
+    def flagged(self) -> NDArray[np.bool_]:
+        """(n_rows,) above the threshold."""
+        return np.asarray(self.score > self.threshold)
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {"trait": self.name, "layer": self.layer, "norm": round(self.norm, 6)}
+        return {
+            **numbers,
+            "threshold": round(self.threshold, 6),
+            "n_clean": len(self.clean),
+            **{key: x for key, x in self.all.as_dict().items() if key != "name"},
+            "relative_shift": None if self.all.shift is None else round(self.all.shift / self.norm, 6),
+            "n_flagged": int(self.flagged.sum()),
+            "groups": {column: [s.as_dict() for s in shifts] for column, shifts in self.groups.items()},
+            "ordering": [s.as_dict() for s in self.ordering],
+            "correlation": self.correlation,
+        }
+
+
+def trait_result(
+    axis: Axis,
+    k: int,
+    scores: Mapping[str, Scores],
+    *,
+    norm: float,
+    mode: str,
+    percentile: float,
+    groups: Mapping[str, Mapping[str, NDArray[np.intp]]],
+    sampled: NDArray[np.intp],
+) -> TraitResult:
+    """Args:
+    k: which column of the scores is this trait's.
+    scores: of "data", "clean", and "baseline" where there is one.
+    groups: {column: {value: rows}}.
+    sampled: rows of the data that both scores are known of.
+    """
+    own = scores["data"].of(mode)[:, k]
+    clean = scores["clean"].of(mode)[:, k]
+    clean = np.sort(clean[np.isfinite(clean)])
+    threshold = float(np.quantile(clean, percentile / 100))
+    below = np.searchsorted(clean, own, "left").astype(np.float64)
+    percentiles = np.where(np.isfinite(own), 100 * below / len(clean), np.nan)
+    whole = shift_of("data", own, clean, threshold)
+    by = {
+        column: sorted(
+            (shift_of(value, own[rows], clean, threshold) for value, rows in values.items()), key=_highest_first
+        )
+        for column, values in groups.items()
+    }
+    others = [shift_of("clean", clean, clean, threshold)]
+    if "baseline" in scores:
+        others.append(shift_of("baseline", scores["baseline"].of(mode)[:, k], clean, threshold))
+    parts = [s for values in by.values() for s in values]
+    ordering = sorted([whole, *others, *parts], key=_highest_first)
+    return TraitResult(
+        axis.name, axis.layer, norm, threshold, clean, own, percentiles, whole, by, ordering,
+        _correlation(scores["data"], k, sampled),
+    )  # fmt: skip
+
+
+def _highest_first(s: Shift) -> tuple[float, str]:
+    return (-s.mean if s.mean is not None else math.inf), s.name
+
+
+def _correlation(scores: Scores, k: int, sampled: NDArray[np.intp]) -> dict[str, Any] | None:
+    full = scores.full[sampled, k]
+    known = np.isfinite(full)
+    if known.sum() < 3:
+        return None
+    out: dict[str, Any] = {"n": int(known.sum())}
+    for name, values in (("fast", scores.fast), ("projection", scores.projection)):
+        own = values[sampled, k][known]
+        for kind, r in (("pearson", pearson(own, full[known])), ("spearman", spearman(own, full[known]))):
+            out[f"{name}_{kind}"] = None if math.isnan(r) else round(r, 4)
+    return out
+
+
+def rows_of_groups(
+    columns: Sequence[str], values: Sequence[Sequence[str | None]]
+) -> dict[str, dict[str, NDArray[np.intp]]]:
+    """{column: {value: its rows}} of each row's values; columns of too many values are left out."""
+    found: dict[str, dict[str, NDArray[np.intp]]] = {}
+    for c, column in enumerate(columns):
+        rows: dict[str, list[int]] = {}
+        for i, own in enumerate(values):
+            if own and own[c] is not None:
+                rows.setdefault(str(own[c]), []).append(i)
+        if 1 < len(rows) <= MOST_GROUPS:
+            found[column] = {value: np.asarray(at, np.intp) for value, at in rows.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What a screening found.
+
+    Args:
+        traits: in the order of the vectors.
+        scores: of the data.
+        rows: (id, hash, problem) of each row; the hash is of its words, whatever the layout.
+        mode, percentile: as they were asked for; layout: where the conversation was found.
+        problems: {kind: {"n": how many rows have it, "rows": the first 20}}.
+        duplicates: rows whose id, or whose words, an earlier row has, too; they are scored like others.
+        model: its name.
+        n_without_answer: scored rows without an own answer, which have no score in mode "full".
+    """
+
+    traits: list[TraitResult]
+    scores: Scores
+    rows: list[tuple[str | None, str, str]]
+    mode: str
+    layout: str
+    percentile: float
+    problems: dict[str, dict[str, Any]]
+    duplicates: dict[str, Any]
+    model: str
+    n_without_answer: int
+
+    @property
+    def flagged(self) -> NDArray[np.bool_]:
+        """(n_rows,) above the threshold of any trait."""
+        return np.any([t.flagged for t in self.traits], axis=0)
+
+    @property
+    def unscored(self) -> NDArray[np.bool_]:
+        """(n_rows,) with a problem."""
+        return np.array([bool(problem) for _, _, problem in self.rows], bool)
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {
+            "model": self.model,
+            "mode": self.mode,
+            "layout": self.layout,
+            "percentile": self.percentile,
+            "n_rows": len(self.rows),
+            "n_scored": int((~self.unscored).sum()),
+            "n_flagged": int(self.flagged.sum()),
+            "n_without_own_answer": self.n_without_answer,
+            "n_tokens": int(self.scores.tokens.sum()),
+            "problems": self.problems,
+            "duplicates": self.duplicates,
+            "traits": [t.as_dict() for t in self.traits],
+        }
