@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from personasteer.monitor.discriminant import FOLDS, SHRINKAGE, discriminants
+from personasteer.discriminant import FOLDS, SHRINKAGE, discriminants
 from personasteer.statistics import auroc
 
 N_LAYER = 2

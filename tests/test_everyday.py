@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from personasteer import monitor, traits
+from personasteer.discriminant import FOLDS
 from personasteer.monitor import everyday
-from personasteer.monitor.discriminant import FOLDS
 from personasteer.monitor.everyday import ordinary_prompts
 
 DATA = tomllib.loads(Path(everyday.__file__).with_suffix(".toml").read_text("utf-8"))

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 import oracle
 import pytest
-from requantize import dequantize, weights_of
+from requantize import dequantize
 
 import personasteer as ps
 from personasteer._native import extra_buffers_work
 
 torch = pytest.importorskip("torch", reason="torch is not installed (CPU is enough)", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+
+from torch_llama import as_transformers  # noqa: E402 (needs both)
 
 pytestmark = pytest.mark.torch
 
@@ -34,57 +35,6 @@ TEXTS = [
     "the neighbours knocked on the wall. Then we ate cold noodles from the pot, watched half of an old film that both "
     "of us know by heart, and agreed, as every year, that next time she would simply take the bus.",
 ]
-
-
-def unpermute(weights: np.ndarray, n_head: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring numbers of a head, transformers the two halves: its files reorder q and k."""
-    rows, columns = weights.shape
-    return weights.reshape(n_head, rows // n_head // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def as_transformers(path: Path) -> Any:
-    """The llama of a GGUF file as a float32 LlamaForCausalLM, with its weights dequantized."""
-    reader = gguf.GGUFReader(path)
-    values = {name.removeprefix("llama."): f.contents() for name, f in reader.fields.items() if "llama." in name}
-    weights = {t.name: weights_of(t) for t in reader.tensors}
-    n_head, n_head_kv = values["attention.head_count"], values["attention.head_count_kv"]
-    config = transformers.LlamaConfig(
-        vocab_size=len(weights["token_embd.weight"]),
-        hidden_size=values["embedding_length"],
-        intermediate_size=values["feed_forward_length"],
-        num_hidden_layers=values["block_count"],
-        num_attention_heads=n_head,
-        num_key_value_heads=n_head_kv,
-        max_position_embeddings=values["context_length"],
-        rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10000.0)},
-        tie_word_embeddings="output.weight" not in weights,
-        attn_implementation="eager",
-    )
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output" if "output.weight" in weights else "token_embd",
-    }
-    for il in range(values["block_count"]):
-        for theirs, ours in {
-            "input_layernorm": "attn_norm",
-            "self_attn.q_proj": "attn_q",
-            "self_attn.k_proj": "attn_k",
-            "self_attn.v_proj": "attn_v",
-            "self_attn.o_proj": "attn_output",
-            "post_attention_layernorm": "ffn_norm",
-            "mlp.gate_proj": "ffn_gate",
-            "mlp.up_proj": "ffn_up",
-            "mlp.down_proj": "ffn_down",
-        }.items():
-            names[f"model.layers.{il}.{theirs}"] = f"blk.{il}.{ours}"
-        for name, n in (("attn_q", n_head), ("attn_k", n_head_kv)):
-            weights[f"blk.{il}.{name}.weight"] = unpermute(weights[f"blk.{il}.{name}.weight"], n)
-    state = {f"{theirs}.weight": torch.tensor(weights[f"{ours}.weight"]) for theirs, ours in names.items()}
-    model = transformers.LlamaForCausalLM(config).to(torch.float32).eval()
-    model.load_state_dict(state, strict=True)
-    return model
 
 
 def block_outputs(model: Any, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,12 @@ def screen_(
         int, typer.Option("--sample", help="Rows that mode fast scores in full, too, for the correlation.", min=0)
     ] = 64,
     predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens of an own answer.", min=1, max=2**20)] = 128,
-    layer: Annotated[int | None, typer.Option("--layer", help="The block to read; found out when not given.")] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="The block to read; the middle of a vector's own when not given.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Score along the vectors as they are, not against the grain of clean rows.")
+    ] = False,
     ray: Annotated[
         str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster; `local` starts one here.")
     ] = None,
@@ -99,8 +104,8 @@ def screen_(
     with open_model(model, n_gpu_layers=gpu_layers, **options) as m, stages() as stage:
         result = screen(
             m, loaded, data, out, mode=mode, columns=columns, clean=clean, baseline=baseline, percentile=percentile,
-            keep=keep, sample=sample, max_tokens=predict, layer=layer, ray=ray, workers=workers, force=force,
-            progress=stage, on_layout=None if json else lambda layout: say(f"columns: {layout}"),
+            keep=keep, sample=sample, max_tokens=predict, layer=layer, plain=plain, ray=ray, workers=workers,
+            force=force, progress=stage, on_layout=None if json else lambda layout: say(f"columns: {layout}"),
         )  # fmt: skip
     if json:
         print_json(result.summary())

@@ -13,7 +13,7 @@ import numpy as np
 
 from personasteer import traits
 from personasteer.chat import Conversation
-from personasteer.monitor.discriminant import FOLDS
+from personasteer.discriminant import FOLDS
 from personasteer.traits import Trait
 
 HELD_OUT = 3  # every third clean prompt is left for testing

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.chat import Conversation, as_messages
+from personasteer.discriminant import discriminants
 from personasteer.engine import Progress
 from personasteer.errors import (
     ArgumentError,
@@ -30,7 +31,6 @@ from personasteer.evaluate import trait_of
 from personasteer.files import atomic_write, read_cache, write_cache
 from personasteer.identity import PARTS, differences
 from personasteer.model import Model
-from personasteer.monitor.discriminant import discriminants
 from personasteer.monitor.everyday import ordinary_prompts
 from personasteer.monitor.running import (
     FEWEST,

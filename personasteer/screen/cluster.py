@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,6 +14,7 @@ from personasteer.screen.data import arrow
 from personasteer.screen.journal import Packed
 from personasteer.screen.score import Axis, Scorer
 
+PATIENCE = 5.0  # seconds for a cluster to answer
 AT_ONCE = 20_000  # packs that are in Ray's object store together
 PER_BLOCK = 4  # packs of one task: what a dead worker had begun is done again
 
@@ -42,14 +44,12 @@ class Cluster:
         max_tokens: int,
         workers: int | None = None,
     ) -> None:
-        self._ray = _ray()
-        ray = self._ray
+        self._ray = ray = _ray()
         self._own = not ray.is_initialized()
         if self._own:
+            quiet = {"log_to_driver": False, "configure_logging": False}
             try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False) if (
-                    address == "local"
-                ) else ray.init(address=address, log_to_driver=False)
+                ray.init(address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
             except (ConnectionError, RuntimeError, ValueError) as e:
                 raise ArgumentError(f"--ray {address}: {str(e).splitlines()[0]}") from e
         threads = int(options["n_threads"])
@@ -144,6 +144,18 @@ def _results(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     if row["answers"] is None:
         return [(score,) for score in row["scores"]]
     return list(zip(row["scores"], row["answers"], strict=True))
+
+
+def check_address(address: str) -> None:
+    """Raise ArgumentError where ray is missing, or nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    _ray()
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as e:
+        raise ArgumentError(f"--ray {address}: no cluster there ({e})") from e
 
 
 def _ray() -> Any:

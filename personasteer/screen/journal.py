@@ -182,6 +182,12 @@ class Journal:
             WHERE part = ? AND row = ? ORDER BY turn"""
         return self._all(sql, PARTS.index(part), row)
 
+    def clean_texts(self) -> list[tuple[str, bytes, int]]:
+        """(hash of the row, tokens, n_prompt) of each answer of the clean reference; rows of the same words are one."""
+        sql = """SELECT hash, tokens, n_prompt FROM turns JOIN rows USING (part, row) JOIN texts ON key = text
+            WHERE part = ? GROUP BY hash, turn"""
+        return self._all(sql, PARTS.index("clean"))
+
     def repeated(self, part: str, column: str) -> tuple[int, list[str]]:
         """(rows whose `column`, id or hash, an earlier row has, too; the first of its values)."""
         at = PARTS.index(part)

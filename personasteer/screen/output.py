@@ -21,6 +21,7 @@ from personasteer.files import atomic_write, replacing
 from personasteer.model import Model
 from personasteer.screen.data import Data, arrow
 from personasteer.screen.journal import Journal
+from personasteer.screen.readouts import Readouts
 from personasteer.screen.results import Screening, TraitResult
 from personasteer.screen.score import SCORE
 from personasteer.screen.texts import unpacked
@@ -57,7 +58,10 @@ def write_outputs(
     progress: Progress,
 ) -> list[Path]:
     """Write all files, each under a temporary name and renamed, the summary last; their paths."""
-    texts = _Texts(journal, model)
+    texts = _Texts(journal, model, result.readouts)
+    for name in (SCORES, PAGE, SUMMARY, *SPLIT):
+        for left in folder.glob(f".{name}*"):  # of a run that was killed: nobody else works here
+            left.unlink(missing_ok=True)
     try:
         _write_scores(folder / SCORES, result, texts, progress)
         paths = [folder / SCORES]
@@ -76,23 +80,23 @@ def write_outputs(
 class _Texts:
     """The words of rows, and the spans that carry their scores."""
 
-    def __init__(self, journal: Journal, model: Model) -> None:
-        self._journal, self._model = journal, model
+    def __init__(self, journal: Journal, model: Model, readouts: Readouts) -> None:
+        self._journal, self._model, self._readouts = journal, model, readouts
 
-    def of(self, row: int) -> list[tuple[str, str, np.ndarray, str | None]]:
-        """(prompt, answer, scores, the model's own answer) of each answer."""
+    def of(self, row: int) -> list[tuple[str, str, str | None]]:
+        """(prompt, answer, the model's own answer) of each answer."""
         found = []
-        for data, n_prompt, score, own in self._journal.row_texts("data", row):
+        for data, n_prompt, _, own in self._journal.row_texts("data", row):
             tokens = unpacked(data)
             prompt = self._model.detokenize(tokens[:n_prompt], special=True)
-            found.append((prompt, self._model.detokenize(tokens[n_prompt:]), np.frombuffer(score, SCORE), own))
+            found.append((prompt, self._model.detokenize(tokens[n_prompt:]), own))
         return found
 
     def spans(self, row: int, k: int) -> list[tuple[str, float]]:
         """(text, mean reading) of the row's spans with the highest readings along trait k."""
         found: list[tuple[float, list[int]]] = []
         for data, n_prompt, score, _ in self._journal.row_texts("data", row):
-            own = np.frombuffer(score, SCORE)[k]
+            own = np.frombuffer(score, SCORE)[self._readouts.score(k)]
             answer = unpacked(data)[n_prompt:]
             for (begin, end), mean in zip(own["spans"].tolist(), own["highest"].tolist(), strict=True):
                 if end > begin:
@@ -143,8 +147,8 @@ def _columns(result: Screening, texts: _Texts, chunk: slice, pa: Any) -> list[An
         pa.array(result.scores.tokens[chunk].astype(np.int32), mask=~known),
     ]
     for k, t in enumerate(result.traits):
-        s = result.scores
-        columns += [numbers(x) for x in (t.score, t.percentile, s.projection[:, k], s.fast[:, k], s.full[:, k])]
+        s, at = result.scores, result.readouts.plain(k)
+        columns += [numbers(x) for x in (t.score, t.percentile, s.projection[:, at], s.fast[:, at], s.full[:, at])]
         flags = t.flagged[chunk]
         columns.append(pa.array(flags, mask=~np.isfinite(t.score[chunk])))
         spans = [
@@ -181,15 +185,15 @@ def _page(result: Screening, texts: _Texts) -> str:
 
 
 def _label(result: Screening, t: TraitResult) -> str:
-    said = {"fast": "⟨h, v̂⟩ of the answer less that before it", "full": "less the model's own answer"}
-    return f"score, block {t.layer}: {said.get(result.mode, 'mean ⟨h, v̂⟩ of the answer')}"
+    said = {"fast": ", less that before it", "full": ", less that of the model's own answer"}
+    return f"score: mean reading of the answer at block {t.layer}{said.get(result.mode, '')}"
 
 
 def _worst(result: Screening, t: TraitResult, k: int, row: int, texts: _Texts) -> dict[str, Any]:
     name, _, _ = result.rows[row]
     spans = texts.spans(row, k)
     turns = []
-    for prompt, answer, _, own in texts.of(row):
+    for prompt, answer, own in texts.of(row):
         marked = _marked(_cut(answer), [text for text, _ in spans])
         before = prompt if len(prompt) <= SHOWN else "…" + prompt[-SHOWN:]
         turns.append({"prompt": before, "answer": marked, "own": None if own is None else _cut(own)})

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from personasteer.discriminant import FOLDS
 from personasteer.screen.journal import Journal
-from personasteer.screen.score import SCORE, Axis
+from personasteer.screen.readouts import Readouts
+from personasteer.screen.score import SCORE
 from personasteer.statistics import pearson, spearman, wilson_interval
 
 MODES = ("fast", "full", "projection")
@@ -20,13 +22,13 @@ MOST_GROUPS = 200  # of a column: one with more values names rows, not groups
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one part of the data, all float64 arrays (n_rows, n_traits), NaN for a row with a problem.
+    """Of one part of the data, all float64 arrays (n_rows, n_axes), NaN for a row with a problem.
 
-    For a row with the answers y_1 .. y_k, of n_i tokens each, after the prompts x_i, and a trait with the unit
-    direction v-hat at its block, all weighted by n_i:
+    For a row with the answers y_1 .. y_k, of n_i tokens each, after the prompts x_i, and an axis with the unit
+    direction v at its block, all weighted by n_i:
 
-    projection: mean_i a(x_i, y_i), where a is the mean over the answer's tokens of <h, v-hat>.
-    fast: mean_i [a(x_i, y_i) - <h, v-hat> at the last token of x_i].
+    projection: mean_i a(x_i, y_i), where a is the mean over the answer's tokens of <h, v>.
+    fast: mean_i [a(x_i, y_i) - <h, v> at the last token of x_i].
     full: mean_i [a(x_i, y_i) - a(x_i, y'_i)], y' the model's own greedy answer; NaN where there is none.
 
     tokens: (n_rows,) of all answers.
@@ -44,15 +46,15 @@ class Scores:
         return {"fast": self.fast, "full": self.full, "projection": self.projection}[mode]
 
 
-def collect(journal: Journal, part: str, n_traits: int) -> Scores:
+def collect(journal: Journal, part: str, n_axes: int) -> Scores:
     """The scores of a part of the journal."""
     n = journal.n_rows(part)
-    sums = np.zeros((3, n, n_traits))
+    sums = np.zeros((3, n, n_axes))
     tokens = np.zeros(n, np.int64)
     for row, _, n_prompt, n_tokens, score, mean in journal.turns(part):
         own = np.frombuffer(score, SCORE)
         count = n_tokens - n_prompt
-        answer = np.frombuffer(mean, "<f4") if mean is not None else np.full(n_traits, np.nan)
+        answer = np.frombuffer(mean, "<f4") if mean is not None else np.full(n_axes, np.nan)
         sums[:, row] += count * np.stack([own["mean"], own["last"], answer]).astype(np.float64)
         tokens[row] += count
     with np.errstate(invalid="ignore"):
@@ -88,6 +90,10 @@ class Shift:
         return {key: round(x, 6) if isinstance(x, float) else x for key, x in vars(self).items()}
 
 
+def _without(content: dict[str, Any], *words: str) -> dict[str, Any]:
+    return {key: x for key, x in content.items() if not key.startswith(words)}
+
+
 def shift_of(name: str, values: NDArray[np.float64], clean: NDArray[np.float64], threshold: float) -> Shift:
     own = values[np.isfinite(values)]
     if not len(own):
@@ -117,12 +123,12 @@ class TraitResult:
     """One trait of a screening.
 
     Args:
-        name, layer, norm: of the vector, the block that is read, and m_il there: scores over it are in the units of
-            strengths.
+        name, layer, norm: of the vector, the block that is read, and m_il there.
         threshold: the percentile of the clean reference from which a row is flagged.
         clean: (n_clean,) the reference's scores, ascending.
         score, percentile: (n_rows,) of the data; a percentile is the share of clean rows below, in %.
-        all: of the whole data; groups: {column: of the rows of each value}, the highest first.
+        all: of the whole data; published: the same along v-hat itself, the mean projection difference of the paper.
+        groups: {column: of the rows of each value}, the highest first.
         ordering: the data, its groups and the sets to compare with, by the mean score, the highest first.
         correlation: of the fast score and of the projection with the full one over the sampled rows.
     """
@@ -135,6 +141,7 @@ class TraitResult:
     score: NDArray[np.float64]
     percentile: NDArray[np.float64]
     all: Shift
+    published: Shift
     groups: dict[str, list[Shift]]
     ordering: list[Shift]
     correlation: dict[str, Any] | None
@@ -144,14 +151,20 @@ class TraitResult:
         """(n_rows,) above the threshold."""
         return np.asarray(self.score > self.threshold)
 
+    @property
+    def relative_shift(self) -> float | None:
+        """The shift along v-hat over m_il: in units of steering strength."""
+        return None if self.published.shift is None else round(self.published.shift / self.norm, 6)
+
     def as_dict(self) -> dict[str, Any]:
         numbers = {"trait": self.name, "layer": self.layer, "norm": round(self.norm, 6)}
         return {
             **numbers,
             "threshold": round(self.threshold, 6),
             "n_clean": len(self.clean),
-            **{key: x for key, x in self.all.as_dict().items() if key != "name"},
-            "relative_shift": None if self.all.shift is None else round(self.all.shift / self.norm, 6),
+            **_without(self.all.as_dict(), "name"),
+            "published": _without(self.published.as_dict(), "name", "above"),
+            "relative_shift": self.relative_shift,
             "n_flagged": int(self.flagged.sum()),
             "groups": {column: [s.as_dict() for s in shifts] for column, shifts in self.groups.items()},
             "ordering": [s.as_dict() for s in self.ordering],
@@ -160,24 +173,29 @@ class TraitResult:
 
 
 def trait_result(
-    axis: Axis,
+    readouts: Readouts,
     k: int,
     scores: Mapping[str, Scores],
     *,
+    folds: NDArray[np.intp],
     norm: float,
     mode: str,
     percentile: float,
     groups: Mapping[str, Mapping[str, NDArray[np.intp]]],
     sampled: NDArray[np.intp],
 ) -> TraitResult:
-    """Args:
-    k: which column of the scores is this trait's.
-    scores: of "data", "clean", and "baseline" where there is one.
-    groups: {column: {value: rows}}.
-    sampled: rows of the data that both scores are known of.
+    """Of trait k.
+
+    Args:
+        scores: of "data", "clean", and "baseline" where there is one, a column for each axis.
+        folds: (n_clean,) of the clean rows.
+        groups: {column: {value: rows}}.
+        sampled: rows of the data that both the fast and the full score are known of.
     """
-    own = scores["data"].of(mode)[:, k]
-    clean = scores["clean"].of(mode)[:, k]
+    at, plain = readouts.score(k), readouts.plain(k)
+    own = scores["data"].of(mode)[:, at]
+    columns = np.array([readouts.clean(k, f) for f in range(FOLDS)])[folds]
+    clean = scores["clean"].of(mode)[np.arange(len(folds)), columns]
     clean = np.sort(clean[np.isfinite(clean)])
     threshold = float(np.quantile(clean, percentile / 100))
     below = np.searchsorted(clean, own, "left").astype(np.float64)
@@ -191,12 +209,14 @@ def trait_result(
     }
     others = [shift_of("clean", clean, clean, threshold)]
     if "baseline" in scores:
-        others.append(shift_of("baseline", scores["baseline"].of(mode)[:, k], clean, threshold))
-    parts = [s for values in by.values() for s in values]
+        others.append(shift_of("baseline", scores["baseline"].of(mode)[:, at], clean, threshold))
+    parts = [replace(s, name=f"{column}: {s.name}") for column, shifts in by.items() for s in shifts]
     ordering = sorted([whole, *others, *parts], key=_highest_first)
+    along = [scores[part].of(mode)[:, plain] for part in ("data", "clean")]
+    published = shift_of("data", along[0], along[1][np.isfinite(along[1])], np.inf)
     return TraitResult(
-        axis.name, axis.layer, norm, threshold, clean, own, percentiles, whole, by, ordering,
-        _correlation(scores["data"], k, sampled),
+        readouts.traits[k].name, readouts.traits[k].layer, norm, threshold, clean, own, percentiles, whole, published,
+        by, ordering, _correlation(scores["data"], at, sampled),
     )  # fmt: skip
 
 
@@ -238,7 +258,7 @@ class Screening:
 
     Args:
         traits: in the order of the vectors.
-        scores: of the data.
+        scores: of the data, along each axis of the read-outs.
         rows: (id, hash, problem) of each row; the hash is of its words, whatever the layout.
         mode, percentile: as they were asked for; layout: where the conversation was found.
         problems: {kind: {"n": how many rows have it, "rows": the first 20}}.
@@ -249,6 +269,7 @@ class Screening:
 
     traits: list[TraitResult]
     scores: Scores
+    readouts: Readouts
     rows: list[tuple[str | None, str, str]]
     mode: str
     layout: str
@@ -261,7 +282,7 @@ class Screening:
     @property
     def flagged(self) -> NDArray[np.bool_]:
         """(n_rows,) above the threshold of any trait."""
-        return np.any([t.flagged for t in self.traits], axis=0)
+        return np.asarray(np.any([t.flagged for t in self.traits], axis=0))
 
     @property
     def unscored(self) -> NDArray[np.bool_]:

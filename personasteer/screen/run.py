@@ -19,15 +19,16 @@ from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ContextError
 from personasteer.evaluate.report import check_folder
 from personasteer.model import Model
-from personasteer.screen.cluster import Cluster
+from personasteer.screen.cluster import Cluster, check_address
 from personasteer.screen.data import Data, arrow, first_rows, open_data
 from personasteer.screen.journal import PARTS, Journal, Packed
 from personasteer.screen.layouts import LOOKED_AT, Columns, Layout, RowError, find_layout
 from personasteer.screen.output import check_outputs, write_outputs
 from personasteer.screen.packs import plan_answers, plan_texts
+from personasteer.screen.readouts import Readouts, fold_of, make_readouts
 from personasteer.screen.results import MODES, Screening, collect, rows_of_groups, trait_result
 from personasteer.screen.score import Axis, Scorer, axis_of
-from personasteer.screen.texts import Texts, row_hash
+from personasteer.screen.texts import Text, Texts, row_hash
 from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
@@ -63,6 +64,7 @@ def screen(
     sample: int = 64,
     max_tokens: int = 128,
     layer: int | None = None,
+    plain: bool = False,
     ray: str | None = None,
     workers: int | None = None,
     force: bool = False,
@@ -88,6 +90,8 @@ def screen(
             others, and all rows with a problem, go to the quarantine file.
         sample: in mode "fast": so many rows are scored in full, too, and the correlation is reported.
         layer: the block to read, for all vectors; None: see `axis_of`.
+        plain: score along the vectors themselves, as published; else along them against the grain of the clean rows,
+            see `make_readouts`. The published figures are reported in either case.
         ray: the address of a Ray cluster that computes; "local" starts one here. workers: how many of its.
         force: overwrite outputs of other settings.
 
@@ -98,6 +102,8 @@ def screen(
     arrow()
     vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
     _check(vectors, mode, percentile, keep, sample, max_tokens)
+    if ray is not None:
+        check_address(ray)
     folder, stage = Path(out), progress or (lambda name: lambda done, total: None)
     check_folder(folder)
     parts = [_part("data", data, columns), _part("clean", _shipped() if clean is None else clean)]
@@ -109,16 +115,19 @@ def screen(
     if model.n_ctx < 64:
         raise ContextError(f"n_ctx must be at least 64 to screen, not {model.n_ctx}")
     digests = {p.name: p.data.digest() for p in parts}
-    plan = _plan(model, axes, parts, digests, mode=mode, sample=sample, max_tokens=max_tokens)
+    plan = _plan(model, axes, parts, digests, mode=mode, sample=sample, max_tokens=max_tokens, plain=plain)
     check_outputs(folder, plan, force=force)
     with Journal(folder / JOURNAL, plan) as journal:
         texts = Texts(model, model.n_ctx)
         for part in parts:
             _read(journal, part, texts, stage(f"reading {part.name}"))
-        if journal.n_rows("clean") and not journal.sampled("clean", 1):
-            raise ArgumentError("no row of the clean reference can be scored")
+        n_clean = len(journal.sampled("clean", FEWEST_CLEAN))
+        if n_clean < FEWEST_CLEAN:
+            raise ArgumentError(f"clean: {n_clean} rows that can be scored are no reference: {FEWEST_CLEAN} at least")
+        own = stage("reading the reference")
+        readouts = make_readouts(journal, model, axes, mode=mode, plain=plain, progress=own)
         _plan_packs(journal, model, mode=mode, sample=sample, max_tokens=max_tokens)
-        runner = _runner(model, axes, max_tokens, ray, workers)
+        runner = _runner(model, readouts.axes, max_tokens, ray, workers)
         try:
             for kind, doing in (("given", "scoring"), ("own", "answering")):
                 _compute(journal, kind, runner.compute, stage(doing))
@@ -126,7 +135,7 @@ def screen(
             runner.close()
         if any(p.data.digest() != digests[p.name] for p in parts):
             raise ArgumentError("the data changed while it was screened: its scores are of what it was")
-        result = _result(journal, model, axes, parts, mode=mode, sample=sample, percentile=percentile)
+        result = _result(journal, model, readouts, parts, mode=mode, sample=sample, percentile=percentile)
         write_outputs(folder, result, journal, model, parts[0].data, keep=keep, plan=plan, progress=stage("writing"))
     return result
 
@@ -189,20 +198,18 @@ def _read(journal: Journal, part: _Part, texts: Texts, progress: Progress) -> No
         with journal.writing():
             done = True
             for i, row in rows:
-                name, groups, digest, found, problem = None, (), "", [], row.problem
-                if row.value is not None:
-                    name, groups = part.layout.row_id(row.value), part.layout.groups(row.value)
-                    try:
-                        messages = part.layout.conversation(row.value)
-                        digest = row_hash(messages)
-                        found = texts.of(messages)
-                    except RowError as e:
-                        problem = str(e)
-                journal.add_row(
-                    part.name, i, _clean(name), digest, _clean(problem) or "", list(map(_clean, groups)), found
-                )
+                value, problem = row.value or {}, row.problem
+                digest, found = "", list[Text]()
+                try:
+                    messages = part.layout.conversation(value)
+                    digest = row_hash(messages)
+                    found = texts.of(messages)
+                except RowError as e:
+                    problem = problem or str(e)
+                name, groups = _clean(part.layout.row_id(value)), list(map(_clean, part.layout.groups(value)))
+                journal.add_row(part.name, i, name, digest, _clean(problem) or "", groups, found)
                 if (i + 1) % ROWS_AT_ONCE == 0:
-                    progress(i + 1, max(i + 1, part.data.n_rows))
+                    progress(i + 1, i + 1)
                     done = False
                     break
             if done:
@@ -266,10 +273,11 @@ def _compute(journal: Journal, kind: str, compute: Compute, progress: Progress) 
 
 
 def _result(
-    journal: Journal, model: Model, axes: Sequence[Axis], parts: Sequence[_Part], *, mode: str, percentile: float,
+    journal: Journal, model: Model, readouts: Readouts, parts: Sequence[_Part], *, mode: str, percentile: float,
     sample: int,
 ) -> Screening:  # fmt: skip
-    scores = {p.name: collect(journal, p.name, len(axes)) for p in parts}
+    scores = {p.name: collect(journal, p.name, len(readouts.axes)) for p in parts}
+    folds = np.array([fold_of(digest or "0") for _, _, digest, *_ in journal.rows("clean")], np.intp)
     rows, values = [], []
     problems: dict[str, dict[str, Any]] = {}
     for row, name, digest, problem, own in journal.rows("data"):
@@ -289,19 +297,19 @@ def _result(
     groups = rows_of_groups(parts[0].layout.by, values)
     traits = [
         trait_result(
-            axis, k, scores, norm=float(model.norms[axis.layer]), mode=mode, percentile=percentile, groups=groups,
-            sampled=sampled,
+            readouts, k, scores, folds=folds, norm=float(model.norms[axis.layer]), mode=mode, percentile=percentile,
+            groups=groups, sampled=sampled,
         )
-        for k, axis in enumerate(axes)
+        for k, axis in enumerate(readouts.traits)
     ]  # fmt: skip
     asked = np.isfinite(scores["data"].projection).all(axis=1)
     without = int((asked & ~np.isfinite(scores["data"].full).all(axis=1)).sum()) if mode == "full" else 0
     return Screening(
-        traits, scores["data"], rows, mode, str(parts[0].layout), percentile, dict(sorted(problems.items())),
+        traits, scores["data"], readouts, rows, mode, str(parts[0].layout), percentile, dict(sorted(problems.items())),
         {"ids": n_ids, "some_ids": ids, "words": n_words}, model.name, without,
     )  # fmt: skip
 
 
 def _kind(problem: str) -> str:
     """The problem without this row's own numbers."""
-    return re.sub(r"\d+", "N", problem)
+    return re.sub(r"(?<!-)\b\d+\b", "N", problem)

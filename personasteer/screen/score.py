@@ -20,7 +20,6 @@ from personasteer.vectors import PersonaVector
 
 SPAN = 12  # tokens of the spans that are shown
 N_SPANS = 3
-EARLIEST = 3  # of n blocks, n / 3 is the first that is read: earlier ones tell words, not what the model does
 
 # of one text along one trait: the mean reading over its answer, the reading at the prompt's last token, where in the
 # answer the spans of the highest mean readings begin and end, and these
@@ -29,23 +28,23 @@ SCORE = np.dtype([("mean", "<f4"), ("last", "<f4"), ("spans", "<i4", (N_SPANS, 2
 
 @dataclass(frozen=True)
 class Axis:
-    """A trait's unit direction, at the block that is read.
+    """A unit direction at the block that is read.
 
     Args:
         name: of the vector.
-        layer: the block; readings are <h_layer, v-hat>.
-        direction: (n_embd,) v-hat.
+        layer: the block; readings are <h_layer, direction>.
+        direction: (n_embd,).
+        spans: whether the spans of the highest readings are wanted.
     """
 
     name: str
     layer: int
     direction: NDArray[np.float32]
+    spans: bool = True
 
 
 def axis_of(model: Model, vector: PersonaVector, layer: int | None = None) -> Axis:
-    """The vector at one block: the given one, or the one that separated held-out answers best.
-
-    Without separations (vectors of other tools): the middle one of the vector's own layers.
+    """v-hat of a vector at one block: the given one, or the middle one of those that the vector steers at.
 
     Raises:
         VectorError: a vector for a model of another shape, or no usable direction there. ArgumentError: no such block,
@@ -57,16 +56,10 @@ def axis_of(model: Model, vector: PersonaVector, layer: int | None = None) -> Ax
         if at == model.n_layer - 1:
             raise ArgumentError(f"block {at} is the last one, of which nothing is computed here: read an earlier one")
     else:
-        usable = [il for il in vector.usable_layers if model.n_layer // EARLIEST <= il < model.n_layer - 1]
-        if not usable:
-            raise VectorError(
-                f"vector {vector.name!r} has no usable direction below the last block; name one (--layer)"
-            )
-        if vector.separations is not None and np.isfinite(vector.separations[usable]).any():
-            at = usable[int(np.nanargmax(vector.separations[usable]))]
-        else:
-            own = [il for il in vector.layers if il in usable] or usable
-            at = own[len(own) // 2]
+        own = [il for il in vector.layers if il < model.n_layer - 1]
+        if not own:
+            raise VectorError(f"vector {vector.name!r} names no block below the last one: name one to read (layer)")
+        at = own[len(own) // 2]
     direction = vector.direction(at).astype(np.float64)
     return Axis(vector.name, at, (direction / np.linalg.norm(direction)).astype(np.float32))
 
@@ -127,8 +120,9 @@ class Scorer:
         out = np.zeros(len(self._axes), SCORE)
         answer = readings[1:]
         out["last"], out["mean"] = readings[0], answer.mean(axis=0)
-        for k, values in enumerate(answer.T):
-            out["spans"][k], out["highest"][k] = highest_spans(values)
+        for k, axis in enumerate(self._axes):
+            if axis.spans:
+                out["spans"][k], out["highest"][k] = highest_spans(answer[:, k])
         return out.tobytes()
 
     def _answers(self, prompts: Sequence[list[int]]) -> list[tuple[bytes, str]]:

@@ -52,18 +52,18 @@ def discriminants(
         v = np.where(np.isfinite(v).all(axis=1, keepdims=True), v, 0.0)
         if not v.any():
             continue
-        found.units[:, il] = _units(x, v)
+        found.units[:, il] = fisher_units(x, v)
         found.offsets[:, il] = found.units[:, il] @ x.mean(axis=0)
         for f in range(FOLDS):
             own, others = x[fold == f], x[fold != f]
             if len(own) and len(others):
-                found.readings[:, fold == f, il] = _units(others, v) @ (own - others.mean(axis=0)).T
+                found.readings[:, fold == f, il] = fisher_units(others, v) @ (own - others.mean(axis=0)).T
     return found
 
 
-def _units(x: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(k, n_embd) unit (S + c I)^-1 v of v (k, n_embd), from states x (n, n_embd): solved in n_embd dimensions or, by
-    Woodbury's identity, in n, whichever are fewer.
+def fisher_units(x: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(k, n_embd) u of `Discriminants` for directions v (k, n_embd), from states x (n, n_embd): solved in n_embd
+    dimensions or, by Woodbury's identity, in n, whichever are fewer.
     """
     n, n_embd = x.shape
     x = x - x.mean(axis=0)
