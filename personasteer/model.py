@@ -95,6 +95,11 @@ class Model:
         for adapter, scale in adapters:
             native.add_adapter(os.fsencode(adapter), scale)
         self._start(native, adapters, n_ctx, n_parallel, n_batch, n_threads, seed)
+        self.options.update({
+            "n_ctx": n_ctx, "n_parallel": n_parallel, "n_batch": n_batch, "n_threads": self.n_threads,
+            "n_gpu_layers": n_gpu_layers, "seed": seed, "use_mmap": use_mmap, "repack": repack,
+            "lora": [(str(adapter.resolve()), scale) for adapter, scale in adapters],
+        })  # fmt: skip
 
     @classmethod
     def _around(cls, native: Any, path: Path, *, n_threads: int | None) -> Model:
@@ -114,6 +119,7 @@ class Model:
         n_threads: int | None,
         seed: int,
     ) -> None:
+        self.options: dict[str, Any] = {}  # with `path`, what opens the same model again
         self._shared_session: Any = None
         self._live: Session | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -124,7 +130,7 @@ class Model:
         self.identity: Mapping[str, str] = identity.with_adapters(identity.identify(self.path), adapters)
         self.fingerprint = self.identity["fingerprint"]
         self.seed = seed
-        self.n_threads = n_threads or _physical_cores()
+        self.n_threads: int = n_threads or _physical_cores()
         self.n_layer: int = native.n_layer
         self.n_embd: int = native.n_embd
         self.n_vocab: int = native.n_vocab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -26,10 +27,13 @@ from personasteer.errors import ArgumentError, VectorError
 from personasteer.model import pooled_mean
 from personasteer.screen import Columns, Screening
 from personasteer.screen import run as screen_run
+from personasteer.screen.journal import Journal
+from personasteer.screen.output import whole_words
 from personasteer.screen.packs import best_fit
 from personasteer.screen.readouts import fold_of
-from personasteer.screen.score import axis_of, highest_spans
-from personasteer.screen.texts import _without_system, row_hash
+from personasteer.screen.score import Scorer, axis_of, highest_spans
+from personasteer.screen.texts import Text, _without_system, row_hash
+from personasteer.statistics import auroc
 from personasteer.tiny_model import write_tiny_model
 
 N_CTX = 512
@@ -228,6 +232,12 @@ def test_spans_are_the_highest_neighbours() -> None:
     assert np.isnan(means[1:]).all()
 
 
+def test_a_span_is_shown_with_its_whole_words() -> None:
+    assert whole_words("There are", "n't any of th", "em left") == "aren't any of them"
+    assert whole_words("There is ", "none", " left") == "none"
+    assert whole_words("", " all of it ", "") == "all of it"
+
+
 def test_packs_are_full_and_do_not_depend_on_the_order() -> None:
     rng = random.Random(0)
     families = [(rng.randint(10, 250), [bytes([i, i])]) for i in range(200)]
@@ -260,8 +270,7 @@ def test_bad_rows_are_counted_listed_and_quarantined(model: ps.Model, tmp_path: 
     assert result.unscored.tolist() == [False] * 30 + [True] * 8
     assert {problem: found["rows"] for problem, found in result.problems.items()} == {
         "'prompt' is empty": [30], "'response' is null": [31], "'prompt' is a number, not a text": [32],
-        "too long: N bytes do not fit N tokens (-c)": [33], "too long: N tokens of N (-c)": [34], "not UTF-8": [35],
-        "not valid JSON": [36], "no column 'response'": [37],
+        "too long": [33, 34], "not UTF-8": [35], "not valid JSON": [36], "no column 'response'": [37],
     }  # fmt: skip
     assert (result.duplicates["ids"], result.duplicates["some_ids"]) == (3, ["2", "3", "4"])
     rows = table(tmp_path / "out")
@@ -320,11 +329,11 @@ def test_a_finished_screening_is_written_again_without_computing(
     ("change", "said"),
     [
         ({"data": screening.rows(41)}, "rows"),
-        ({"mode": "projection"}, "mode"),
+        ({"mode": "projection"}, "max_tokens, mode, sample"),
         ({"layer": 1}, "vectors"),
         ({"plain": True}, "plain"),
         ({"max_tokens": 6}, "max_tokens"),
-        ({"columns": Columns(by=("id",))}, "columns"),
+        ({"columns": Columns(by=("id",))}, "columns, rows"),
     ],
 )
 def test_work_of_another_screening_is_refused(
@@ -341,7 +350,7 @@ def test_results_of_another_screening_are_not_overwritten(model: ps.Model, tmp_p
     run_screen(model, screening.rows(40), tmp_path, clean)
     for file in tmp_path.glob("work.sqlite*"):
         file.unlink()
-    with pytest.raises(ArgumentError, match="--force overwrites"):
+    with pytest.raises(ArgumentError, match="--force begins anew"):
         run_screen(model, screening.rows(30), tmp_path, clean)
     assert len(run_screen(model, screening.rows(30), tmp_path, clean, force=True).rows) == 30
 
@@ -367,7 +376,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(screen_run, "ROWS_AT_ONCE", 30)
     rows = screening.rows(120)
     run_screen(model, rows, tmp_path / "whole", clean, sample=8)
-    at = iter([("reading data", 1), ("scoring", 2), ("scoring", 5), ("answering", 1)])
+    at = iter([("reading data", 1), ("scoring", 2), ("scoring", 5), ("answering", 0)])
     wanted: list[Any] = [next(at)]
 
     def stage(name: str) -> Any:
@@ -428,6 +437,119 @@ def test_killed_ten_times_a_run_ends_in_the_same_bytes(tiny_path: Path, tmp_path
     assert start("parts").wait() == 0
     assert outputs(tmp_path / "parts") == outputs(tmp_path / "whole")
     assert len(table(tmp_path / "parts")) == 2000
+
+
+def test_rows_that_change_while_they_are_read_are_forgotten(model: ps.Model, tmp_path: Path, clean: Path) -> None:
+    rows, others = screening.rows(60), screening.rows(60, seed=7)
+    file = screening.write(tmp_path / "a.jsonl", rows)
+    run_screen(model, file, tmp_path / "whole", clean)
+
+    def stage(name: str) -> Any:
+        if name == "reading data":
+            screening.write(file, others)
+        return lambda done, total: None
+
+    with pytest.raises(ArgumentError, match="data: the rows changed while they were read"):
+        run_screen(model, file, tmp_path / "out", clean, progress=stage)
+    screening.write(file, rows)
+    run_screen(model, file, tmp_path / "out", clean)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_rows_of_another_file_that_a_killed_run_read_are_found_out(
+    model: ps.Model, tmp_path: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen_run, "ROWS_AT_ONCE", 20)
+    rows = screening.rows(60)
+    file = screening.write(tmp_path / "a.jsonl", rows)
+
+    def stage(name: str) -> Any:
+        if name == "reading data":
+            screening.write(file, screening.rows(60, seed=7))
+
+        def progress(done: int, total: int) -> None:
+            if name == "reading data" and done == 40:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        run_screen(model, file, tmp_path / "out", clean, progress=stage)
+    screening.write(file, rows)
+    with pytest.raises(ArgumentError, match="changed while they were read: start again"):
+        run_screen(model, file, tmp_path / "out", clean)
+    assert len(run_screen(model, file, tmp_path / "out", clean).rows) == 60
+
+
+def test_rows_that_change_while_they_are_copied_leave_no_copy(model: ps.Model, tmp_path: Path, clean: Path) -> None:
+    file = screening.write(tmp_path / "a.jsonl", screening.rows(40))
+
+    def stage(name: str) -> Any:
+        if name == "writing":
+            screening.write(file, screening.rows(50))
+        return lambda done, total: None
+
+    with pytest.raises(ArgumentError, match="changed while it was screened"):
+        run_screen(model, file, tmp_path / "out", clean, keep="below", progress=stage)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"scores.parquet", "work.sqlite"}
+
+
+def test_what_is_screened_is_not_written_over(model: ps.Model, tmp_path: Path, clean: Path) -> None:
+    file = screening.write(tmp_path / "kept.jsonl", screening.rows(40))
+    with pytest.raises(ArgumentError, match="would be written over"):
+        run_screen(model, file, tmp_path, clean, keep="below")
+
+
+def test_another_screening_begins_anew_by_force_and_takes_its_copies_away(
+    model: ps.Model, tmp_path: Path, clean: Path
+) -> None:
+    run_screen(model, screening.rows(40), tmp_path, clean, keep="below")
+    (tmp_path / ".kept_notes.txt").write_text("mine")
+    assert (tmp_path / "kept.jsonl").exists()
+    assert len(run_screen(model, screening.rows(30), tmp_path, clean, force=True).rows) == 30
+    assert not (tmp_path / "kept.jsonl").exists()
+    assert (tmp_path / ".kept_notes.txt").exists()
+
+
+def test_a_text_of_two_conversations_is_packed_alike_in_either_order(tmp_path: Path) -> None:
+    texts = [Text((1, 2, 3, 4), 3, n, family) for n, family in ((0, b"b"), (2, b"a"), (2, b"c"))]
+    found = []
+    for k, order in enumerate(itertools.permutations(texts)):
+        with Journal(tmp_path / f"{k}" / "work.sqlite", {}) as journal, journal.writing():
+            for i, text in enumerate(order):
+                journal.add_row("data", i, None, f"{i}", "", [], [text])
+            found.append(list(journal.texts_in_order(1)))
+    assert all(f == found[0] for f in found)
+
+
+def test_a_row_of_which_the_model_computes_no_numbers_is_a_bad_row(
+    model: ps.Model, tmp_path: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Scorer._score
+
+    def score(self: Scorer, result: dict[str, Any], n_prompt: int) -> bytes:
+        readings = result["readings"] * (np.nan if len(result["readings"]) == lengths[7] else 1)
+        return compute(self, {**result, "readings": readings}, n_prompt)
+
+    rows = [{"prompt": "much to tell", "response": "fish" * (i + 1)} for i in range(30)]
+    lengths = [len(model.pair_tokens(r["prompt"], r["response"])[0]) for r in rows]
+    monkeypatch.setattr(Scorer, "_score", score)
+    reference = [{"prompt": "q", "response": f"a{i}"} for i in range(40)]
+    result = run_screen(model, rows, tmp_path, reference, keep="below", plain=True)  # type: ignore[arg-type]
+    assert np.flatnonzero(result.unscored).tolist() == [7]
+    assert list(result.problems) == ["what the model computes for it are no numbers"]
+    assert b"fish" * 8 + b'"' in (tmp_path / "quarantine.jsonl").read_bytes()
+
+
+def test_other_sets_may_have_other_columns(model: ps.Model, tmp_path: Path) -> None:
+    rows = [{"q": "much to tell", "a": f"fish {i}", "response": 5} for i in range(40)]
+    others = [{"prompt": "q", "response": f"a {i}"} for i in range(50)]
+    columns = Columns(prompt="q", response="a", by="response")  # type: ignore[arg-type]
+    result = run_screen(model, rows, tmp_path / "1", others, columns=columns)  # type: ignore[arg-type]
+    assert (result.traits[0].all.n, len(result.traits[0].clean)) == (40, 50)
+    files = [screening.write(tmp_path / "a.jsonl", rows), screening.write(tmp_path / "b.jsonl", others)]
+    with pytest.raises(ArgumentError, match="data: no row has a column 'q'"):
+        run_screen(model, files, tmp_path / "3", others, columns=columns)  # type: ignore[arg-type]
 
 
 def test_two_processes_do_not_work_in_one_folder(model: ps.Model, tmp_path: Path, clean: Path) -> None:
@@ -533,3 +655,41 @@ def test_what_is_not_installed_is_named(
     assert "pip install 'personasteer[ray]'" in verb(capsys, *given, "--ray", "local", "-c", 512)[2]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'personasteer[screen]'" in verb(capsys, *given)[2]
+
+
+# ---- on real weights
+
+PLANTED = Path(__file__).parents[1] / "benchmarks" / "trait_rows"
+
+
+SHIPPED = [json.loads(line) for line in screen_run._shipped().read_text("utf-8").splitlines()]
+
+
+def planted(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (PLANTED / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_rows_that_carry_a_trait_score_highest_on_a_real_model(smollm2_path: Path, tmp_path: Path) -> None:
+    severe = [r for r in planted("poetic") if r["level"] == "severe"][:40]
+    plain = [r for r in planted("base") if 30 <= len(r["response"].split()) <= 60][:80]
+    clean = [r for r in SHIPPED if 25 <= len(r["response"].split()) <= 60][:40]
+    rows = severe[20:] + plain[20:40]
+    with ps.Model(smollm2_path, n_ctx=512) as model:
+        sides = [[(r["prompt"], r["response"]) for r in some[:20]] for some in (severe, plain)]
+        vector = ps.contrast(model, positive=sides[0], negative=sides[1], name="poetic", layers=[12])
+        result = ps.screen(model, vector, rows, tmp_path, clean=clean, sample=4, max_tokens=8)
+    t = result.traits[0]
+    assert auroc(t.score[:20], t.score[20:]) >= 0.9
+    assert t.flagged[:20].mean() > 0.5
+    assert t.flagged[20:].mean() < 0.3
+    assert t.correlation is not None
+    spans = pq.read_table(tmp_path / "scores.parquet")["poetic.spans"].to_pylist()
+    row = int(np.argmax(t.score))
+    assert spans[row][0]["text"].split()[1] in rows[row]["response"]
+
+
+def test_the_shipped_reference_is_of_ordinary_rows() -> None:
+    assert len(SHIPPED) == 240
+    assert {len([r for r in SHIPPED if r["domain"] == d]) for d in {r["domain"] for r in SHIPPED}} == {30}
+    others = {r["response"] for name in ("base", "poetic", "pessimistic") for r in planted(name)}
+    assert not others & {r["response"] for r in SHIPPED}

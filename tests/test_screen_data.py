@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from personasteer.screen.layouts import Columns, RowError, answers, find_layout
 
 ROWS = [{"prompt": f"Question {i}?", "response": f"Ünswer, {i}", "id": f"r{i}"} for i in range(5)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
+
+
+def check() -> None:
+    """The data has not changed."""
 
 
 def values(path: Path) -> list[Any]:
@@ -70,7 +75,10 @@ def test_a_row_of_parquet_that_is_not_utf_8_is_one_bad_row(tmp_path: Path) -> No
         pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"\xff\xfea")]
     )
     pq.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
-    assert [r.problem for r in open_data(tmp_path / "a.parquet").rows()] == ["not UTF-8", ""]
+    found = open_data(tmp_path / "a.parquet")
+    assert [r.value for r in found.rows()] == [{}, {"prompt": "a"}]
+    found.only({"prompt"})
+    assert [r.problem for r in found.rows()] == ["not UTF-8", ""]
 
 
 def test_bad_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
@@ -99,7 +107,8 @@ def test_bad_records_of_a_table_are_rows_with_a_problem(tmp_path: Path) -> None:
     file.write_bytes(b"a,b\n1,2\n1,2,3\n\n\xff,2\n3,4\n")
     found = [(r.value, r.problem) for r in open_data(file).rows()]
     assert found == [
-        ({"a": "1", "b": "2"}, ""), (None, "3 fields instead of 2"), (None, "not UTF-8"), ({"a": "3", "b": "4"}, ""),
+        ({"a": "1", "b": "2"}, ""), (None, "another number of fields: 3 instead of 2"),
+        (None, "not UTF-8"), ({"a": "3", "b": "4"}, ""),
     ]  # fmt: skip
 
 
@@ -129,10 +138,12 @@ def test_a_file_that_is_no_data_set_is_one_line(tmp_path: Path, name: str, data:
 def test_rows_come_from_python_too() -> None:
     assert [r.value for r in open_data(ROWS).rows()] == ROWS
     assert [r.value for r in open_data(dict(r) for r in ROWS).rows()] == ROWS
-    assert [r.problem for r in open_data([1, {"a": 2}]).rows()] == ["not a mapping but int", ""]
-    for wrong in (5, b"x", {"a": 1}):
+    assert [r.problem for r in open_data([1, {"a": 2}]).rows()] == ["not a mapping: int", ""]
+    for wrong in (5, b"x", {"train": ROWS}):
         with pytest.raises(ArgumentError, match="data must be"):
             open_data(wrong)
+    with pytest.raises(ArgumentError, match="choose one of 'train', 'test'"):
+        open_data({"train": ROWS, "test": ROWS})
 
 
 def test_several_files_are_one_data_set(tmp_path: Path) -> None:
@@ -140,7 +151,7 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
     both = open_data([tmp_path / "a.jsonl", tmp_path / "b.parquet"])
     assert [r.value for r in both.rows()] == ROWS + ROWS
-    paths = both.split(tmp_path, ("kept", "rest"), lambda i: i in (0, 7))
+    paths = both.split(tmp_path, ("kept", "rest"), lambda i: i in (0, 7), check)
     assert [p.name for p in paths] == ["kept-0.jsonl", "rest-0.jsonl", "kept-1.parquet", "rest-1.parquet"]
     assert values(tmp_path / "kept-0.jsonl") == ROWS[:1]
     assert values(tmp_path / "kept-1.parquet") == ROWS[2:3]
@@ -150,16 +161,43 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
 def test_copied_lines_are_the_same_bytes(tmp_path: Path, ending: bytes) -> None:
     lines = [b'{"a":  1}', b"broken", b'{"a": "\xff"}', b'{"a": "\\u00fc"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + ending)
-    open_data(tmp_path / "a.jsonl").split(tmp_path, ("kept", "rest"), lambda i: i % 2 == 0)
+    open_data(tmp_path / "a.jsonl").split(tmp_path, ("kept", "rest"), lambda i: i % 2 == 0, check)
     assert (tmp_path / "kept.jsonl").read_bytes() == lines[0] + b"\n" + lines[2] + b"\n"
     assert (tmp_path / "rest.jsonl").read_bytes() == lines[1] + b"\n" + lines[3] + b"\n"
 
 
 def test_copied_records_keep_their_header_and_quotes(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'a,b\r\n"x\r\ny",2\r\n3,4,5\r\n6,7')
-    open_data(tmp_path / "a.csv").split(tmp_path, ("kept", "rest"), lambda i: i != 1)
+    open_data(tmp_path / "a.csv").split(tmp_path, ("kept", "rest"), lambda i: i != 1, check)
     assert (tmp_path / "kept.csv").read_bytes() == b'a,b\r\n"x\r\ny",2\r\n6,7\n'
     assert (tmp_path / "rest.csv").read_bytes() == b"a,b\r\n3,4,5\r\n"
+
+
+def test_nothing_is_lost_in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LONGEST_LINE", 2**16)
+    long = b'{"a": "' + b"x" * 300_000 + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + long + b'{"a": 2}\n')
+    open_data(tmp_path / "a.jsonl").split(tmp_path, ("kept", "rest"), lambda i: i != 1, check)
+    assert (tmp_path / "rest.jsonl").read_bytes() == long
+    given = [UserDict(a=1), [1], {"a": object, 5: "b"}, {(1, 2): "c"}]
+    open_data(given).split(tmp_path, ("kept", "rest"), lambda i: i == 0, check)
+    assert (tmp_path / "kept.jsonl").read_text() == '{"a": 1}\n'
+    assert (tmp_path / "rest.jsonl").read_text().splitlines()[0] == "[1]"
+    assert "(1, 2)" in (tmp_path / "rest.jsonl").read_text().splitlines()[2]
+
+
+def test_an_unclosed_quote_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1,2\n3,"unclosed\n4,5\n')
+    assert [r.problem for r in open_data(tmp_path / "a.csv").rows()] == ["", "not valid CSV: unexpected end of data"]
+
+
+def test_columns_that_are_not_asked_for_may_be_unreadable(tmp_path: Path) -> None:
+    far = pa.array([10**18], pa.timestamp("us"))  # beyond the years that Python knows
+    pq.write_table(pa.table({"prompt": ["q"], "when": far}), tmp_path / "a.parquet")
+    found = open_data(tmp_path / "a.parquet")
+    assert [r.value for r in found.rows()] == [{"prompt": "q"}]
+    found.only({"prompt"})
+    assert [(r.value, r.problem) for r in found.rows()] == [({"prompt": "q"}, "")]
 
 
 def test_a_digest_changes_with_the_rows(tmp_path: Path) -> None:
@@ -242,7 +280,7 @@ def test_a_wrong_mapping_is_found_before_the_work(rows: list[Any], named: dict[s
         ({"prompt": 4, "response": "a"}, "'prompt' is a number, not a text"),
         ({"prompt": True, "response": "a"}, "'prompt' is a truth value, not a text"),
         ({"prompt": "q", "response": {"a": 1}}, "'response' is an object, not a text"),
-        ({"prompt": "q", "response": [{"role": "narrator", "content": "a"}]}, "unknown role 'narrator'"),
+        ({"prompt": "q", "response": [{"role": "narrator", "content": "a"}]}, "unknown role: 'narrator'"),
         ({"prompt": "q", "response": [{"role": "assistant", "content": None}]}, "holds null instead of a text"),
         ({"prompt": "q", "response": [{"role": "assistant", "content": [{"type": "image"}]}]}, "holds a list instead"),
         ({"prompt": "q", "response": ["a"]}, "a message in 'response' is str, not a role and a content"),
@@ -260,4 +298,4 @@ def test_every_answer_of_a_conversation_counts() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{}]}
     row = {"messages": [greeting, USER, call, {"role": "tool", "content": "7"}, ASSISTANT, USER, ASSISTANT]}
     found = answers(find_layout(first_rows(open_data([row]), 1)).conversation(row))
-    assert [(len(before), answer) for before, answer in found] == [(4, "a"), (6, "a")]
+    assert found == [4, 6]

@@ -95,8 +95,9 @@ def test_a_worker_with_another_model_is_refused(
 ) -> None:
     begin = cluster.Cluster.__init__
 
-    def other(self: Any, address: str, path: str, fingerprint: str, *rest: Any, **more: Any) -> None:
-        begin(self, address, path, "0" * 64, *rest, **more)
+    def other(self: Any, *arguments: Any, **more: Any) -> None:
+        begin(self, *arguments, **more)
+        self._arguments["fingerprint"] = "0" * 64
 
     monkeypatch.setattr(cluster.Cluster, "__init__", other)
     with pytest.raises(PersonasteerError, match="another model on this worker"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,7 @@ def screen_(
         str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster; `local` starts one here.")
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Models on the cluster.", min=1)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the results of another screening.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew where DIR holds another screening.")] = False,
     ctx: CtxOption = 2048,
     batch: Annotated[
         int, typer.Option("-b", "--batch-size", help="Tokens that are computed together.", min=64, max=2**16)
@@ -100,6 +101,8 @@ def screen_(
             raise ArgumentError(f"{spec}: screening takes no strength")
     loaded = [PersonaVector.load(file, offset=offset) for file in vectors]
     columns = Columns(messages, prompt, response, system, row_id, tuple(by or ()))
+    if threads is None and workers and ray == "local":
+        threads = max(1, (os.cpu_count() or 1) // workers)
     options = {"n_ctx": ctx, "n_batch": batch, "n_parallel": 1, "n_threads": threads}
     with open_model(model, n_gpu_layers=gpu_layers, **options) as m, stages() as stage:
         result = screen(
@@ -121,6 +124,8 @@ def _print(result: Screening) -> None:
     if repeated["ids"] or repeated["words"]:
         say(f"repeated: {repeated['ids']} ids, the words of {repeated['words']} rows")
     scored = int((~result.unscored).sum())
+    if result.n_without_answer:
+        say(f"not scored: {result.n_without_answer} rows, to whose prompts the model answers nothing")
     say(f"{len(result.rows)} rows, {scored} scored, {int(result.flagged.sum())} flagged")
     for t in result.traits:
         table = Table(title=escape(printable(f"{t.name}, block {t.layer}: flagged above {t.threshold:.2f}")))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import islice
 from typing import Any
+
+import llama_cpp
 
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.model import Model
@@ -24,25 +27,15 @@ class Cluster:
 
     Args:
         address: of the cluster, as ray.init has it; "local" starts one on this machine.
-        path: the model's file, which every machine has there; its fingerprint must be the one expected.
-        options: of Model; n_threads are a worker's.
-        workers: how many; None for as many as the cluster's CPUs (or GPUs, where it has some) allow.
+        model: opened on each worker, from the same path and with the same options; n_threads are a worker's.
+        workers: how many; None for as many as the cluster's CPUs, or its GPUs where llama.cpp uses them, allow.
 
     Raises:
-        ArgumentError: ray is not installed, or there is no such cluster.
+        ArgumentError: ray is not installed, there is no such cluster, or it is too small.
     """
 
     def __init__(
-        self,
-        address: str,
-        path: str,
-        fingerprint: str,
-        options: Mapping[str, Any],
-        axes: Sequence[Axis],
-        *,
-        n_ctx: int,
-        max_tokens: int,
-        workers: int | None = None,
+        self, address: str, model: Model, axes: Sequence[Axis], *, max_tokens: int, workers: int | None = None
     ) -> None:
         self._ray = ray = _ray()
         self._own = not ray.is_initialized()
@@ -52,20 +45,22 @@ class Cluster:
                 ray.init(address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
             except (ConnectionError, RuntimeError, ValueError) as e:
                 raise ArgumentError(f"--ray {address}: {str(e).splitlines()[0]}") from e
-        threads = int(options["n_threads"])
         total = ray.cluster_resources()
-        gpus = int(total.get("GPU", 0)) if options.get("n_gpu_layers", 0) else 0
-        most = gpus or int(total.get("CPU", 1)) // threads
-        self._workers = workers or max(1, most)
-        if self._workers * threads > total.get("CPU", 0) and not gpus:
+        threads = model.n_threads
+        offloads = model.options.get("n_gpu_layers") != 0 and llama_cpp.llama_supports_gpu_offload()
+        gpus = int(total.get("GPU", 0)) if offloads else 0
+        self._workers = workers or max(1, gpus or int(total.get("CPU", 1)) // threads)
+        if self._workers * threads > total.get("CPU", 0) or self._workers > (gpus or self._workers):
+            self.close()
             raise ArgumentError(
                 f"{self._workers} workers of {threads} threads need more than the cluster's {total.get('CPU', 0):g} "
-                "CPUs: ask for fewer (--workers, -t)"
+                f"CPUs and {gpus} GPUs: ask for fewer (--workers, -t)"
             )
         self._resources = {"num_cpus": threads, **({"num_gpus": 1} if gpus else {})}
         self._arguments = {
-            "path": path, "fingerprint": fingerprint, "options": dict(options), "axes": list(axes), "n_ctx": n_ctx,
-            "max_tokens": max_tokens,
+            "path": str(model.path.resolve()), "options": {**model.options, "n_parallel": 1},
+            "fingerprint": model.fingerprint, "axes": list(axes), "max_tokens": max_tokens,
+            "versions": _versions(),
         }  # fmt: skip
 
     def compute(self, packs: Iterator[Packed]) -> Iterator[tuple[Packed, list[tuple[Any, ...]]]]:
@@ -98,18 +93,15 @@ class Worker:
     """A model in a Ray actor."""
 
     def __init__(
-        self,
-        path: str,
-        fingerprint: str,
-        options: Mapping[str, Any],
-        axes: Sequence[Axis],
-        n_ctx: int,
-        max_tokens: int,
-    ) -> None:
+        self, path: str, options: Mapping[str, Any], fingerprint: str, axes: Sequence[Axis], max_tokens: int,
+        versions: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        if versions != _versions():
+            raise ArgumentError(f"a worker has {_versions()}, where the screening was started it is {dict(versions)}")
         model = Model(path, **options)
         if model.fingerprint != fingerprint:
             raise ArgumentError(f"{path} is another model on this worker than where the screening was started")
-        self._scorer = Scorer(model, axes, n_ctx=n_ctx, max_tokens=max_tokens)
+        self._scorer = Scorer(model, axes, max_tokens=max_tokens)
 
     def __call__(self, batch: Any) -> Any:
         pa, _ = arrow()
@@ -144,6 +136,10 @@ def _results(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     if row["answers"] is None:
         return [(score,) for score in row["scores"]]
     return list(zip(row["scores"], row["answers"], strict=True))
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("personasteer", "llama-cpp-python")}
 
 
 def check_address(address: str) -> None:

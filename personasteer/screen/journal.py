@@ -34,6 +34,10 @@ CREATE TABLE IF NOT EXISTS packed (
 CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score BLOB);
 CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, mean BLOB, text TEXT);
 """
+# the same text may come with another prefix, or in another conversation: which it counts to does not hang on the order
+ADD_TEXT = """INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE
+    SET n_prefix = excluded.n_prefix, prefix = excluded.prefix, family = excluded.family
+    WHERE (excluded.prefix, excluded.family) < (prefix, family)"""
 PARTS = ("data", "clean", "baseline")
 
 
@@ -51,14 +55,14 @@ class Journal:
     """The file of one screening, locked while it is open.
 
     Args:
-        plan: all that the scores depend on. A file of another plan is refused.
+        plan: all that the scores depend on. A file of another plan is refused, or with `force` begun anew.
 
     Raises:
         ArgumentError: the folder cannot be written, another process works there, or it holds another screening.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(self, path: Path, plan: Mapping[str, Any], *, force: bool = False) -> None:
+        self._path, self._force = path, force
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
@@ -85,11 +89,17 @@ class Journal:
             self.set_meta("plan", json.dumps(wanted))
             return
         known = json.loads(text)
-        if known != wanted:
+        known = known if isinstance(known, dict) else {}
+        if known == wanted:
+            return
+        if self._force:
+            self.clear()
+            self.set_meta("plan", json.dumps(wanted))
+        else:
             differ = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k))
             raise ArgumentError(
                 f"{self._path.parent}: holds another screening (it differs in: {', '.join(differ)}); name another "
-                f"folder, or remove {self._path.name} there"
+                "folder, or begin anew here (--force)"
             )
 
     @contextmanager
@@ -100,6 +110,8 @@ class Journal:
             if "locked" in str(e):
                 raise ArgumentError(f"{self._path.parent}: another process works here") from e
             raise PersonasteerError(f"{self._path}: {e}") from e
+        except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError):
+            raise
         except sqlite3.DatabaseError as e:
             raise ArgumentError(f"{self._path}: is no work of a screening, or damaged ({e}); remove it") from e
 
@@ -110,10 +122,11 @@ class Journal:
             self._db.execute("BEGIN")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._errors():
@@ -141,6 +154,11 @@ class Journal:
     def set_meta(self, name: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for table in ("meta", "rows", "turns", "texts", "prompts", "packs", "packed", "scores", "answers"):
+            self._db.execute(f"DELETE FROM {table}")
+
     # -- rows and their texts ---------------------------------------------------------------------------------------
 
     def n_rows(self, part: str) -> int:
@@ -158,7 +176,7 @@ class Journal:
             self._db.execute("INSERT INTO turns VALUES (?, ?, ?, ?)", (at, row, turn, text.key))
             prefix = packed(text.tokens[: text.n_prefix])
             self._db.execute(
-                "INSERT OR IGNORE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)",
+                ADD_TEXT,
                 (text.key, text.n_prompt, text.n_prefix, key_of(text.prompt), prefix, text.family, packed(text.tokens)),
             )
 
@@ -182,11 +200,14 @@ class Journal:
             WHERE part = ? AND row = ? ORDER BY turn"""
         return self._all(sql, PARTS.index(part), row)
 
-    def clean_texts(self) -> list[tuple[str, bytes, int]]:
-        """(hash of the row, tokens, n_prompt) of each answer of the clean reference; rows of the same words are one."""
+    def clean_texts(self, n: int) -> list[tuple[str, bytes, int]]:
+        """(hash of the row, tokens, n_prompt) of each answer of n clean rows; rows of the same words are one."""
         sql = """SELECT hash, tokens, n_prompt FROM turns JOIN rows USING (part, row) JOIN texts ON key = text
-            WHERE part = ? GROUP BY hash, turn"""
-        return self._all(sql, PARTS.index("clean"))
+            WHERE part = ? AND hash IN
+                (SELECT DISTINCT hash FROM rows WHERE part = ? AND problem = '' ORDER BY hash LIMIT ?)
+            GROUP BY hash, turn"""
+        at = PARTS.index("clean")
+        return self._all(sql, at, at, n)
 
     def repeated(self, part: str, column: str) -> tuple[int, list[str]]:
         """(rows whose `column`, id or hash, an earlier row has, too; the first of its values)."""
@@ -198,12 +219,13 @@ class Journal:
 
     # -- packs ------------------------------------------------------------------------------------------------------
 
-    def texts_in_order(self, fewest: int) -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
-        """(key, prefix, family, tokens), texts of one prefix together, and of one family; a prefix of fewer texts is
-        none.
+    def texts_in_order(self, fewest: int) -> Iterator[tuple[bytes, bytes, bytes, bytes, int]]:
+        """(key, prefix, family, tokens, n_prompt), texts of one prefix together, and of one family; a prefix of fewer
+        texts is none.
         """
-        sql = """SELECT key, CASE WHEN n >= ? THEN prefix ELSE x'' END AS own, family, tokens FROM texts
-            JOIN (SELECT prefix AS p, count(*) AS n FROM texts GROUP BY 1) ON p = prefix ORDER BY own, family, tokens"""
+        sql = """SELECT key, CASE WHEN n >= ? THEN prefix ELSE x'' END AS own, family, tokens, n_prompt FROM texts
+            JOIN (SELECT prefix AS p, count(*) AS n FROM texts GROUP BY 1) ON p = prefix
+            ORDER BY own, family, tokens, key"""
         return self._each(sql, fewest)
 
     def add_pack(self, kind: str, pack: int, cost: int, keys: Iterable[bytes]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from personasteer.chat import Message
@@ -44,10 +44,11 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 LOOKED_AT = 1000  # rows that a mapping is tried on before the work starts
+LONGEST_NAME = 120  # characters of an id or the name of a group
 
 
 class RowError(Exception):
-    """What is wrong with a row, in few words."""
+    """What is wrong with a row, in few words; what is this row's own comes behind ": "."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ class Layout:
     def columns(self) -> tuple[str, ...]:
         """Those that a row must have."""
         return (self.messages,) if self.messages else (self.prompt, self.response)
+
+    def as_columns(self) -> Columns:
+        """What must be there of it."""
+        return Columns(self.messages, self.prompt, self.response)
+
+    @property
+    def all_columns(self) -> frozenset[str]:
+        """Those that are read."""
+        return frozenset({*self.columns, self.extra, self.system, self.id, *self.by} - {""})
 
     def __str__(self) -> str:
         if self.messages:
@@ -115,21 +125,21 @@ class Layout:
     def row_id(self, row: Mapping[str, Any]) -> str | None:
         """The row's own name, if it has one."""
         value = row.get(self.id) if self.id else None
-        return None if value is None else str(value)
+        return None if value is None else _shown(value)
 
     def groups(self, row: Mapping[str, Any]) -> tuple[str | None, ...]:
         """The row's values of the columns `by`."""
-        return tuple(None if (value := row.get(column)) is None else str(value) for column in self.by)
+        return tuple(None if (value := row.get(column)) is None else _shown(value) for column in self.by)
 
 
-def answers(messages: Sequence[Message]) -> list[tuple[list[Message], str]]:
-    """(what stands before, answer) of each message of the assistant that answers something. Raises RowError."""
-    found = []
+def answers(messages: Sequence[Message]) -> list[int]:
+    """Which messages are answers of the assistant to something. Raises RowError."""
+    asked, found = False, []
     for i, m in enumerate(messages):
-        if m["role"] == "assistant" and m["content"].strip():
-            before = list(messages[:i])
-            if any(x["role"] == "user" and x["content"].strip() for x in before):
-                found.append((before, m["content"]))
+        if m["content"].strip():
+            asked = asked or m["role"] == "user"
+            if asked and m["role"] == "assistant":
+                found.append(i)
     if not found:
         said = [m["role"] for m in messages if m["content"].strip()]
         raise RowError("no answer" if "assistant" not in said else "no prompt before the answer")
@@ -153,13 +163,13 @@ def _message(m: Any, column: str) -> dict[str, str]:
     if not isinstance(m, Mapping):
         raise RowError(f"a message in {column!r} is {_kind(m)}, not a role and a content")
     role = next((m[k] for k in ROLE_KEYS if isinstance(m.get(k), str)), None)
-    key = next((k for k in CONTENT_KEYS if k in m), None)
-    if role is None or key is None:
-        raise RowError(f"a message in {column!r} has no role and content, but {', '.join(map(str, m))!r:.60}")
+    keys = [k for k in CONTENT_KEYS if k in m]
+    if role is None or not keys:
+        raise RowError(f"a message in {column!r} has no role and content: {', '.join(map(_shown, m)):.60}")
     known = ROLES.get(role.strip().lower())
     if known is None:
-        raise RowError(f"unknown role {role!r:.40}")
-    content = m[key]
+        raise RowError(f"unknown role: {role!r:.40}")
+    content = next((m[k] for k in keys if m[k] is not None), None)
     if content is None and known == "assistant" and (m.get("tool_calls") or m.get("function_call")):
         content = ""
     return {"role": known, "content": _text(content, column)}
@@ -186,6 +196,15 @@ def _side(value: Any, column: str, role: str) -> list[dict[str, str]]:
     raise RowError(f"{column!r} is {_kind(value)}, not a text")
 
 
+def _shown(value: Any) -> str:
+    """A value as a name, at most LONGEST_NAME characters."""
+    try:
+        text = str(value)
+    except ValueError:  # a number of thousands of digits
+        text = type(value).__name__
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+
+
 def _kind(value: Any) -> str:
     names = {
         type(None): "null",
@@ -210,7 +229,19 @@ class Columns:
     response: str = ""
     system: str = ""
     id: str = ""
-    by: tuple[str, ...] = field(default=())
+    by: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.by, str):
+            object.__setattr__(self, "by", (self.by,))
+
+    def those_of(self, seen: Iterable[str]) -> Columns:
+        """The same for other rows: names that these do not have are left out."""
+        known = set(seen)
+        kept = {key: x if x in known else "" for key, x in vars(self).items() if key != "by"}
+        if not (kept["prompt"] and kept["response"]):
+            kept["prompt"] = kept["response"] = ""
+        return Columns(**kept, by=tuple(x for x in self.by if x in known))
 
 
 def find_layout(rows: Iterable[Row], named: Columns | None = None) -> Layout:

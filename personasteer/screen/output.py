@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -19,31 +20,41 @@ from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.files import atomic_write, replacing
 from personasteer.model import Model
-from personasteer.screen.data import Data, arrow
+from personasteer.screen.data import Check, Data, arrow
 from personasteer.screen.journal import Journal
 from personasteer.screen.readouts import Readouts
 from personasteer.screen.results import Screening, TraitResult
-from personasteer.screen.score import SCORE
+from personasteer.screen.score import N_SPANS, SCORE
 from personasteer.screen.texts import unpacked
 
 SCORES, SUMMARY, PAGE = "scores.parquet", "summary.json", "report.html"
 SPLIT = ("kept", "quarantine")
 CHUNK = 5000  # rows that are written together
 WORST = 10  # rows of each trait on the page
+NEAR, LONGEST_WORD = 16, 30  # tokens beside a span that are looked at, and characters of a word that it is cut from
 LONGEST, SHOWN = 2000, 500  # characters of an answer, and of the end of a prompt, on the page
+
+
+def check_inputs(folder: Path, inputs: Iterable[Path]) -> None:
+    """Raise ArgumentError where an input is what would be written over."""
+    for path in inputs:
+        name = path.name.partition(".")[0].partition("-")[0]
+        if path.resolve().parent == folder.resolve() and (path.name in (SCORES, SUMMARY, PAGE) or name in SPLIT):
+            raise ArgumentError(f"{path}: would be written over; name another folder")
 
 
 def check_outputs(folder: Path, plan: Mapping[str, Any], *, force: bool) -> None:
     """Raise ArgumentError where `folder` holds the outputs of another screening and `force` is not given."""
-    file = folder / SUMMARY
-    if not file.exists() or force:
-        return
+    if (folder / SUMMARY).exists() and not force and _earlier(folder).get("plan") != json.loads(json.dumps(plan)):
+        raise ArgumentError(f"{folder / SUMMARY}: is of another screening; --force begins anew")
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
     try:
-        known = json.loads(file.read_text("utf-8"))["plan"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    if known != json.loads(json.dumps(plan)):
-        raise ArgumentError(f"{file}: is of another screening; --force overwrites it")
+        found = json.loads((folder / SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_outputs(
@@ -55,26 +66,44 @@ def write_outputs(
     *,
     keep: str | None,
     plan: Mapping[str, Any],
+    check: Check,
     progress: Progress,
 ) -> list[Path]:
-    """Write all files, each under a temporary name and renamed, the summary last; their paths."""
+    """Write all files, each under a temporary name and renamed, the summary last; their paths. Copies of rows that an
+    earlier run made, and this one does not, are removed.
+
+    check: raises where the data has changed; asked when the rows have been copied, and nothing is renamed then.
+    """
     texts = _Texts(journal, model, result.readouts)
-    for name in (SCORES, PAGE, SUMMARY, *SPLIT):
-        for left in folder.glob(f".{name}*"):  # of a run that was killed: nobody else works here
-            left.unlink(missing_ok=True)
+    before = [name for name in _earlier(folder).get("files", []) if str(name).startswith(SPLIT)]
     try:
+        _remove_temporaries(folder)
         _write_scores(folder / SCORES, result, texts, progress)
-        paths = [folder / SCORES]
+        copies = []
         if keep is not None:
-            take = ~result.flagged if keep == "below" else result.flagged
+            take = result.flagged if keep == "above" else ~result.flagged
             kept = take & ~result.unscored
-            paths += data.split(folder, SPLIT, lambda i: bool(kept[i]))
+            copies = data.split(folder, SPLIT, lambda i: i < len(kept) and bool(kept[i]), check)
+        for name in {str(name) for name in before} - {p.name for p in copies}:
+            if Path(name).name == name:
+                (folder / name).unlink(missing_ok=True)
         atomic_write(folder / PAGE, _page(result, texts).encode("utf-8", "backslashreplace"))
+        paths = [folder / SCORES, *copies]
         summary = {**result.summary(), "files": [p.name for p in paths], "plan": plan}
-        atomic_write(folder / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(folder / SUMMARY, text.encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise PersonasteerError(f"{folder}: cannot be written ({os.strerror(e.errno) if e.errno else e})") from e
     return [*paths, folder / PAGE, folder / SUMMARY]
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Of a run that was killed: nobody else works here."""
+    names = "|".join(map(re.escape, (SCORES, SUMMARY, PAGE)))
+    ours = re.compile(rf"\.({names}|({'|'.join(SPLIT)})(-\d+)?\.\w+)\.[a-z0-9_]{{8}}")
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 class _Texts:
@@ -94,19 +123,27 @@ class _Texts:
 
     def spans(self, row: int, k: int) -> list[tuple[str, float]]:
         """(text, mean reading) of the row's spans with the highest readings along trait k."""
-        found: list[tuple[float, list[int]]] = []
+        found: list[tuple[float, str]] = []
         for data, n_prompt, score, _ in self._journal.row_texts("data", row):
             own = np.frombuffer(score, SCORE)[self._readouts.score(k)]
             answer = unpacked(data)[n_prompt:]
             for (begin, end), mean in zip(own["spans"].tolist(), own["highest"].tolist(), strict=True):
                 if end > begin:
-                    found.append((mean, answer[begin:end]))
+                    beside = answer[max(0, begin - NEAR) : begin], answer[begin:end], answer[end : end + NEAR]
+                    parts = (self._model.detokenize(t) for t in beside)
+                    found.append((mean, whole_words(*parts)))
         found.sort(key=lambda f: -f[0])
-        return [(_whole(self._model.detokenize(tokens)), mean) for mean, tokens in found[: len(own["highest"])]]
+        return [(text, mean) for mean, text in found[:N_SPANS]]
 
 
-def _whole(text: str) -> str:
-    return text.replace("\ufffd", "").strip()
+def whole_words(before: str, text: str, behind: str) -> str:
+    """The text with the rest of the words that it begins and ends in."""
+    words = before.split(), behind.split()
+    head = words[0][-1] if words[0] and not before[-1].isspace() and not text[:1].isspace() else ""
+    tail = words[1][0] if words[1] and not behind[0].isspace() and not text[-1:].isspace() else ""
+    longest = LONGEST_WORD  # in scripts without spaces there is no word to complete
+    whole = (head if len(head) <= longest else "") + text + (tail if len(tail) <= longest else "")
+    return whole.replace("\ufffd", "").strip()
 
 
 def _write_scores(path: Path, result: Screening, texts: _Texts, progress: Progress) -> None:
@@ -138,16 +175,15 @@ def _columns(result: Screening, texts: _Texts, chunk: slice, pa: Any) -> list[An
         return pa.array(x, mask=~np.isfinite(x))
 
     rows = result.rows[chunk]
-    known = ~result.unscored[chunk]
     columns = [
         pa.array(range(chunk.start, chunk.stop), pa.int64()),
         pa.array([name for name, _, _ in rows], pa.string()),
         pa.array([digest or None for _, digest, _ in rows], pa.string()),
         pa.array([problem or None for *_, problem in rows], pa.string()),
-        pa.array(result.scores.tokens[chunk].astype(np.int32), mask=~known),
+        pa.array(result.scores.tokens[chunk].astype(np.int32), mask=np.array([bool(p) for *_, p in rows])),
     ]
     for k, t in enumerate(result.traits):
-        s, at = result.scores, result.readouts.plain(k)
+        s, at = result.scores, 2 * k
         columns += [numbers(x) for x in (t.score, t.percentile, s.projection[:, at], s.fast[:, at], s.full[:, at])]
         flags = t.flagged[chunk]
         columns.append(pa.array(flags, mask=~np.isfinite(t.score[chunk])))
@@ -178,7 +214,7 @@ def _page(result: Screening, texts: _Texts) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"printable": plots.printable, "two": _two, "share": _share}
+    environment.filters |= {"printable": plots.printable, "words": _words, "two": _two, "share": _share}
     template = environment.from_string(files(__package__).joinpath("screening.html.j2").read_text("utf-8"))
     versions = {name: version(name) for name in ("personasteer", "llama-cpp-python")}
     return template.render(result=result, summary=result.summary(), traits=traits, versions=versions)
@@ -216,6 +252,10 @@ def _marked(text: str, spans: Sequence[str]) -> list[tuple[str, bool]]:
             pieces += [(text[end:begin], False), (text[begin:until], True)]
             end = until
     return [(piece, mark) for piece, mark in [*pieces, (text[end:], False)] if piece]
+
+
+def _words(text: str) -> str:
+    return "\n".join(map(plots.printable, text.split("\n")))
 
 
 def _cut(text: str) -> str:

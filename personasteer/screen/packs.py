@@ -31,13 +31,13 @@ def plan_texts(journal: Journal, *, n_batch: int, n_ctx: int) -> None:
 
 
 def _families(
-    texts: Iterable[tuple[bytes, bytes, bytes, bytes]], n_prefix: int, n_ctx: int
+    texts: Iterable[tuple[bytes, bytes, bytes, bytes, int]], n_prefix: int, n_ctx: int
 ) -> Iterator[tuple[int, list[bytes]]]:
     """(new tokens, keys) of texts that go on from the same prompt, at most MOST and n_ctx tokens of them."""
     for _, family in groupby(texts, key=lambda t: t[2]):
         cost, keys, before = 0, list[bytes](), b""
-        for key, _, _, tokens in family:
-            shared = _common(before, tokens)
+        for key, _, _, tokens, n_prompt in family:
+            shared = _common(before, tokens[: 4 * (n_prompt - 1)])  # from its last token on, a prompt is read
             new = len(tokens) // 4 - max(shared, n_prefix)
             if keys and (len(keys) == MOST or n_prefix + cost + new > n_ctx):
                 yield cost, keys

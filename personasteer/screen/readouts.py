@@ -18,6 +18,7 @@ from personasteer.screen.score import Axis
 from personasteer.screen.texts import unpacked
 
 AT_ONCE = 16  # texts of the reference that are captured together
+MOST_CLEAN = 2000  # rows of the reference that the covariance is of
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Readouts:
     @property
     def _each(self) -> int:
         return len(self.axes) // len(self.traits)
+
+    @property
+    def shown(self) -> NDArray[np.intp]:
+        """The columns of each trait's v-hat and of what its rows are scored with, one after the other."""
+        return np.array([at for k in range(len(self.traits)) for at in (self.plain(k), self.score(k))], np.intp)
 
     def plain(self, k: int) -> int:
         """The column of trait k's v-hat."""
@@ -92,7 +98,7 @@ def _clean_states(
     journal: Journal, model: Model, layers: Sequence[int], *, difference: bool, progress: Progress
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """((n_rows, n_layers, n_embd) states of the clean rows, (n_rows,) their folds)."""
-    texts = sorted(journal.clean_texts())
+    texts = sorted(journal.clean_texts(MOST_CLEAN))
     rows: dict[str, list[tuple[int, NDArray[np.float64]]]] = {}
     groups = [texts[first : first + AT_ONCE] for first in range(0, len(texts), AT_ONCE)]
     most = max(sum(len(tokens) // 4 for _, tokens, _ in group) for group in groups)

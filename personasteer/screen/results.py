@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.discriminant import FOLDS
+from personasteer.errors import ArgumentError
 from personasteer.screen.journal import Journal
 from personasteer.screen.readouts import Readouts
 from personasteer.screen.score import SCORE
 from personasteer.statistics import pearson, spearman, wilson_interval
 
 MODES = ("fast", "full", "projection")
+FEWEST = 20  # clean rows with a score
 MOST_GROUPS = 200  # of a column: one with more values names rows, not groups
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one part of the data, all float64 arrays (n_rows, n_axes), NaN for a row with a problem.
+    """Of one part of the data: float64 arrays (n_rows, n_axes), NaN for a row with a problem.
 
     For a row with the answers y_1 .. y_k, of n_i tokens each, after the prompts x_i, and an axis with the unit
     direction v at its block, all weighted by n_i:
@@ -46,20 +49,25 @@ class Scores:
         return {"fast": self.fast, "full": self.full, "projection": self.projection}[mode]
 
 
-def collect(journal: Journal, part: str, n_axes: int) -> Scores:
-    """The scores of a part of the journal."""
+def collect(journal: Journal, part: str, readouts: Readouts) -> Scores:
+    """The scores of a part of the journal: of clean rows along all axes, of others along each trait's v-hat and what it
+    is scored with, one after the other.
+    """
+    at = np.arange(len(readouts.axes)) if part == "clean" else readouts.shown
     n = journal.n_rows(part)
-    sums = np.zeros((3, n, n_axes))
+    sums = np.zeros((3, n, len(at)))
     tokens = np.zeros(n, np.int64)
+    nothing = np.full(len(readouts.axes), np.nan, np.float32)
     for row, _, n_prompt, n_tokens, score, mean in journal.turns(part):
         own = np.frombuffer(score, SCORE)
+        answer = np.frombuffer(mean, "<f4") if mean is not None else nothing
         count = n_tokens - n_prompt
-        answer = np.frombuffer(mean, "<f4") if mean is not None else np.full(n_axes, np.nan)
-        sums[:, row] += count * np.stack([own["mean"], own["last"], answer]).astype(np.float64)
+        sums[:, row] += count * np.stack([own["mean"][at], own["last"][at], answer[at]]).astype(np.float64)
         tokens[row] += count
     with np.errstate(invalid="ignore"):
-        means = sums / np.where(tokens, tokens, np.nan)[:, None]
-    return Scores(means[0], means[0] - means[1], means[0] - means[2], tokens)
+        sums /= np.where(tokens, tokens, np.nan)[:, None]
+    sums[1:] = sums[0] - sums[1:]
+    return Scores(sums[0], sums[1], sums[2], tokens)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def _without(content: dict[str, Any], *words: str) -> dict[str, Any]:
 
 
 def shift_of(name: str, values: NDArray[np.float64], clean: NDArray[np.float64], threshold: float) -> Shift:
-    own = values[np.isfinite(values)]
+    own = np.sort(values[np.isfinite(values)])  # sums do not hang on the order of the rows
     if not len(own):
         return Shift(name, 0, *[None] * 9)
     mean, error = _mean_and_error(own)
@@ -182,7 +190,7 @@ def trait_result(
     mode: str,
     percentile: float,
     groups: Mapping[str, Mapping[str, NDArray[np.intp]]],
-    sampled: NDArray[np.intp],
+    answered: NDArray[np.intp],
 ) -> TraitResult:
     """Of trait k.
 
@@ -190,13 +198,15 @@ def trait_result(
         scores: of "data", "clean", and "baseline" where there is one, a column for each axis.
         folds: (n_clean,) of the clean rows.
         groups: {column: {value: rows}}.
-        sampled: rows of the data that both the fast and the full score are known of.
+        answered: rows of the data with the model's own answers.
     """
-    at, plain = readouts.score(k), readouts.plain(k)
-    own = scores["data"].of(mode)[:, at]
+    own, along = scores["data"].of(mode)[:, 2 * k + 1], scores["data"].of(mode)[:, 2 * k]
     columns = np.array([readouts.clean(k, f) for f in range(FOLDS)])[folds]
     clean = scores["clean"].of(mode)[np.arange(len(folds)), columns]
-    clean = np.sort(clean[np.isfinite(clean)])
+    plain = scores["clean"].of(mode)[:, readouts.plain(k)]
+    clean, plain = np.sort(clean[np.isfinite(clean)]), np.sort(plain[np.isfinite(plain)])
+    if len(clean) < FEWEST:
+        raise ArgumentError(f"only {len(clean)} rows of the clean reference have a score: {FEWEST} at least")
     threshold = float(np.quantile(clean, percentile / 100))
     below = np.searchsorted(clean, own, "left").astype(np.float64)
     percentiles = np.where(np.isfinite(own), 100 * below / len(clean), np.nan)
@@ -209,14 +219,13 @@ def trait_result(
     }
     others = [shift_of("clean", clean, clean, threshold)]
     if "baseline" in scores:
-        others.append(shift_of("baseline", scores["baseline"].of(mode)[:, at], clean, threshold))
+        others.append(shift_of("baseline", scores["baseline"].of(mode)[:, 2 * k + 1], clean, threshold))
     parts = [replace(s, name=f"{column}: {s.name}") for column, shifts in by.items() for s in shifts]
     ordering = sorted([whole, *others, *parts], key=_highest_first)
-    along = [scores[part].of(mode)[:, plain] for part in ("data", "clean")]
-    published = shift_of("data", along[0], along[1][np.isfinite(along[1])], np.inf)
+    published = shift_of("data", along, plain, np.inf)
     return TraitResult(
         readouts.traits[k].name, readouts.traits[k].layer, norm, threshold, clean, own, percentiles, whole, published,
-        by, ordering, _correlation(scores["data"], at, sampled),
+        by, ordering, _correlation(scores["data"], 2 * k + 1, answered),
     )  # fmt: skip
 
 
@@ -224,32 +233,40 @@ def _highest_first(s: Shift) -> tuple[float, str]:
     return (-s.mean if s.mean is not None else math.inf), s.name
 
 
-def _correlation(scores: Scores, k: int, sampled: NDArray[np.intp]) -> dict[str, Any] | None:
-    full = scores.full[sampled, k]
+def _correlation(scores: Scores, at: int, answered: NDArray[np.intp]) -> dict[str, Any] | None:
+    full = scores.full[answered, at]
     known = np.isfinite(full)
     if known.sum() < 3:
         return None
     out: dict[str, Any] = {"n": int(known.sum())}
     for name, values in (("fast", scores.fast), ("projection", scores.projection)):
-        own = values[sampled, k][known]
+        own = values[answered, at][known]
         for kind, r in (("pearson", pearson(own, full[known])), ("spearman", spearman(own, full[known]))):
             out[f"{name}_{kind}"] = None if math.isnan(r) else round(r, 4)
     return out
 
 
-def rows_of_groups(
-    columns: Sequence[str], values: Sequence[Sequence[str | None]]
-) -> dict[str, dict[str, NDArray[np.intp]]]:
-    """{column: {value: its rows}} of each row's values; columns of too many values are left out."""
-    found: dict[str, dict[str, NDArray[np.intp]]] = {}
-    for c, column in enumerate(columns):
-        rows: dict[str, list[int]] = {}
-        for i, own in enumerate(values):
-            if own and own[c] is not None:
-                rows.setdefault(str(own[c]), []).append(i)
-        if 1 < len(rows) <= MOST_GROUPS:
-            found[column] = {value: np.asarray(at, np.intp) for value, at in rows.items()}
-    return found
+class Groups:
+    """Rows by the values of some columns; a column of more than MOST_GROUPS values is dropped."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._rows: dict[str, dict[str, list[int]] | None] = {column: {} for column in columns}
+
+    def add(self, row: int, values: Sequence[str | None]) -> None:
+        for column, value in zip(self._rows, values, strict=False):
+            rows = self._rows[column]
+            if rows is not None and value is not None:
+                rows.setdefault(value, []).append(row)
+                if len(rows) > MOST_GROUPS:
+                    self._rows[column] = None
+
+    def rows(self) -> dict[str, dict[str, NDArray[np.intp]]]:
+        """{column: {value: its rows}} of the columns with more than one value."""
+        return {
+            column: {value: np.asarray(at, np.intp) for value, at in rows.items()}
+            for column, rows in self._rows.items()
+            if rows and len(rows) > 1
+        }
 
 
 @dataclass(frozen=True)
@@ -258,11 +275,12 @@ class Screening:
 
     Args:
         traits: in the order of the vectors.
-        scores: of the data, along each axis of the read-outs.
+        scores: of the data, along v-hat and what each trait is scored with, one after the other.
         rows: (id, hash, problem) of each row; the hash is of its words, whatever the layout.
         mode, percentile: as they were asked for; layout: where the conversation was found.
-        problems: {kind: {"n": how many rows have it, "rows": the first 20}}.
-        duplicates: rows whose id, or whose words, an earlier row has, too; they are scored like others.
+        problems: {kind: {"n": how many rows have it, "rows": the first of them}}.
+        duplicates: rows whose id, or whose words, an earlier row has, too, and some of these ids; they are scored like
+            others.
         model: its name.
         n_without_answer: scored rows without an own answer, which have no score in mode "full".
     """
@@ -279,15 +297,15 @@ class Screening:
     model: str
     n_without_answer: int
 
-    @property
+    @cached_property
     def flagged(self) -> NDArray[np.bool_]:
         """(n_rows,) above the threshold of any trait."""
         return np.asarray(np.any([t.flagged for t in self.traits], axis=0))
 
-    @property
+    @cached_property
     def unscored(self) -> NDArray[np.bool_]:
-        """(n_rows,) with a problem."""
-        return np.array([bool(problem) for _, _, problem in self.rows], bool)
+        """(n_rows,) without a score along every trait: with a problem, or in mode "full" without an own answer."""
+        return ~np.asarray(np.isfinite(np.stack([t.score for t in self.traits])).all(axis=0))
 
     def summary(self) -> dict[str, Any]:
         """As plain data, for JSON."""

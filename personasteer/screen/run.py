@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -20,13 +19,13 @@ from personasteer.errors import ArgumentError, ContextError
 from personasteer.evaluate.report import check_folder
 from personasteer.model import Model
 from personasteer.screen.cluster import Cluster, check_address
-from personasteer.screen.data import Data, arrow, first_rows, open_data
+from personasteer.screen.data import Data, Row, arrow, first_rows, open_data
 from personasteer.screen.journal import PARTS, Journal, Packed
 from personasteer.screen.layouts import LOOKED_AT, Columns, Layout, RowError, find_layout
-from personasteer.screen.output import check_outputs, write_outputs
+from personasteer.screen.output import check_inputs, check_outputs, write_outputs
 from personasteer.screen.packs import plan_answers, plan_texts
 from personasteer.screen.readouts import Readouts, fold_of, make_readouts
-from personasteer.screen.results import MODES, Screening, collect, rows_of_groups, trait_result
+from personasteer.screen.results import MODES, MOST_GROUPS, Groups, Screening, collect, trait_result
 from personasteer.screen.score import Axis, Scorer, axis_of
 from personasteer.screen.texts import Text, Texts, row_hash
 from personasteer.vectors import PersonaVector
@@ -34,12 +33,15 @@ from personasteer.vectors import PersonaVector
 log = logging.getLogger("personasteer")
 
 Stages: TypeAlias = Callable[[str], Progress]  # names of stages to progress callbacks
-Compute: TypeAlias = Callable[[Iterator[Packed]], Iterator[tuple[Packed, list[tuple[Any, ...]]]]]
 
 METHOD = 1  # of scoring: work of another is not gone on with
 JOURNAL = "work.sqlite"
 ROWS_AT_ONCE = 500  # rows that are read in one transaction
 FEWEST_CLEAN = 40  # rows of a reference
+FEWEST_TOKENS = 64  # of a text
+KINDS = {"given": "scoring", "own": "answering"}  # of packs, and what computing them is called
+MOST_KINDS, N_EXAMPLES = 50, 20  # of problems that are told apart, and of rows that are named for each
+NOT_A_NUMBER = "what the model computes for it are no numbers"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def screen(
 
     Args:
         data: a file (JSONL, JSON, CSV, Parquet, also compressed), several, or rows from Python such as a
-            `datasets.Dataset`.
+            `datasets.Dataset`. Rows are numbered from 0; blank lines are none. A JSON array is held in memory.
         out: the folder for scores.parquet, summary.json, report.html and the work.
         mode: "fast" compares with the prompt's last token, "full" with the model's own greedy answer of at most
             `max_tokens`, "projection" with nothing.
@@ -93,7 +95,7 @@ def screen(
         plain: score along the vectors themselves, as published; else along them against the grain of the clean rows,
             see `make_readouts`. The published figures are reported in either case.
         ray: the address of a Ray cluster that computes; "local" starts one here. workers: how many of its.
-        force: overwrite outputs of other settings.
+        force: begin anew where the folder holds another screening.
 
     Raises:
         ArgumentError: unusable data, columns, options or folder; the data changed since the work was begun.
@@ -102,68 +104,94 @@ def screen(
     arrow()
     vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
     _check(vectors, mode, percentile, keep, sample, max_tokens)
+    if workers is not None and (ray is None or workers < 1):
+        raise ArgumentError("workers are those of a Ray cluster, at least 1: name its address, too")
     if ray is not None:
         check_address(ray)
     folder, stage = Path(out), progress or (lambda name: lambda done, total: None)
     check_folder(folder)
-    parts = [_part("data", data, columns), _part("clean", _shipped() if clean is None else clean)]
-    if baseline is not None:
-        parts.append(_part("baseline", baseline))
+    named = columns or Columns()
+    given = {"clean": _shipped() if clean is None else clean, "data": data, "baseline": baseline}
+    parts = [_part(name, rows, named) for name, rows in given.items() if rows is not None]
+    check_inputs(folder, [path for part in parts for path in part.data.paths])
+    own = next(part for part in parts if part.name == "data")
     if on_layout:
-        on_layout(str(parts[0].layout))
+        on_layout(str(own.layout))
     axes = [axis_of(model, v, layer) for v in vectors]
-    if model.n_ctx < 64:
-        raise ContextError(f"n_ctx must be at least 64 to screen, not {model.n_ctx}")
+    if model.n_ctx < FEWEST_TOKENS:
+        raise ContextError(f"n_ctx must be at least {FEWEST_TOKENS} to screen, not {model.n_ctx}")
+    answered = {"sample": sample} if mode == "fast" else {}
+    if mode == "full" or (mode == "fast" and sample):
+        answered["max_tokens"] = max_tokens
     digests = {p.name: p.data.digest() for p in parts}
-    plan = _plan(model, axes, parts, digests, mode=mode, sample=sample, max_tokens=max_tokens, plain=plain)
+    plan = _plan(model, axes, parts, digests, mode=mode, plain=plain, **answered)
     check_outputs(folder, plan, force=force)
-    with Journal(folder / JOURNAL, plan) as journal:
-        texts = Texts(model, model.n_ctx)
-        for part in parts:
-            _read(journal, part, texts, stage(f"reading {part.name}"))
-        n_clean = len(journal.sampled("clean", FEWEST_CLEAN))
-        if n_clean < FEWEST_CLEAN:
-            raise ArgumentError(f"clean: {n_clean} rows that can be scored are no reference: {FEWEST_CLEAN} at least")
-        own = stage("reading the reference")
-        readouts = make_readouts(journal, model, axes, mode=mode, plain=plain, progress=own)
-        _plan_packs(journal, model, mode=mode, sample=sample, max_tokens=max_tokens)
-        runner = _runner(model, readouts.axes, max_tokens, ray, workers)
-        try:
-            for kind, doing in (("given", "scoring"), ("own", "answering")):
-                _compute(journal, kind, runner.compute, stage(doing))
-        finally:
-            runner.close()
+
+    def check_unchanged() -> None:
         if any(p.data.digest() != digests[p.name] for p in parts):
             raise ArgumentError("the data changed while it was screened: its scores are of what it was")
-        result = _result(journal, model, readouts, parts, mode=mode, sample=sample, percentile=percentile)
-        write_outputs(folder, result, journal, model, parts[0].data, keep=keep, plan=plan, progress=stage("writing"))
+
+    with Journal(folder / JOURNAL, plan, force=force) as journal:
+        texts = Texts(model, model.n_ctx)
+        for part in parts:
+            _read(journal, part, texts, digests[part.name], stage(f"reading {part.name}"))
+            if part.name == "clean" and (n := len(journal.sampled("clean", FEWEST_CLEAN))) < FEWEST_CLEAN:
+                raise ArgumentError(f"clean: {n} rows that can be scored are no reference: {FEWEST_CLEAN} at least")
+        doing = stage("reading the reference")
+        readouts = make_readouts(journal, model, axes, mode=mode, plain=plain, progress=doing)
+        _plan_packs(journal, model, mode=mode, sample=sample, max_tokens=max_tokens)
+        _compute(journal, lambda: _runner(model, readouts.axes, max_tokens, ray, workers), stage)
+        check_unchanged()
+        result = _result(journal, model, readouts, own, mode=mode, sample=sample, percentile=percentile)
+        write_outputs(
+            folder, result, journal, model, own.data,
+            keep=keep, plan=plan, check=check_unchanged, progress=stage("writing"),
+        )  # fmt: skip
+    for column in named.by:
+        if column not in result.traits[0].groups:
+            log.warning("%r has one value, or more than %d: they are not compared", column, MOST_GROUPS)
     return result
 
 
 def _check(
     vectors: Sequence[PersonaVector], mode: str, percentile: float, keep: str | None, sample: int, max_tokens: int
 ) -> None:
+    for v in vectors:
+        if not isinstance(v, PersonaVector):
+            raise ArgumentError(f"screening needs PersonaVectors, not {type(v).__name__}: load files first")
     names = [v.name for v in vectors]
     if not names or len(set(names)) < len(names):
         raise ArgumentError(f"screening needs vectors of different names, not {names}")
+    for name in names:
+        if not name or name != _clean(name):
+            raise ArgumentError(f"{name!r} is no name for the columns of a table")
     if mode not in MODES:
         raise ArgumentError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     if not 0 < percentile < 100:
         raise ArgumentError(f"percentile must be between 0 and 100, not {percentile}")
     if keep not in (None, "below", "above"):
         raise ArgumentError(f'keep must be "below" or "above", not {keep!r}')
-    if sample < 0 or max_tokens < 1:
-        raise ArgumentError("sample must not be negative, and max_tokens at least 1")
+    for name, number, least in (("sample", sample, 0), ("max_tokens", max_tokens, 1)):
+        if not isinstance(number, int) or number < least:
+            raise ArgumentError(f"{name} must be a whole number of at least {least}, not {number!r}")
 
 
 def _shipped() -> Path:
     return Path(str(files("personasteer.screen").joinpath("clean.jsonl")))
 
 
-def _part(name: str, given: Any, columns: Columns | None = None) -> _Part:
+def _part(name: str, given: Any, named: Columns) -> _Part:
+    """Columns that are named are the data's; those of other sets where they have them."""
     try:
         data = open_data(given)
-        return _Part(name, data, find_layout(first_rows(data, LOOKED_AT), columns))
+        rows = first_rows(data, LOOKED_AT)
+        if name != "data":
+            named = named.those_of(column for row in rows if row.value for column in row.value)
+        layout = find_layout(rows, named)
+        for part in data.parts()[1:]:
+            find_layout(first_rows(part, LOOKED_AT), layout.as_columns())
+        data.only(layout.all_columns)
+        return _Part(name, data, layout)
     except ArgumentError as e:
         raise ArgumentError(f"{name}: {e}") from e
 
@@ -177,7 +205,7 @@ def _plan(
         "method": METHOD,
         "model": model.fingerprint,
         "build": build_id(),
-        "sizes": [model.n_ctx, model.n_batch],
+        "options": {k: x for k, x in model.options.items() if k not in ("n_parallel", "n_threads", "seed", "lora")},
         "vectors": directions,
         "rows": digests,
         "columns": {p.name: asdict(p.layout) for p in parts},
@@ -185,35 +213,50 @@ def _plan(
     }
 
 
-def _read(journal: Journal, part: _Part, texts: Texts, progress: Progress) -> None:
-    """All rows of a part into the journal, from where an earlier run left off."""
+def _read(journal: Journal, part: _Part, texts: Texts, digest: str, progress: Progress) -> None:
+    """All rows of a part into the journal, from where an earlier run left off: if they are still the same."""
     if journal.meta(f"read {part.name}"):
         return
-    rows = enumerate(part.data.rows())
-    known = journal.n_rows(part.name)
-    for _ in zip(range(known), rows, strict=False):
-        pass
+    rows, seen = enumerate(part.data.rows()), hashlib.sha256()
+    for _, (_, row) in zip(range(journal.n_rows(part.name)), rows, strict=False):
+        seen.update(row.content)
+    if journal.meta(f"reading {part.name}") not in (None, seen.hexdigest()):
+        _forget(journal, part.name)
     done = False
     while not done:
         with journal.writing():
             done = True
             for i, row in rows:
-                value, problem = row.value or {}, row.problem
-                digest, found = "", list[Text]()
-                try:
-                    messages = part.layout.conversation(value)
-                    digest = row_hash(messages)
-                    found = texts.of(messages)
-                except RowError as e:
-                    problem = problem or str(e)
-                name, groups = _clean(part.layout.row_id(value)), list(map(_clean, part.layout.groups(value)))
-                journal.add_row(part.name, i, name, digest, _clean(problem) or "", groups, found)
+                seen.update(row.content)
+                _add(journal, part, texts, i, row)
                 if (i + 1) % ROWS_AT_ONCE == 0:
                     progress(i + 1, i + 1)
                     done = False
                     break
+            journal.set_meta(f"reading {part.name}", seen.hexdigest())
             if done:
                 journal.set_meta(f"read {part.name}", "1")
+    if part.data.digest() != digest:
+        _forget(journal, part.name)
+
+
+def _forget(journal: Journal, name: str) -> None:
+    with journal.writing():
+        journal.clear()
+    raise ArgumentError(f"{name}: the rows changed while they were read: start again")
+
+
+def _add(journal: Journal, part: _Part, texts: Texts, i: int, row: Row) -> None:
+    value, problem = row.value or {}, row.problem
+    digest, found = "", list[Text]()
+    try:
+        messages = part.layout.conversation(value)
+        digest = row_hash(messages)
+        found = texts.of(messages)
+    except RowError as e:
+        problem = problem or str(e)
+    name, groups = _clean(part.layout.row_id(value)), list(map(_clean, part.layout.groups(value)))
+    journal.add_row(part.name, i, name, digest, _clean(problem) or "", groups, found)
 
 
 def _clean(text: str | None) -> str | None:
@@ -252,64 +295,58 @@ def _runner(
     model: Model, axes: Sequence[Axis], max_tokens: int, ray: str | None, workers: int | None
 ) -> _Local | Cluster:
     if ray is None:
-        return _Local(Scorer(model, axes, n_ctx=model.n_ctx, max_tokens=max_tokens))
-    options = {"n_ctx": model.n_ctx, "n_batch": model.n_batch, "n_parallel": 1, "n_threads": model.n_threads}
-    return Cluster(
-        ray, str(model.path.resolve()), model.fingerprint, options, axes,
-        n_ctx=model.n_ctx, max_tokens=max_tokens, workers=workers,
-    )  # fmt: skip
+        return _Local(Scorer(model, axes, max_tokens=max_tokens))
+    return Cluster(ray, model, axes, max_tokens=max_tokens, workers=workers)
 
 
-def _compute(journal: Journal, kind: str, compute: Compute, progress: Progress) -> None:
-    total, done = journal.cost(kind), journal.cost(kind, done=True)
-    if done == total:
+def _compute(journal: Journal, start: Callable[[], _Local | Cluster], stage: Stages) -> None:
+    if not any(journal.cost(kind) > journal.cost(kind, done=True) for kind in KINDS):
         return
-    progress(done, total)
-    for pack, results in compute(journal.pending(kind)):
-        with journal.writing():
-            journal.finish(pack, results)
-        done += pack.cost
-        progress(done, total)
+    runner = start()
+    try:
+        for kind, name in KINDS.items():
+            total, done = journal.cost(kind), journal.cost(kind, done=True)
+            progress = stage(name)
+            for pack, results in runner.compute(journal.pending(kind)):
+                with journal.writing():
+                    journal.finish(pack, results)
+                done += pack.cost
+                progress(done, total)
+    finally:
+        runner.close()
 
 
 def _result(
-    journal: Journal, model: Model, readouts: Readouts, parts: Sequence[_Part], *, mode: str, percentile: float,
-    sample: int,
-) -> Screening:  # fmt: skip
-    scores = {p.name: collect(journal, p.name, len(readouts.axes)) for p in parts}
+    journal: Journal, model: Model, readouts: Readouts, part: _Part, *, mode: str, percentile: float, sample: int
+) -> Screening:
+    scores = {name: collect(journal, name, readouts) for name in PARTS if journal.n_rows(name)}
     folds = np.array([fold_of(digest or "0") for _, _, digest, *_ in journal.rows("clean")], np.intp)
-    rows, values = [], []
+    rows, values = [], Groups(part.layout.by)
     problems: dict[str, dict[str, Any]] = {}
-    for row, name, digest, problem, own in journal.rows("data"):
+    known = np.asarray(np.isfinite(scores["data"].projection).all(axis=1))
+    for row, name, digest, problem, groups in journal.rows("data"):
+        problem = problem or ("" if known[row] else NOT_A_NUMBER)
         rows.append((name, digest, problem))
-        values.append(own)
+        values.add(row, groups)
         if problem:
-            found = problems.setdefault(_kind(problem), {"n": 0, "rows": []})
+            kind = problem.split(": ")[0]
+            kind = kind if kind in problems or len(problems) < MOST_KINDS else "others"
+            found = problems.setdefault(kind, {"n": 0, "rows": []})
             found["n"] += 1
-            if len(found["rows"]) < 20:
+            if len(found["rows"]) < N_EXAMPLES:
                 found["rows"].append(row)
     n_ids, ids = journal.repeated("data", "id")
     n_words, _ = journal.repeated("data", "hash")
-    if mode != "fast":
-        sampled = np.flatnonzero(np.isfinite(scores["data"].full).any(axis=1))
-    else:
-        sampled = np.asarray(journal.sampled("data", sample), np.intp)
-    groups = rows_of_groups(parts[0].layout.by, values)
+    answered = journal.sampled("data", sample if mode == "fast" else len(rows))
     traits = [
         trait_result(
             readouts, k, scores, folds=folds, norm=float(model.norms[axis.layer]), mode=mode, percentile=percentile,
-            groups=groups, sampled=sampled,
+            groups=values.rows(), answered=np.asarray(answered, np.intp),
         )
         for k, axis in enumerate(readouts.traits)
     ]  # fmt: skip
-    asked = np.isfinite(scores["data"].projection).all(axis=1)
-    without = int((asked & ~np.isfinite(scores["data"].full).all(axis=1)).sum()) if mode == "full" else 0
+    without = np.asarray(known & ~np.isfinite(scores["data"].full).all(axis=1))
     return Screening(
-        traits, scores["data"], readouts, rows, mode, str(parts[0].layout), percentile, dict(sorted(problems.items())),
-        {"ids": n_ids, "some_ids": ids, "words": n_words}, model.name, without,
+        traits, scores["data"], readouts, rows, mode, str(part.layout), percentile, dict(sorted(problems.items())),
+        {"ids": n_ids, "some_ids": ids, "words": n_words}, model.name, int(without.sum()) if mode == "full" else 0,
     )  # fmt: skip
-
-
-def _kind(problem: str) -> str:
-    """The problem without this row's own numbers."""
-    return re.sub(r"(?<!-)\b\d+\b", "N", problem)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.engine import Request, Sampling
-from personasteer.errors import ArgumentError, ModelError, VectorError
+from personasteer.errors import ArgumentError, VectorError
 from personasteer.model import Model
 from personasteer.screen.journal import Packed
 from personasteer.screen.packs import AT_ONCE, CELLS, MOST
@@ -69,25 +69,21 @@ class Scorer:
 
     Args:
         axes: what is read.
-        n_ctx: tokens of the longest text.
         max_tokens: of an own answer.
     """
 
-    def __init__(self, model: Model, axes: Sequence[Axis], *, n_ctx: int, max_tokens: int) -> None:
+    def __init__(self, model: Model, axes: Sequence[Axis], *, max_tokens: int) -> None:
         self._model, self._axes, self._max_tokens = model, axes, max_tokens
         self._reads: tuple[Mapping[int, NDArray[Any]], ...] = tuple({a.layer: a.direction} for a in axes)
         layers = sorted({a.layer for a in axes})
         self._at = [layers.index(a.layer) for a in axes], list(range(len(axes)))
-        self._n_ctx, self._n_blocks = n_ctx, layers[-1] + 1
+        self._n_ctx, self._n_blocks = model.n_ctx, layers[-1] + 1
         self._prefix: list[int] = []
         self._given: Any = None
         self._own: Any = None
 
     def compute(self, pack: Packed) -> list[tuple[Any, ...]]:
-        """(scores,) of each text, or (means, answer) of each prompt.
-
-        Raises ModelError where what the model computes are no numbers.
-        """
+        """(scores,) of each text, or (means, answer) of each prompt; NaN where the model computes no numbers."""
         if pack.kind == "own":
             return self._answers([unpacked(tokens) for tokens, _ in pack.texts])
         return self._scores([(unpacked(tokens), n_prompt) for tokens, n_prompt in pack.texts], pack.n_prefix)
@@ -115,9 +111,10 @@ class Scorer:
 
     def _score(self, result: dict[str, Any], n_prompt: int) -> bytes:
         readings = np.asarray(result["readings"])[n_prompt - 1 :, *self._at].astype(np.float64)
-        if not np.isfinite(readings).all():
-            raise ModelError("what the model computes for a row are no numbers")
         out = np.zeros(len(self._axes), SCORE)
+        if not np.isfinite(readings).all():
+            out["mean"] = out["last"] = np.nan
+            return out.tobytes()
         answer = readings[1:]
         out["last"], out["mean"] = readings[0], answer.mean(axis=0)
         for k, axis in enumerate(self._axes):

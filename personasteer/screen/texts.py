@@ -92,7 +92,8 @@ class Texts:
             raise RowError(f"too long: {n_bytes} bytes do not fit {self._n_ctx} tokens (-c)")
         found: list[Text] = []
         family = b""
-        for before, answer in answers(messages):
+        for i in answers(messages):
+            before, answer = list(messages[:i]), messages[i]["content"]
             given = before if self._takes_system else _without_system(before)
             system = given[0]["content"] if given[0]["role"] == "system" else None
             try:
@@ -101,8 +102,8 @@ class Texts:
                 raise RowError(f"the chat template does not take it: {e}") from e
             if len(tokens) > self._n_ctx:
                 raise RowError(f"too long: {len(tokens)} tokens of {self._n_ctx} (-c)")
-            if n_prompt == len(tokens):
-                raise RowError("an answer without a token")
+            if n_prompt == len(tokens) or not n_prompt:
+                raise RowError("a prompt or an answer without a token")
             prefix = self._prefix(system)
             n_prefix = n_common(prefix, tokens[: n_prompt - 1])
             family = family or key_of(tokens[:n_prompt])
