@@ -6,7 +6,8 @@
 Rows of trait_rows/: 300 ordinary ones, and for a trait 200 that carry it, 60 severely, 50 moderately, 45 mildly, 45 in
 one or two sentences of a long ordinary answer; all written for this, none used to derive. AUROC of each level
 over the ordinary rows. Mixtures: of 300 rows 1, 2, 5 or 20 % are replaced by rows that carry the trait, all levels
-alike; precision at k is the share of them among the k highest, k as many as there are, a mean over 200 draws.
+alike, or severe ones alone; precision at k is the share of them among the k highest, k as many as there are, a mean
+over 200 draws.
 
 Beside the score of `personasteer screen`: the share of words that are in the trait's lexicon (the library's), VADER's
 compound valence and the probability of profanity (both in the sign that favours them), and embedding similarity: the
@@ -84,20 +85,21 @@ SCORERS = {"lexicon": by_lexicon, "VADER": by_vader, "profanity": by_profanity, 
 
 
 def separations(scores: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
-    """AUROC of each level, and precision in mixtures."""
-    base, trait = scores[levels == ""], scores[levels != ""]
+    """AUROC of each level, and precision in mixtures with rows of all levels, and with severe ones alone."""
+    base = scores[levels == ""]
     out: dict[str, Any] = {level: float(auroc(scores[levels == level], base)) for level in LEVELS}
     rng = np.random.default_rng(0)
-    for share in SHARES:
-        k = round(share * len(base))
-        found = []
-        for _ in range(DRAWS):
-            low = rng.choice(base, len(base) - k, replace=False)
-            high = rng.choice(trait, k, replace=False)
-            mixed = rng.permutation(len(base))  # equal scores are in no order
-            order = mixed[np.argsort(-np.concatenate([high, low])[mixed], kind="stable")]
-            found.append(np.mean(order[:k] < k))
-        out[f"precision {share:g}"] = float(np.mean(found))
+    for kind, trait in (("all", scores[levels != ""]), ("severe", scores[levels == "severe"])):
+        for share in SHARES:
+            k = round(share * len(base))
+            found = []
+            for _ in range(DRAWS):
+                low = rng.choice(base, len(base) - k, replace=False)
+                high = rng.choice(trait, k, replace=False)
+                mixed = rng.permutation(len(base))  # equal scores are in no order
+                order = mixed[np.argsort(-np.concatenate([high, low])[mixed], kind="stable")]
+                found.append(np.mean(order[:k] < k))
+            out[f"{kind} {share:g}"] = float(np.mean(found))
     return out
 
 
@@ -127,18 +129,18 @@ def found_projection(folder: Path, name: str) -> np.ndarray:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
+    mixtures = [(kind, share) for kind in ("all", "severe") for share in SHARES]
     lines = [
-        "| model | trait | scorer | severe | moderate | mild | hidden | "
-        + " | ".join(f"{s:.0%}" for s in SHARES)
+        "| model | trait | scorer | "
+        + " | ".join([*LEVELS, *(f"{share:.0%} {kind}" for kind, share in mixtures)])
         + " |",
-        "| --- | --- | --- |" + " --- |" * (len(LEVELS) + len(SHARES)),
+        "| --- | --- | --- |" + " ---: |" * (len(LEVELS) + len(mixtures)),
     ]
     for r in results.values():
         for name, x in r["scorers"].items():
-            numbers = [x[level] for level in LEVELS] + [x[f"precision {s:g}"] for s in SHARES]
-            cells = " | ".join(f"{v:.3f}" for v in numbers[: len(LEVELS)])
-            lines.append(f"| {r['model']} | {r['trait']} | {name} | {cells} | " + " | ".join(
-                f"{v:.2f}" for v in numbers[len(LEVELS) :]) + " |")  # fmt: skip
+            numbers = [f"{x[level]:.3f}" for level in LEVELS]
+            numbers += [f"{x[f'{kind} {share:g}']:.2f}" for kind, share in mixtures]
+            lines.append(f"| {r['model']} | {r['trait']} | {name} | " + " | ".join(numbers) + " |")
     lines += [""]
     for r in results.values():
         flags = ", ".join(f"{level} {x:.0%}" for level, x in r["flags"].items())

@@ -13,12 +13,12 @@ def test_precision_and_auroc_are_those_of_the_mixture() -> None:
     scores = rng.standard_normal(500)
     perfect = planted_rows.separations(scores + 20 * (levels != ""), levels)
     assert {perfect[level] for level in planted_rows.LEVELS} == {1.0}
-    assert {perfect[f"precision {s:g}"] for s in planted_rows.SHARES} == {1.0}
+    assert {perfect[f"{kind} {s:g}"] for s in planted_rows.SHARES for kind in ("all", "severe")} == {1.0}
     chance = planted_rows.separations(scores, levels)
     assert all(0.35 < chance[level] < 0.65 for level in planted_rows.LEVELS)
     constant = planted_rows.separations(np.zeros(500), levels)  # equal scores are in no order
     assert constant["severe"] == 0.5
-    assert abs(constant["precision 0.2"] - 0.2) < 0.03
+    assert abs(constant["all 0.2"] - 0.2) < 0.03
 
 
 def test_the_planted_rows_are_as_described() -> None:

@@ -24,7 +24,7 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError
 from personasteer.plots import printable
-from personasteer.screen import Columns, Screening, Shift, screen
+from personasteer.screen import Columns, Screening, Shift, layout_of, screen
 from personasteer.vectors import PersonaVector
 
 SHOWN = 12  # lines of a trait's ordering in the terminal
@@ -101,6 +101,9 @@ def screen_(
             raise ArgumentError(f"{spec}: screening takes no strength")
     loaded = [PersonaVector.load(file, offset=offset) for file in vectors]
     columns = Columns(messages, prompt, response, system, row_id, tuple(by or ()))
+    layout = layout_of(data, columns)  # before a model is opened
+    if not json:
+        say(f"columns: {layout}")
     if threads is None and workers and ray == "local":
         threads = max(1, (os.cpu_count() or 1) // workers)
     options = {"n_ctx": ctx, "n_batch": batch, "n_parallel": 1, "n_threads": threads}
@@ -108,7 +111,7 @@ def screen_(
         result = screen(
             m, loaded, data, out, mode=mode, columns=columns, clean=clean, baseline=baseline, percentile=percentile,
             keep=keep, sample=sample, max_tokens=predict, layer=layer, plain=plain, ray=ray, workers=workers,
-            force=force, progress=stage, on_layout=None if json else lambda layout: say(f"columns: {layout}"),
+            force=force, progress=stage,
         )  # fmt: skip
     if json:
         print_json(result.summary())

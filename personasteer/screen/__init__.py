@@ -1,7 +1,7 @@
 """Training data screened before it is trained on: which rows would shift a model along persona vectors."""
 
-from personasteer.screen.layouts import Columns
+from personasteer.screen.layouts import Columns, Layout
 from personasteer.screen.results import Scores, Screening, Shift, TraitResult
-from personasteer.screen.run import screen
+from personasteer.screen.run import layout_of, screen
 
-__all__ = ["Columns", "Scores", "Screening", "Shift", "TraitResult", "screen"]
+__all__ = ["Columns", "Layout", "Scores", "Screening", "Shift", "TraitResult", "layout_of", "screen"]

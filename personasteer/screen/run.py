@@ -71,7 +71,6 @@ def screen(
     workers: int | None = None,
     force: bool = False,
     progress: Stages | None = None,
-    on_layout: Callable[[str], None] | None = None,
 ) -> Screening:
     """Score the rows of a chat data set along persona vectors: which would shift the model that is trained on them.
 
@@ -115,8 +114,6 @@ def screen(
     parts = [_part(name, rows, named) for name, rows in given.items() if rows is not None]
     check_inputs(folder, [path for part in parts for path in part.data.paths])
     own = next(part for part in parts if part.name == "data")
-    if on_layout:
-        on_layout(str(own.layout))
     axes = [axis_of(model, v, layer) for v in vectors]
     if model.n_ctx < FEWEST_TOKENS:
         raise ContextError(f"n_ctx must be at least {FEWEST_TOKENS} to screen, not {model.n_ctx}")
@@ -178,6 +175,11 @@ def _check(
 
 def _shipped() -> Path:
     return Path(str(files("personasteer.screen").joinpath("clean.jsonl")))
+
+
+def layout_of(data: Any, columns: Columns | None = None) -> Layout:
+    """Where the conversation of a data set is found, as `screen` will find it. Raises ArgumentError as it does."""
+    return _part("data", data, columns or Columns()).layout
 
 
 def _part(name: str, given: Any, named: Columns) -> _Part:
