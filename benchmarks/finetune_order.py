@@ -4,7 +4,7 @@
     python benchmarks/finetune_order.py VECTOR.gguf [--model MODEL.gguf] --work DIR [--k 60] [--seeds 3] [--table]
 
 The rows of trait_rows/base.jsonl and of trait_rows/TRAIT.jsonl (300 and 200), scored by `personasteer screen` in mode
-fast. A LoRA (rank 8, on values, attention output and feed-forward; AdamW, 2e-4, 2 epochs of batches of 4) is trained on
+fast. A LoRA (rank 8, on values, attention output and feed-forward; AdamW, 1e-3, 2 epochs of batches of 4) is trained on
 the k highest rows, on k drawn at random, and on the k lowest, in float32 on the dequantized weights of the file; the
 loss is over the answers. It is written as a GGUF adapter and measured on the quantized file: the trait's log-odds of
 written continuations on held-out questions (`personasteer.evaluate`), less those of the untrained model. The draw, the
@@ -30,7 +30,7 @@ from personasteer.evaluate import log_odds, trait_of
 from personasteer.ship.fields import Field, save_gguf
 
 ARMS = ("high", "random", "low")
-RANK, RATE, EPOCHS, BATCH = 8, 2e-4, 2, 4
+RANK, RATE, EPOCHS, BATCH = 8, 1e-3, 2, 4
 N_PAIRS = 6  # of continuations, for each held-out question
 TARGETS = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",

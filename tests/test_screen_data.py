@@ -146,6 +146,19 @@ def test_rows_come_from_python_too() -> None:
         open_data({"train": ROWS, "test": ROWS})
 
 
+def test_a_dataset_of_hugging_face_is_read_without_its_other_columns(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    given = datasets.Dataset.from_list([{**r, "other": [1, 2]} for r in ROWS])
+    found = open_data(given)
+    assert [r.value for r in found.rows()] == [{**r, "other": [1, 2]} for r in ROWS]
+    found.only({"prompt", "response"})
+    assert [r.value for r in found.rows()] == [{k: r[k] for k in ("prompt", "response")} for r in ROWS]
+    found.split(tmp_path, ("kept", "rest"), lambda i: i == 2, check)
+    assert json.loads((tmp_path / "kept.jsonl").read_text("utf-8")) == {**ROWS[2], "other": [1, 2]}
+    with pytest.raises(ArgumentError, match="choose one of 'train'"):
+        open_data(datasets.DatasetDict({"train": given}))
+
+
 def test_several_files_are_one_data_set(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
