@@ -30,7 +30,8 @@ def workers() -> Iterator[Any]:
 
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     machines.add_node(num_cpus=1)
-    ray.init(address=machines.address, log_to_driver=False, configure_logging=False)
+    with cluster.importing_alike():
+        ray.init(address=machines.address, log_to_driver=False, configure_logging=False)
     yield machines
     ray.shutdown()
     machines.shutdown()

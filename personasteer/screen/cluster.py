@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -42,7 +43,8 @@ class Cluster:
         if self._own:
             quiet = {"log_to_driver": False, "configure_logging": False}
             try:
-                ray.init(address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
+                with importing_alike():
+                    ray.init(address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
             except (ConnectionError, RuntimeError, ValueError) as e:
                 raise ArgumentError(f"--ray {address}: {str(e).splitlines()[0]}") from e
         total = ray.cluster_resources()
@@ -140,6 +142,13 @@ def _results(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("personasteer", "llama-cpp-python")}
+
+
+def importing_alike() -> AbstractContextManager[None]:
+    """Around ray.init: workers look for modules in the folder where it is called first. There they find the package that
+    is imported here, and not, say, the sources of it in a clone.
+    """
+    return chdir(Path(__file__).parents[2])
 
 
 def check_address(address: str) -> None:
