@@ -145,8 +145,8 @@ def _versions() -> dict[str, str]:
 
 
 def importing_alike() -> AbstractContextManager[None]:
-    """Around ray.init: workers look for modules in the folder where it is called first. There they find the package that
-    is imported here, and not, say, the sources of it in a clone.
+    """Around ray.init: workers look for modules first in the folder where it is called. There they find the package
+    that is imported here, and not, say, its sources in a clone.
     """
     return chdir(Path(__file__).parents[2])
 
