@@ -50,7 +50,7 @@ def train(path: Path, texts: list[tuple[list[int], int]], seed: int, epochs: int
     """A PEFT model trained on (tokens, n_prompt) pairs."""
     import peft
     import torch
-    from torch_llama import as_transformers
+    from torch_llama import as_transformers, padded
 
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[t.rpartition(".")[2] for t in TARGETS])
@@ -61,12 +61,10 @@ def train(path: Path, texts: list[tuple[list[int], int]], seed: int, epochs: int
         order = rng.permutation(len(texts))
         for first in range(0, len(order), BATCH):
             some = [texts[i] for i in order[first : first + BATCH]]
-            longest = max(len(tokens) for tokens, _ in some)
-            ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in some])
-            mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in some])
-            labels = torch.tensor(
-                [[-100] * n + tokens[n:] + [-100] * (longest - len(tokens)) for tokens, n in some]
-            )  # fmt: skip
+            ids, mask = padded([tokens for tokens, _ in some])
+            labels = ids.masked_fill(mask == 0, -100)
+            for row, (_, n_prompt) in zip(labels, some, strict=True):
+                row[:n_prompt] = -100
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             optimizer.step()

@@ -44,7 +44,7 @@ BATCH = 8
 
 def packs_of(model: ps.Model) -> list[Packed]:
     """As `personasteer screen` packs the rows."""
-    texts = Texts(model, model.n_ctx)
+    texts = Texts(model)
     own = [t for line in ROWS.read_text("utf-8").splitlines() for t in texts.of(_messages(json.loads(line)))]
     families = [(len(t.tokens) - t.n_prefix, [i.to_bytes(4, "big")]) for i, t in enumerate(own)]
     packs = []
@@ -159,7 +159,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 def script(args: argparse.Namespace) -> None:
     """What one writes with transformers."""
     import torch
-    from torch_llama import as_transformers
+    from torch_llama import as_transformers, padded
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -179,9 +179,7 @@ def script(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         for first in range(0, len(order), BATCH):
             some = [texts[i] for i in order[first : first + BATCH]]
-            longest = max(len(tokens) for tokens, _ in some)
-            ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in some])
-            mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in some])
+            ids, mask = padded([tokens for tokens, _ in some])
             kept.clear()
             network(input_ids=ids, attention_mask=mask, use_cache=False)
             readings = kept[0] @ direction

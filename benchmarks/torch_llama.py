@@ -61,3 +61,10 @@ def as_transformers(path: Path) -> Any:
     model = transformers.LlamaForCausalLM(config).to(torch.float32).eval()
     model.load_state_dict(state, strict=True)
     return model
+
+
+def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of texts of different lengths, side by side."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in texts])
+    return ids, torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in texts])

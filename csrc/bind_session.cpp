@@ -307,11 +307,9 @@ void bind_session(py::module_ & m) {
                 return out;
             },
             "decide"_a = py::none(),
-            "One decode; [(request id, token, bytes, log p or NaN, [(token, log p)])] sampled by it. decide(id, "
-            "readings) "
-            "is asked once the prompt of a request that `decides` is read: None, or (mixes, mix_of_token, generated) "
-            "for "
-            "its response.")
+            "One decode; [(request id, token, bytes, log p or NaN, [(token, log p)])] sampled by it. "
+            "decide(id, readings) is asked once the prompt of a request that `decides` is read: None, or "
+            "(mixes, mix_of_token, generated) for its response.")
         .def("take_results",
              [](session & s) {
                  std::vector<result> results;

@@ -69,6 +69,21 @@ def parse_line(line: str, where: str) -> Any:
         raise ArgumentError(f"{where}: not valid JSON ({e})") from e
 
 
+def encodable(text: str) -> str:
+    """The text with what UTF-8 cannot hold written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def arrow(purpose: str, extra: str) -> tuple[Any, Any]:
+    """(pyarrow, pyarrow.parquet). Raises ArgumentError, which begins with what needs them, where it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise ArgumentError(f"{purpose} pyarrow: pip install 'personasteer[{extra}]'") from e
+    return pyarrow, pyarrow.parquet
+
+
 def _temporary_beside(path: Path) -> Path:
     if path.is_dir():
         raise ArgumentError(f"{path}: cannot write here, it is a folder")

@@ -482,15 +482,13 @@ def score_histogram(
         np.histogram_bin_edges(both, np.clip(int(2 * len(both) ** (1 / 3)), 10, 80)) if len(both) else np.arange(2.0)
     )
     middles, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-    for values, colours, name in (
-        (scores, [SERIES[int(x <= threshold)] for x in middles], f"{len(scores)} rows"),
-        (clean, None, f"{len(clean)} clean rows"),
-    ):
-        shares = np.histogram(values, edges)[0] / max(len(values), 1)
-        if colours:
-            axes.bar(middles, shares, width, color=colours, alpha=0.8, label=name)
-        else:
-            axes.stairs(shares, edges, color="0.25", linewidth=1.4, label=name)
+
+    def shares(values: NDArray[np.floating]) -> NDArray[np.float64]:
+        return np.histogram(values, edges)[0] / max(len(values), 1)
+
+    colours = [SERIES[int(x <= threshold)] for x in middles]
+    axes.bar(middles, shares(scores), width, color=colours, alpha=0.8, label=f"{len(scores)} rows")
+    axes.stairs(shares(clean), edges, color="0.25", linewidth=1.4, label=f"{len(clean)} clean rows")
     axes.axvline(threshold, color="0.2", linestyle="--", linewidth=1.2, label="threshold")
     axes.set_xlabel(label)
     axes.set_ylabel("share of rows")

@@ -17,7 +17,7 @@ from personasteer.chat import Message, as_messages
 from personasteer.derive import check_position
 from personasteer.engine import Progress, Request
 from personasteer.errors import ArgumentError, PersonasteerError, VectorError
-from personasteer.files import replacing
+from personasteer.files import arrow, encodable, replacing
 from personasteer.model import Model
 from personasteer.monitor.drift import FEWEST, Drift, find_drift
 from personasteer.monitor.thresholds import Threshold
@@ -210,7 +210,7 @@ def _words(
         data = model.token_bytes(tokens)
     if not placed:
         raise ArgumentError("a conversation has no words to read")
-    spans = tuple((_encodable(role), begin, end) for role, begin, end in placed)
+    spans = tuple((encodable(role), begin, end) for role, begin, end in placed)
     return tokens, tuple(_characters(data)), spans
 
 
@@ -218,10 +218,6 @@ def _characters(data: Sequence[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     for i, piece in enumerate(data):
         yield decoder.decode(piece, final=i == len(data) - 1)
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # ---- turns
@@ -405,7 +401,7 @@ def _columns(pa: Any, conversation: int, r: Readings) -> dict[str, Any]:
     every = np.tile(np.arange(n), repeats)
     return {
         "conversation": np.full(len(values), conversation, np.int32),
-        "vector": words([_encodable(name) for name in r.names], np.repeat(np.arange(n_vectors), n_layers * n)),
+        "vector": words([encodable(name) for name in r.names], np.repeat(np.arange(n_vectors), n_layers * n)),
         "layer": np.tile(np.repeat(np.array(r.layers, np.int32), n), n_vectors),
         "token": every.astype(np.int32),
         "id": np.tile(np.array(r.tokens, np.int32), repeats),
@@ -417,9 +413,4 @@ def _columns(pa: Any, conversation: int, r: Readings) -> dict[str, Any]:
 
 
 def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ArgumentError("readings as .parquet need pyarrow: pip install 'personasteer[parquet]'") from e
-    return pyarrow, pyarrow.parquet
+    return arrow("readings as .parquet need", "parquet")

@@ -14,7 +14,7 @@ import llama_cpp
 
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.model import Model
-from personasteer.screen.data import arrow
+from personasteer.screen.data import parquet
 from personasteer.screen.journal import Packed
 from personasteer.screen.score import Axis, Scorer
 
@@ -52,7 +52,7 @@ class Cluster:
         offloads = model.options.get("n_gpu_layers") != 0 and llama_cpp.llama_supports_gpu_offload()
         gpus = int(total.get("GPU", 0)) if offloads else 0
         self._workers = workers or max(1, gpus or int(total.get("CPU", 1)) // threads)
-        if self._workers * threads > total.get("CPU", 0) or self._workers > (gpus or self._workers):
+        if self._workers * threads > total.get("CPU", 0) or 0 < gpus < self._workers:
             self.close()
             raise ArgumentError(
                 f"{self._workers} workers of {threads} threads need more than the cluster's {total.get('CPU', 0):g} "
@@ -106,7 +106,7 @@ class Worker:
         self._scorer = Scorer(model, axes, max_tokens=max_tokens)
 
     def __call__(self, batch: Any) -> Any:
-        pa, _ = arrow()
+        pa, _ = parquet()
         rows = batch.to_pylist()
         out = []
         for row in rows:
@@ -121,7 +121,7 @@ class Worker:
 
 
 def _table(packs: Sequence[Packed]) -> Any:
-    pa, _ = arrow()
+    pa, _ = parquet()
     fields = [("kind", pa.string()), ("pack", pa.int64()), ("n_prefix", pa.int32())]
     lists = [("tokens", pa.list_(pa.binary())), ("n_prompt", pa.list_(pa.int32()))]
     rows = [

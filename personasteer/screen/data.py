@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from personasteer.errors import ArgumentError
-from personasteer.files import replacing
+from personasteer.files import arrow, replacing
 
 LONGEST_LINE = 64 * 2**20  # bytes: a line beyond it is a bad row and not a memory
 BATCH = 256  # rows of a Parquet file that are in memory at once
@@ -397,7 +397,7 @@ class Columns(_File):
                     yield Row({name: cell for name, cell in value.items() if not isinstance(cell, _BadCell)})
 
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[Any]:
-        pa, pq = arrow()
+        pa, pq = parquet()
         try:
             with pq.ParquetFile(self.path) as file:
                 names = file.schema_arrow.names
@@ -410,7 +410,9 @@ class Columns(_File):
 
     def split(self, folder: Path, names: tuple[str, str], keeps: Keeps, check: Check) -> list[Path]:
         """With the file's own schema."""
-        pa, pq = arrow()
+        pa, pq = parquet()
+        import pyarrow.compute
+
         paths = [folder / f"{name}{self.suffix}" for name in names]
         with _readable(self.path), pq.ParquetFile(self.path) as file:
             schema = file.schema_arrow
@@ -425,7 +427,7 @@ class Columns(_File):
                     mask = pa.array([keeps(self.n_rows + i) for i in range(batch.num_rows)])
                     self.n_rows += batch.num_rows
                     sides[0].add(batch.filter(mask))
-                    sides[1].add(batch.filter(pa.compute.invert(mask)))
+                    sides[1].add(batch.filter(pyarrow.compute.invert(mask)))
                 for side in sides:
                     side.flush()
             except pa.ArrowException as e:
@@ -469,15 +471,9 @@ def _cell(cell: Any) -> Any:
         return _BadCell(f"not readable: {type(e).__name__}")
 
 
-def arrow() -> tuple[Any, Any]:
+def parquet() -> tuple[Any, Any]:
     """(pyarrow, pyarrow.parquet). Raises ArgumentError where it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ArgumentError("screening needs pyarrow: pip install 'personasteer[screen]'") from e
-    return pyarrow, pyarrow.parquet
+    return arrow("screening needs", "screen")
 
 
 # ---- opening
@@ -517,7 +513,7 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _zstd(path: Path) -> IO[bytes]:
-    pa, _ = arrow()
+    pa, _ = parquet()
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 

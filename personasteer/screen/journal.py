@@ -49,6 +49,7 @@ class Packed(NamedTuple):
     n_prefix: int
     cost: int
     texts: list[tuple[bytes, int]]  # (tokens, n_prompt)
+    keys: tuple[bytes, ...] = ()  # of the texts in the journal
 
 
 class Journal:
@@ -62,7 +63,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any], *, force: bool = False) -> None:
-        self._path, self._force = path, force
+        self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
@@ -76,13 +77,13 @@ class Journal:
                 self._db.execute("BEGIN EXCLUSIVE")
                 for statement in SCHEMA.split(";"):
                     self._db.execute(statement)
-                self._claim(plan)
+                self._claim(plan, force)
                 self._db.execute("COMMIT")
         except BaseException:
             self._db.close()
             raise
 
-    def _claim(self, plan: Mapping[str, Any]) -> None:
+    def _claim(self, plan: Mapping[str, Any], force: bool) -> None:
         wanted = json.loads(json.dumps(plan))
         text = self.meta("plan")
         if text is None:
@@ -92,7 +93,7 @@ class Journal:
         known = known if isinstance(known, dict) else {}
         if known == wanted:
             return
-        if self._force:
+        if force:
             self.clear()
             self.set_meta("plan", json.dumps(wanted))
         else:
@@ -156,7 +157,7 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything."""
-        for table in ("meta", "rows", "turns", "texts", "prompts", "packs", "packed", "scores", "answers"):
+        for (table,) in self._all("SELECT name FROM sqlite_master WHERE type = 'table'"):
             self._db.execute(f"DELETE FROM {table}")
 
     # -- rows and their texts ---------------------------------------------------------------------------------------
@@ -186,9 +187,9 @@ class Journal:
         for row, name, digest, problem, groups in self._each(sql, PARTS.index(part)):
             yield row, name, digest, problem, json.loads(groups)
 
-    def turns(self, part: str) -> Iterator[tuple[int, bytes, int, int, bytes, bytes | None]]:
-        """(row, text, n_prompt, n_tokens, score, the own answer's mean) of each answer, rows in order."""
-        sql = """SELECT row, texts.key, n_prompt, length(texts.tokens) / 4, score, mean FROM turns
+    def turns(self, part: str) -> Iterator[tuple[int, int, int, bytes, bytes | None]]:
+        """(row, n_prompt, n_tokens, score, the own answer's mean) of each answer, rows in order."""
+        sql = """SELECT row, n_prompt, length(texts.tokens) / 4, score, mean FROM turns
             JOIN texts ON texts.key = turns.text JOIN scores ON scores.key = turns.text
             LEFT JOIN answers ON answers.key = texts.prompt WHERE part = ? ORDER BY row, turn"""
         yield from self._each(sql, PARTS.index(part))
@@ -234,16 +235,15 @@ class Journal:
             "INSERT INTO packed VALUES (?, ?, ?, ?)", ((kind, pack, place, key) for place, key in enumerate(keys))
         )
 
-    def add_prompts(self, parts: Sequence[str], rows: Mapping[str, Sequence[int]] | None) -> None:
-        """The prompts of all rows of these parts, or of some."""
-        for part in parts:
-            sql = """INSERT OR IGNORE INTO prompts SELECT texts.prompt, n_prompt, substr(texts.tokens, 1, 4 * n_prompt)
-                FROM turns JOIN texts ON texts.key = turns.text WHERE part = ?"""
-            if rows is None:
-                self._db.execute(sql, (PARTS.index(part),))
-            else:
-                some = ((PARTS.index(part), row) for row in rows.get(part, ()))
-                self._db.executemany(sql + " AND row = ?", some)
+    def add_prompts(self, rows: Sequence[int] | None = None) -> None:
+        """The prompts of these rows of the data; of all parts' rows when None."""
+        sql = """INSERT OR IGNORE INTO prompts SELECT texts.prompt, n_prompt, substr(texts.tokens, 1, 4 * n_prompt)
+            FROM turns JOIN texts ON texts.key = turns.text"""
+        if rows is None:
+            self._db.execute(sql)
+        else:
+            at = PARTS.index("data")
+            self._db.executemany(sql + " WHERE part = ? AND row = ?", ((at, row) for row in rows))
 
     def prompts_in_order(self) -> Iterator[tuple[bytes, int]]:
         """(key, n_tokens), the shortest first."""
@@ -263,20 +263,20 @@ class Journal:
         """The packs that are to be done, in order."""
         for pack, cost in self._all("SELECT pack, cost FROM packs WHERE kind = ? AND NOT done ORDER BY pack", kind):
             if kind == "given":
-                sql = """SELECT tokens, n_prompt, n_prefix, prefix FROM packed JOIN texts USING (key)
+                sql = """SELECT tokens, n_prompt, key, n_prefix, prefix FROM packed JOIN texts USING (key)
                     WHERE kind = ? AND pack = ? ORDER BY place"""
             else:
-                sql = """SELECT tokens, n_tokens, 0, x'' FROM packed JOIN prompts USING (key)
+                sql = """SELECT tokens, n_tokens, key, 0, x'' FROM packed JOIN prompts USING (key)
                     WHERE kind = ? AND pack = ? ORDER BY place"""
             found = self._all(sql, kind, pack)
             same = len({prefix for *_, prefix in found}) == 1
-            n_prefix = int(found[0][2]) if same else 0
-            yield Packed(kind, pack, n_prefix, cost, [(tokens, n) for tokens, n, *_ in found])
+            n_prefix = int(found[0][3]) if same else 0
+            texts = [(tokens, n) for tokens, n, *_ in found]
+            yield Packed(kind, pack, n_prefix, cost, texts, tuple(key for _, _, key, *_ in found))
 
     def finish(self, done: Packed, results: Sequence[tuple[Any, ...]]) -> None:
         """Keep what came of a pack: scores, or (means, text) of own answers."""
-        keys = [k for (k,) in self._all("SELECT key FROM packed WHERE kind = ? AND pack = ? ORDER BY place", *done[:2])]
         table = "scores VALUES (?, ?)" if done.kind == "given" else "answers VALUES (?, ?, ?)"
-        pairs = ((key, *result) for key, result in zip(keys, results, strict=True))
+        pairs = ((key, *result) for key, result in zip(done.keys, results, strict=True))
         self._db.executemany(f"INSERT OR REPLACE INTO {table}", pairs)
         self._db.execute("UPDATE packs SET done = 1 WHERE kind = ? AND pack = ?", done[:2])

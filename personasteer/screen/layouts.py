@@ -9,10 +9,10 @@ from typing import Any
 
 from personasteer.chat import Message
 from personasteer.errors import ArgumentError
+from personasteer.files import encodable
 from personasteer.screen.data import Row
 
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
-ALPACA = ("instruction", "input", "output")
 PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -24,7 +24,6 @@ PAIRS = (
     ("query", "response"),
     ("query", "answer"),
     ("instruction", "response"),
-    ("instruction", "output"),
     ("instruction", "answer"),
     ("user", "assistant"),
     ("human", "assistant"),
@@ -106,19 +105,15 @@ class Layout:
             found = _messages(row[self.messages], self.messages)
         else:
             found = self._question(row) + _side(row[self.response], self.response, "assistant")
-        given = row.get(self.system) if self.system else None
-        if given is not None and not isinstance(given, str):
-            raise RowError(f"{self.system!r} is {_kind(given)}, not a text")
+        given = _optional(row, self.system)
         if given and found[0]["role"] != "system":
             found.insert(0, {"role": "system", "content": given})
         return found
 
     def _question(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         side = _side(row[self.prompt], self.prompt, "user")
-        extra = row.get(self.extra) if self.extra else None
-        if extra is not None and not isinstance(extra, str):
-            raise RowError(f"{self.extra!r} is {_kind(extra)}, not a text")
-        if extra and extra.strip():
+        extra = _optional(row, self.extra)
+        if extra.strip():
             side[-1] = {**side[-1], "content": f"{side[-1]['content']}\n\n{extra}"}
         return side
 
@@ -196,13 +191,21 @@ def _side(value: Any, column: str, role: str) -> list[dict[str, str]]:
     raise RowError(f"{column!r} is {_kind(value)}, not a text")
 
 
+def _optional(row: Mapping[str, Any], column: str) -> str:
+    """The text of a column that a row may lack."""
+    value = row.get(column) if column else None
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"{column!r} is {_kind(value)}, not a text")
+    return value or ""
+
+
 def _shown(value: Any) -> str:
     """A value as a name, at most LONGEST_NAME characters."""
     try:
         text = str(value)
     except ValueError:  # a number of thousands of digits
         text = type(value).__name__
-    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    return encodable(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…")
 
 
 def _kind(value: Any) -> str:
@@ -259,7 +262,7 @@ def find_layout(rows: Iterable[Row], named: Columns | None = None) -> Layout:
     for column in (named.messages, named.prompt, named.response, named.system, named.id, *named.by):
         if column and column not in seen:
             raise ArgumentError(f"no row has a column {column!r}; there are: {_some(seen)}")
-    layout = _with_sides(named, seen)
+    layout = _layout(named, seen)
     problems = []
     for value in values:
         try:
@@ -273,29 +276,33 @@ def find_layout(rows: Iterable[Row], named: Columns | None = None) -> Layout:
     )
 
 
-def _with_sides(named: Columns, seen: Mapping[str, Any]) -> Layout:
+def _layout(named: Columns, seen: Mapping[str, Any]) -> Layout:
     if named.messages and (named.prompt or named.response):
         raise ArgumentError("name a column of messages, or of prompt and response, not both")
-    system = named.system or next((c for c in SYSTEM if c in seen), "")
-    own = {
-        "id": named.id or next((c for c in IDS if c in seen), ""),
-        "by": named.by or tuple(c for c in GROUPS if c in seen),
-    }
+    return Layout(
+        **_sides(named, seen),
+        system=named.system or next((c for c in SYSTEM if c in seen), ""),
+        id=named.id or next((c for c in IDS if c in seen), ""),
+        by=named.by or tuple(c for c in GROUPS if c in seen),
+    )
+
+
+def _sides(named: Columns, seen: Mapping[str, Any]) -> dict[str, str]:
+    """Where a layout's messages, or its prompt and response, are."""
     if named.messages:
-        return Layout(messages=named.messages, system=system, **own)  # type: ignore[arg-type]
+        return {"messages": named.messages}
     if named.prompt or named.response:
         if not (named.prompt and named.response):
             raise ArgumentError("name the columns of the prompt and of the response, both")
-        return Layout(prompt=named.prompt, response=named.response, system=system, **own)  # type: ignore[arg-type]
+        return {"prompt": named.prompt, "response": named.response}
     for column in MESSAGES:
         if column in seen:
-            return Layout(messages=column, system=system, **own)  # type: ignore[arg-type]
+            return {"messages": column}
     if "instruction" in seen and "output" in seen:
-        extra = "input" if "input" in seen else ""
-        return Layout(prompt="instruction", response="output", extra=extra, system=system, **own)  # type: ignore[arg-type]
+        return {"prompt": "instruction", "response": "output", "extra": "input" if "input" in seen else ""}
     for prompt, response in PAIRS:
         if prompt in seen and response in seen:
-            return Layout(prompt=prompt, response=response, system=system, **own)  # type: ignore[arg-type]
+            return {"prompt": prompt, "response": response}
     raise ArgumentError(
         f"which columns are the conversation? There are: {_some(seen)}; name them with --messages, or --prompt and "
         "--response"

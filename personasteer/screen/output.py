@@ -20,7 +20,7 @@ from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.files import atomic_write, replacing
 from personasteer.model import Model
-from personasteer.screen.data import Check, Data, arrow
+from personasteer.screen.data import Check, Data, parquet
 from personasteer.screen.journal import Journal
 from personasteer.screen.readouts import Readouts
 from personasteer.screen.results import Screening, TraitResult
@@ -147,7 +147,7 @@ def whole_words(before: str, text: str, behind: str) -> str:
 
 
 def _write_scores(path: Path, result: Screening, texts: _Texts, progress: Progress) -> None:
-    pa, pq = arrow()
+    pa, pq = parquet()
     span = pa.struct([("text", pa.string()), ("reading", pa.float32())])
     own = [("row", pa.int64()), ("id", pa.string()), ("hash", pa.string()), ("problem", pa.string())]
     fields = [*own, ("tokens", pa.int32())]
@@ -227,10 +227,10 @@ def _label(result: Screening, t: TraitResult) -> str:
 
 def _worst(result: Screening, t: TraitResult, k: int, row: int, texts: _Texts) -> dict[str, Any]:
     name, _, _ = result.rows[row]
-    spans = texts.spans(row, k)
+    spans = [text for text, _ in texts.spans(row, k)]
     turns = []
     for prompt, answer, own in texts.of(row):
-        marked = _marked(_cut(answer), [text for text, _ in spans])
+        marked = _marked(_cut(answer), spans)
         before = prompt if len(prompt) <= SHOWN else "…" + prompt[-SHOWN:]
         turns.append({"prompt": before, "answer": marked, "own": None if own is None else _cut(own)})
     return {
@@ -239,7 +239,6 @@ def _worst(result: Screening, t: TraitResult, k: int, row: int, texts: _Texts) -
         "score": float(t.score[row]),
         "percentile": float(t.percentile[row]),
         "turns": turns,
-        "spans": spans,
     }
 
 

@@ -58,7 +58,7 @@ def collect(journal: Journal, part: str, readouts: Readouts) -> Scores:
     sums = np.zeros((3, n, len(at)))
     tokens = np.zeros(n, np.int64)
     nothing = np.full(len(readouts.axes), np.nan, np.float32)
-    for row, _, n_prompt, n_tokens, score, mean in journal.turns(part):
+    for row, n_prompt, n_tokens, score, mean in journal.turns(part):
         own = np.frombuffer(score, SCORE)
         answer = np.frombuffer(mean, "<f4") if mean is not None else nothing
         count = n_tokens - n_prompt
@@ -154,7 +154,7 @@ class TraitResult:
     ordering: list[Shift]
     correlation: dict[str, Any] | None
 
-    @property
+    @cached_property
     def flagged(self) -> NDArray[np.bool_]:
         """(n_rows,) above the threshold."""
         return np.asarray(self.score > self.threshold)

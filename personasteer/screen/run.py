@@ -17,9 +17,10 @@ from personasteer._native import build_id
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ContextError
 from personasteer.evaluate.report import check_folder
+from personasteer.files import encodable
 from personasteer.model import Model
 from personasteer.screen.cluster import Cluster, check_address
-from personasteer.screen.data import Data, Row, arrow, first_rows, open_data
+from personasteer.screen.data import Data, Row, first_rows, open_data, parquet
 from personasteer.screen.journal import PARTS, Journal, Packed
 from personasteer.screen.layouts import LOOKED_AT, Columns, Layout, RowError, find_layout
 from personasteer.screen.output import check_inputs, check_outputs, write_outputs
@@ -100,7 +101,7 @@ def screen(
         ArgumentError: unusable data, columns, options or folder; the data changed since the work was begun.
         VectorError: a vector that does not fit the model.
     """
-    arrow()
+    parquet()
     vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
     _check(vectors, mode, percentile, keep, sample, max_tokens)
     if workers is not None and (ray is None or workers < 1):
@@ -129,7 +130,7 @@ def screen(
             raise ArgumentError("the data changed while it was screened: its scores are of what it was")
 
     with Journal(folder / JOURNAL, plan, force=force) as journal:
-        texts = Texts(model, model.n_ctx)
+        texts = Texts(model)
         for part in parts:
             _read(journal, part, texts, digests[part.name], stage(f"reading {part.name}"))
             if part.name == "clean" and (n := len(journal.sampled("clean", FEWEST_CLEAN))) < FEWEST_CLEAN:
@@ -160,7 +161,7 @@ def _check(
     if not names or len(set(names)) < len(names):
         raise ArgumentError(f"screening needs vectors of different names, not {names}")
     for name in names:
-        if not name or name != _clean(name):
+        if not name or name != encodable(name):
             raise ArgumentError(f"{name!r} is no name for the columns of a table")
     if mode not in MODES:
         raise ArgumentError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
@@ -257,13 +258,9 @@ def _add(journal: Journal, part: _Part, texts: Texts, i: int, row: Row) -> None:
         found = texts.of(messages)
     except RowError as e:
         problem = problem or str(e)
-    name, groups = _clean(part.layout.row_id(value)), list(map(_clean, part.layout.groups(value)))
-    journal.add_row(part.name, i, name, digest, _clean(problem) or "", groups, found)
-
-
-def _clean(text: str | None) -> str | None:
-    """What a file of UTF-8 can hold."""
-    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
+    journal.add_row(
+        part.name, i, part.layout.row_id(value), digest, encodable(problem), part.layout.groups(value), found
+    )
 
 
 def _plan_packs(journal: Journal, model: Model, *, mode: str, sample: int, max_tokens: int) -> None:
@@ -272,9 +269,9 @@ def _plan_packs(journal: Journal, model: Model, *, mode: str, sample: int, max_t
     with journal.writing():
         plan_texts(journal, n_batch=model.n_batch, n_ctx=model.n_ctx)
         if mode == "full":
-            journal.add_prompts(PARTS, None)
+            journal.add_prompts()
         elif mode == "fast" and sample:
-            journal.add_prompts(["data"], {"data": journal.sampled("data", sample)})
+            journal.add_prompts(journal.sampled("data", sample))
         plan_answers(journal, max_tokens=max_tokens)
         journal.set_meta("planned", "1")
 
@@ -339,11 +336,12 @@ def _result(
                 found["rows"].append(row)
     n_ids, ids = journal.repeated("data", "id")
     n_words, _ = journal.repeated("data", "hash")
-    answered = journal.sampled("data", sample if mode == "fast" else len(rows))
+    answered = np.asarray(journal.sampled("data", sample if mode == "fast" else len(rows)), np.intp)
+    groups_of = values.rows()
     traits = [
         trait_result(
             readouts, k, scores, folds=folds, norm=float(model.norms[axis.layer]), mode=mode, percentile=percentile,
-            groups=values.rows(), answered=np.asarray(answered, np.intp),
+            groups=groups_of, answered=answered,
         )
         for k, axis in enumerate(readouts.traits)
     ]  # fmt: skip

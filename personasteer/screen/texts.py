@@ -71,17 +71,14 @@ def row_hash(messages: Sequence[Message]) -> str:
 class Texts:
     """Makes texts of a model's conversations.
 
-    Args:
-        n_ctx: tokens that a text may have.
-
     Raises:
         ArgumentError: a model that cannot be read.
     """
 
-    def __init__(self, model: Model, n_ctx: int) -> None:
+    def __init__(self, model: Model) -> None:
         if model.unhooked:
             raise ArgumentError(f"{model.name} cannot be read: {model.unhooked}")
-        self._model, self._n_ctx = model, n_ctx
+        self._model, self._n_ctx = model, model.n_ctx
         self._takes_system = model.takes_system
         self._prefix = lru_cache(4096)(self._prefix_of)
 
