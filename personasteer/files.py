@@ -48,6 +48,18 @@ def check_output(path: Path, inputs: Iterable[str | os.PathLike[str]] = ()) -> N
             raise ArgumentError(f"{path}: is what this is made from; write to another file")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ArgumentError where no files can be written into a folder, before the work; makes nothing."""
+    try:
+        there = folder.exists()
+        above = next((p for p in folder.parents if p.exists()), Path())
+    except OSError as e:
+        raise ArgumentError(f"{folder}: cannot write here ({e.strerror})") from e
+    if there and not folder.is_dir():
+        raise ArgumentError(f"{folder}: cannot write here, it is a file and not a folder")
+    check_output(folder / "report.md" if there else above / folder.name)
+
+
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """(where it stands, for messages; line) of each line that is not blank.
 
@@ -72,16 +84,6 @@ def parse_line(line: str, where: str) -> Any:
 def encodable(text: str) -> str:
     """The text with what UTF-8 cannot hold written out."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def arrow(purpose: str, extra: str) -> tuple[Any, Any]:
-    """(pyarrow, pyarrow.parquet). Raises ArgumentError, which begins with what needs them, where it is missing."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ArgumentError(f"{purpose} pyarrow: pip install 'personasteer[{extra}]'") from e
-    return pyarrow, pyarrow.parquet
 
 
 def _temporary_beside(path: Path) -> Path:

@@ -257,7 +257,7 @@ def test_derive_samples_answers_and_goes_on_from_its_work(
     monkeypatch.setattr("personasteer.engine.run", None)  # nothing is left to compute
     assert cli(*common, "-o", "b.gguf", "--work", "parts")[0] == 0
     assert Path("a.gguf").read_bytes() == Path("b.gguf").read_bytes()
-    one_line(cli(*common, "-o", "c.gguf", "--work", "parts", "--seed", 1), 2, r"another derivation.*seed")
+    one_line(cli(*common, "-o", "c.gguf", "--work", "parts", "--seed", 1), 2, r"other work.*seed")
     assert not Path("c.gguf").exists()
 
 

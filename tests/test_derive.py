@@ -38,10 +38,10 @@ from personasteer.derive import (
 from personasteer.derive.calibration import falling
 from personasteer.derive.directions import METHODS, held_out_quality
 from personasteer.derive.selection import require_enough
-from personasteer.derive.work import Work
 from personasteer.engine import Request, Taps
 from personasteer.evaluate import cell_log_odds, log_odds, make_cells, random_vectors
 from personasteer.tiny_model import TEMPLATE, write_tiny_model
+from personasteer.work import Work
 
 BLOCK = 4  # where the model of most tests has its direction
 TRAIT = planted_trait()
@@ -659,7 +659,7 @@ def test_the_work_of_another_plan_is_not_taken_for_ours(model: ps.Model, tmp_pat
         ({"judge": LetterJudge()}, "judge"),
         ({"responses": given()}, "max_tokens, .*responses"),
     ):
-        with pytest.raises(ps.ArgumentError, match=f"another derivation .*{differs}") as raised:
+        with pytest.raises(ps.ArgumentError, match=f"other work .*{differs}") as raised:
             derive(model, TRAIT, work=work, **{**RAW, **option})
         assert "\n" not in str(raised.value)
     other = replace(TRAIT, derive_questions=TRAIT.derive_questions[::-1])
@@ -675,7 +675,7 @@ def test_the_work_of_another_plan_is_not_taken_for_ours(model: ps.Model, tmp_pat
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nimport personasteer\nfrom personasteer.derive.work import Work\n"
+        "import sys\nfrom pathlib import Path\nimport personasteer\nfrom personasteer.work import Work\n"
         "try:\n    Work(Path(sys.argv[1]), {}).close()\n"
         "except personasteer.ArgumentError as e:\n    sys.exit(str(e))\n"
     )

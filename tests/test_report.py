@@ -23,10 +23,10 @@ from personasteer.evaluate.report import (
     as_json,
     block_ranges,
     change_interval,
-    check_folder,
     layer_series,
     write_report,
 )
+from personasteer.files import check_folder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('x')</script> | \"q\" & $\\frac$ **b** [l](http://e.x) `c`\n| # _i_ ~~s~~ \\"

@@ -21,6 +21,7 @@ import screening
 
 import personasteer as ps
 from personasteer.cli import run
+from personasteer.conversations import benign_rows
 from personasteer.discriminant import fisher_units
 from personasteer.engine import Request, Sampling, Taps
 from personasteer.errors import ArgumentError, VectorError
@@ -662,7 +663,7 @@ def test_what_is_not_installed_is_named(
 PLANTED = Path(__file__).parents[1] / "benchmarks" / "trait_rows"
 
 
-SHIPPED = [json.loads(line) for line in screen_run._shipped().read_text("utf-8").splitlines()]
+SHIPPED = benign_rows(screen_run.REFERENCE)
 
 
 def planted(name: str) -> list[dict[str, str]]:

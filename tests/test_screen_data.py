@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from personasteer.conversations import data
+from personasteer.conversations.data import first_rows, open_data
+from personasteer.conversations.layouts import Columns, RowError, answers, find_layout
 from personasteer.errors import ArgumentError
-from personasteer.screen import data
-from personasteer.screen.data import first_rows, open_data
-from personasteer.screen.layouts import Columns, RowError, answers, find_layout
 
 ROWS = [{"prompt": f"Question {i}?", "response": f"Ünswer, {i}", "id": f"r{i}"} for i in range(5)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()

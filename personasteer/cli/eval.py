@@ -26,11 +26,11 @@ from personasteer.evaluate import Evaluation, cross_talk, evaluate
 from personasteer.evaluate.report import (
     as_json,
     change_interval,
-    check_folder,
     heading,
     verdict,
     write_report,
 )
+from personasteer.files import check_folder
 from personasteer.traits import find
 from personasteer.vectors import PersonaVector, block_ranges
 

@@ -24,7 +24,7 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.report import check_folder
+from personasteer.files import check_folder
 from personasteer.monitor import (
     Reading,
     Threshold,

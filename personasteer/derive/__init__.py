@@ -38,7 +38,6 @@ from personasteer.derive.elicit import (
 )
 from personasteer.derive.judge import Judge, judge_name
 from personasteer.derive.selection import Selection, require_enough, select, select_all
-from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, advising
 from personasteer.evaluate.evaluation import NAME_ONE, trait_of
@@ -47,6 +46,7 @@ from personasteer.progress import Meter
 from personasteer.steering import check_fits
 from personasteer.traits import Trait, find
 from personasteer.vectors import PersonaVector
+from personasteer.work import Work, digest
 
 __all__ = [
     "Elicited",

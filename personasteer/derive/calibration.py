@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from personasteer.derive.directions import best_window, window_range
 from personasteer.derive.elicit import Elicited
-from personasteer.derive.work import Work
 from personasteer.engine import Progress
 from personasteer.errors import ElicitationError
 from personasteer.evaluate.coherence import LEAST, kl_on_neutral, measure_coherence
@@ -23,6 +22,7 @@ from personasteer.statistics import over_error
 from personasteer.steering import Add
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
+from personasteer.work import Work
 
 RHO = 0.2  # of the sweep over blocks
 DOSES = (0.15, 0.3, 0.45, 0.6)  # tried on either side for the window

@@ -20,12 +20,12 @@ from personasteer.derive.directions import (
     logistic_regression,
     massive_dimensions,
 )
-from personasteer.derive.work import digest
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, advising
 from personasteer.model import Item, Model
 from personasteer.steering import Steering
 from personasteer.vectors import PersonaVector
+from personasteer.work import digest
 
 N_SHUFFLED = 3  # control directions that a vector carries
 

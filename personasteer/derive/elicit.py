@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.derive.directions import Samples
-from personasteer.derive.work import Part, Work, digest
 from personasteer.engine import Progress, Request, Sampling, Taps
 from personasteer.errors import ArgumentError, TemplateError, TraitError
 from personasteer.model import Model, pooled_mean
 from personasteer.progress import Meter
 from personasteer.traits import Trait
+from personasteer.work import Part, Work, digest
 
 MIN_P = 0.02  # of sampling answers, the only cut
 LEAST_CONTINUATIONS = 12  # a third is read: two for either half on which directions are tested

@@ -6,21 +6,19 @@ import base64
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from personasteer import plots
-from personasteer.errors import ArgumentError
 from personasteer.evaluate.coherence import LEAST
 from personasteer.evaluate.evaluation import LEAST_SPEARMAN, Dose, Evaluation
-from personasteer.files import atomic_write, check_output
+from personasteer.files import atomic_write, check_folder
+from personasteer.pages import load_template
 from personasteer.vectors import PersonaVector, block_ranges
 
 CRITERIA = {
@@ -39,18 +37,6 @@ def as_json(evaluations: Sequence[Evaluation], matrix: NDArray[np.float64] | Non
         names = {"vectors": [e.vector for e in evaluations], "traits": [e.trait for e in evaluations]}
         out["cross_talk"] = names | {"delta": [[round(float(x), 6) for x in row] for row in matrix]}
     return out
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ArgumentError where the report cannot be written, before the work; makes nothing."""
-    try:
-        there = folder.exists()
-        above = next((p for p in folder.parents if p.exists()), Path())
-    except OSError as e:
-        raise ArgumentError(f"{folder}: cannot write here ({e.strerror})") from e
-    if there and not folder.is_dir():
-        raise ArgumentError(f"{folder}: cannot write here, it is a file and not a folder")
-    check_output(folder / "report.md" if there else above / folder.name)
 
 
 def write_report(
@@ -98,8 +84,8 @@ def write_report(
         "versions": {name: version(name) for name in ("personasteer", "llama-cpp-python")},
     }
     text = {
-        "report.md": _environment(autoescape=False).get_template("report.md.j2").render(context),
-        "report.html": _environment(autoescape=True).get_template("report.html.j2").render(context),
+        "report.md": load_template(__package__, "report.md.j2", _FILTERS, autoescape=False).render(context),
+        "report.html": load_template(__package__, "report.html.j2", _FILTERS).render(context),
         "report.json": json.dumps(as_json(evaluations, matrix), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
     contents = {**figures, **{name: t.encode() for name, t in text.items()}}
@@ -161,25 +147,16 @@ def _markdown(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", line)
 
 
-def _environment(*, autoescape: bool) -> jinja2.Environment:
-    templates = {
-        name: files(__package__).joinpath(name).read_text("utf-8") for name in ("report.md.j2", "report.html.j2")
-    }
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(templates), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters |= {
-        "signed": _signed,
-        "two": _two,
-        "rho": lambda strength: f"ρ = {_signed(strength)}",
-        "interval": _interval,
-        "blocks": block_ranges,
-        "heading": heading,
-        "verdict": verdict,
-        "criterion": lambda name: CRITERIA.get(name, name),
-        "md": _markdown,
-        "rule": lambda _: "---",
-        "number_rule": lambda _: "---:",
-    }
-    return environment
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "signed": _signed,
+    "two": _two,
+    "rho": lambda strength: f"ρ = {_signed(strength)}",
+    "interval": _interval,
+    "blocks": block_ranges,
+    "heading": heading,
+    "verdict": verdict,
+    "criterion": lambda name: CRITERIA.get(name, name),
+    "md": _markdown,
+    "rule": lambda _: "---",
+    "number_rule": lambda _: "---:",
+}

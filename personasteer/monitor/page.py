@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from personasteer import plots
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.report import check_folder
-from personasteer.files import atomic_write
+from personasteer.files import atomic_write, check_folder
 from personasteer.monitor.readings import Readings, TurnDrift, drift_of_turns, watched
 from personasteer.monitor.thresholds import Threshold
 from personasteer.monitor.transcripts import Reading, Turn
+from personasteer.pages import load_template
 
 LEVELS = 8  # of colour, to each side
 FIGURES = ("text", "drift", "layers")
@@ -85,7 +83,8 @@ def write_report(
         "compared": bool(baseline),
         "versions": {name: version(name) for name in ("personasteer", "llama-cpp-python")},
     }
-    page = _template().render(context).encode()
+    filters: dict[str, Callable[..., str]] = {"printable": plots.printable, "two": _two}
+    page = load_template(__package__, "readings.html.j2", filters).render(context).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in {names[0]: page, **contents}.items():
         atomic_write(folder / name, data)
@@ -182,11 +181,3 @@ def _state(turn: Turn | None, name: str) -> dict[str, Any] | None:
 
 def _two(x: float | None) -> str:
     return "" if x is None or np.isnan(x) else f"{x:.2f}"
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"printable": plots.printable, "two": _two}
-    return environment.from_string(files(__package__).joinpath("readings.html.j2").read_text("utf-8"))

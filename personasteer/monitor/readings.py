@@ -17,7 +17,8 @@ from personasteer.chat import Message, as_messages
 from personasteer.derive import check_position
 from personasteer.engine import Progress, Request
 from personasteer.errors import ArgumentError, PersonasteerError, VectorError
-from personasteer.files import arrow, encodable, replacing
+from personasteer.extras import arrow
+from personasteer.files import encodable, replacing
 from personasteer.model import Model
 from personasteer.monitor.drift import FEWEST, Drift, find_drift
 from personasteer.monitor.thresholds import Threshold

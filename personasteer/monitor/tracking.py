@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from personasteer import traits
 from personasteer._native import build_id
 from personasteer.chat import Conversation
-from personasteer.derive.work import digest as digest_of
 from personasteer.engine import Progress
 from personasteer.errors import ModelError, RegistryError, TraitError
 from personasteer.evaluate import Cell, cell_log_odds, make_cells, trait_of
@@ -30,6 +29,7 @@ from personasteer.statistics import bootstrap_interval, wilson_interval
 from personasteer.steering import check_fits
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
+from personasteer.work import digest as digest_of
 
 log = logging.getLogger("personasteer")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import llama_cpp
 
+from personasteer.conversations.data import parquet
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.model import Model
-from personasteer.screen.data import parquet
 from personasteer.screen.journal import Packed
 from personasteer.screen.score import Axis, Scorer
 

@@ -6,21 +6,20 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from personasteer import plots
+from personasteer.conversations.data import Check, Data, parquet
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.files import atomic_write, replacing
 from personasteer.model import Model
-from personasteer.screen.data import Check, Data, parquet
+from personasteer.pages import load_template
 from personasteer.screen.journal import Journal
 from personasteer.screen.readouts import Readouts
 from personasteer.screen.results import Screening, TraitResult
@@ -211,11 +210,7 @@ def _page(result: Screening, texts: _Texts) -> str:
         order = np.argsort(-np.where(np.isfinite(t.score), t.score, -np.inf), kind="stable")[:WORST]
         worst = [_worst(result, t, k, int(row), texts) for row in order if np.isfinite(t.score[row])]
         traits.append({"result": t, "figure": base64.b64encode(plots.png(figure)).decode(), "worst": worst})
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"printable": plots.printable, "words": _words, "two": _two, "share": _share}
-    template = environment.from_string(files(__package__).joinpath("screening.html.j2").read_text("utf-8"))
+    template = load_template(__package__, "screening.html.j2", _FILTERS)
     versions = {name: version(name) for name in ("personasteer", "llama-cpp-python")}
     return template.render(result=result, summary=result.summary(), traits=traits, versions=versions)
 
@@ -267,3 +262,8 @@ def _two(x: float | None) -> str:
 
 def _share(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.1f} %"
+
+
+_FILTERS: dict[str, Callable[..., str]] = {
+    "printable": plots.printable, "words": _words, "two": _two, "share": _share,
+}  # fmt: skip

@@ -7,22 +7,31 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from personasteer._native import build_id
+from personasteer.conversations import (
+    LOOKED_AT,
+    Columns,
+    Data,
+    Layout,
+    Row,
+    RowError,
+    benign_rows,
+    find_layout,
+    first_rows,
+    open_data,
+)
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ContextError
-from personasteer.evaluate.report import check_folder
-from personasteer.files import encodable
+from personasteer.extras import arrow
+from personasteer.files import check_folder, encodable
 from personasteer.model import Model
 from personasteer.screen.cluster import Cluster, check_address
-from personasteer.screen.data import Data, Row, first_rows, open_data, parquet
 from personasteer.screen.journal import PARTS, Journal, Packed
-from personasteer.screen.layouts import LOOKED_AT, Columns, Layout, RowError, find_layout
 from personasteer.screen.output import check_inputs, check_outputs, write_outputs
 from personasteer.screen.packs import plan_answers, plan_texts
 from personasteer.screen.readouts import Readouts, fold_of, make_readouts
@@ -39,6 +48,7 @@ METHOD = 1  # of scoring: work of another is not gone on with
 JOURNAL = "work.sqlite"
 ROWS_AT_ONCE = 500  # rows that are read in one transaction
 FEWEST_CLEAN = 40  # rows of a reference
+REFERENCE = ("cooking", "science", "history", "code", "travel", "work", "money", "home")  # its domains: facts, how-tos
 FEWEST_TOKENS = 64  # of a text
 KINDS = {"given": "scoring", "own": "answering"}  # of packs, and what computing them is called
 MOST_KINDS, N_EXAMPLES = 50, 20  # of problems that are told apart, and of rows that are named for each
@@ -101,7 +111,7 @@ def screen(
         ArgumentError: unusable data, columns, options or folder; the data changed since the work was begun.
         VectorError: a vector that does not fit the model.
     """
-    parquet()
+    arrow("screening needs", "screen")
     vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
     _check(vectors, mode, percentile, keep, sample, max_tokens)
     if workers is not None and (ray is None or workers < 1):
@@ -111,7 +121,7 @@ def screen(
     folder, stage = Path(out), progress or (lambda name: lambda done, total: None)
     check_folder(folder)
     named = columns or Columns()
-    given = {"clean": _shipped() if clean is None else clean, "data": data, "baseline": baseline}
+    given = {"clean": benign_rows(REFERENCE) if clean is None else clean, "data": data, "baseline": baseline}
     parts = [_part(name, rows, named) for name, rows in given.items() if rows is not None]
     check_inputs(folder, [path for part in parts for path in part.data.paths])
     own = next(part for part in parts if part.name == "data")
@@ -172,10 +182,6 @@ def _check(
     for name, number, least in (("sample", sample, 0), ("max_tokens", max_tokens, 1)):
         if not isinstance(number, int) or number < least:
             raise ArgumentError(f"{name} must be a whole number of at least {least}, not {number!r}")
-
-
-def _shipped() -> Path:
-    return Path(str(files("personasteer.screen").joinpath("clean.jsonl")))
 
 
 def layout_of(data: Any, columns: Columns | None = None) -> Layout:

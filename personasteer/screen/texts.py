@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 
 from personasteer.chat import Message
+from personasteer.conversations.layouts import RowError, answers
 from personasteer.errors import ArgumentError, TemplateError
 from personasteer.model import Model
-from personasteer.screen.layouts import RowError, answers
 
 SHORTEST_PREFIX = 8  # tokens: fewer are not worth a decode of their own
 BYTES_PER_TOKEN = 256  # of the longest tokens: a text of so many bytes per token of room cannot fit

@@ -7,14 +7,14 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 import jinja2
 
+from personasteer.pages import load_template
 from personasteer.ship.persona import AblateEntry, AddEntry, Persona, VectorEntry, clean
 from personasteer.vectors import PersonaVector, block_ranges
 
@@ -104,7 +104,7 @@ def render_card(persona: Persona, vectors: Mapping[str, PersonaVector], evaluati
         "modelfile": modelfile_lines(persona) is not None,
         "version": version("personasteer"),
     }
-    return _environment().get_template("model_card.md.j2").render(context)
+    return _template("model_card.md.j2").render(context)
 
 
 def render_modelfile(persona: Persona) -> str | None:
@@ -112,7 +112,7 @@ def render_modelfile(persona: Persona) -> str | None:
     lines = modelfile_lines(persona)
     if lines is None:
         return None
-    return _environment().get_template("modelfile.j2").render(persona=persona, lines=lines)
+    return _template("modelfile.j2").render(persona=persona, lines=lines)
 
 
 def modelfile_lines(persona: Persona) -> list[str] | None:
@@ -215,23 +215,19 @@ def _paragraph(text: object) -> str:
     return re.sub(r"^(\d*)(?=[.)])|^(?=[-+=])", r"\1\\", _markdown(text))
 
 
-def _environment() -> jinja2.Environment:
-    names = ("model_card.md.j2", "modelfile.j2")
-    templates = {name: files(__package__).joinpath(name).read_text("utf-8") for name in names}
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(templates), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "md": _markdown,
-        "paragraph": _paragraph,
-        # a JSON scalar is a YAML scalar, once no control character is in it
-        "yaml": lambda value: json.dumps(value, ensure_ascii=False),
-        "blocks": block_ranges,
-        "describe": describe,
-        "signed": lambda x: f"{x:+.2f}",
-        "two": lambda x: f"{x:.2f}",
-        "number": lambda x: f"{x:g}",
-        "code": lambda text: str(text).replace("`", "'"),
-    }
-    return environment
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "md": _markdown,
+    "paragraph": _paragraph,
+    # a JSON scalar is a YAML scalar, once no control character is in it
+    "yaml": lambda value: json.dumps(value, ensure_ascii=False),
+    "blocks": block_ranges,
+    "describe": describe,
+    "signed": lambda x: f"{x:+.2f}",
+    "two": lambda x: f"{x:.2f}",
+    "number": lambda x: f"{x:g}",
+    "code": lambda text: str(text).replace("`", "'"),
+}
+
+
+def _template(name: str) -> jinja2.Template:
+    return load_template(__package__, name, _FILTERS, autoescape=False, keep_trailing_newline=True)

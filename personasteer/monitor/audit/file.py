@@ -25,7 +25,6 @@ from jinja2 import nodes
 
 from personasteer._native import load_core
 from personasteer.chat import ChatTemplate
-from personasteer.derive.work import digest
 from personasteer.errors import TemplateError
 from personasteer.identity import PARTS
 from personasteer.model import MEASURED_ON
@@ -33,6 +32,7 @@ from personasteer.monitor.audit.log import MOST, FileEntry, TemplateEntry, Tenso
 from personasteer.ship.contents import ModelInFile
 from personasteer.ship.fields import text_of
 from personasteer.ship.verify import kind_of
+from personasteer.work import digest
 
 SECONDS = 20.0  # that a chat template may take
 MEMORY = 4 * 2**30  # bytes that it may take

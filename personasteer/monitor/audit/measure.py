@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 
 from personasteer._native import build_id
 from personasteer.derive import derive
-from personasteer.derive.work import Work, digest
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, ModelError, PersonasteerError, TemplateError, TraitError, VectorError
 from personasteer.evaluate import Evaluation, cross_talk, evaluate, trait_of
@@ -61,6 +60,7 @@ from personasteer.statistics import bootstrap_interval, wilson_interval
 from personasteer.steering import check_fits
 from personasteer.traits import Trait, find
 from personasteer.vectors import PersonaVector
+from personasteer.work import Work, digest
 
 TRAITS = ("sycophantic", "hallucinating", "toxic", "pessimistic", "formal")  # steered by where no vector is given
 DERIVE_QUESTIONS = 6  # that a trait's continuations answer, of a vector that is derived here

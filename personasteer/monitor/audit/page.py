@@ -6,17 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from markupsafe import Markup
 
 from personasteer import plots
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.report import CRITERIA, change_interval, check_folder, verdict
-from personasteer.files import atomic_write
+from personasteer.evaluate.report import CRITERIA, change_interval, verdict
+from personasteer.files import atomic_write, check_folder
 from personasteer.monitor.audit.log import (
     AuditLog,
     ComparisonEntry,
@@ -28,6 +26,7 @@ from personasteer.monitor.audit.log import (
 )
 from personasteer.monitor.profile import LEAST_COSINE, LEAST_DOSE, LEAST_WORDS
 from personasteer.monitor.thresholds import ALARM
+from personasteer.pages import load_template
 from personasteer.traits import Trait
 from personasteer.vectors import block_ranges
 
@@ -210,7 +209,7 @@ def render_audit(log: Mapping[str, Any]) -> str:
     Raises ArgumentError where the log is none.
     """
     parsed = parse_log(log)
-    template = _environment().get_template("audit.html.j2")
+    template = load_template(__package__, "audit.html.j2", _FILTERS)
     return template.render(
         log=parsed, figures=dict(_figures_of(parsed)), limits=(LEAST_DOSE, LEAST_COSINE, LEAST_WORDS)
     )
@@ -268,29 +267,6 @@ def _figures_of(log: AuditLog) -> Iterator[tuple[str, Markup]]:
         )
 
 
-def _environment() -> jinja2.Environment:
-    name = "audit.html.j2"
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader({name: files(__package__).joinpath(name).read_text("utf-8")}), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters |= {
-        "signed": lambda x: "n/a" if x is None else f"{x + 0.0:+.2f}",
-        "signed3": lambda x: "n/a" if x is None else f"{x + 0.0:+.3f}",
-        "two": lambda x: "n/a" if x is None else f"{x:.2f}",
-        "percent": lambda x: f"{100 * x:.1f} %",
-        "count": lambda n: f"{n:,}".replace(",", "\u202f"),
-        "size": _size,
-        "interval": lambda d: " … ".join(f"{x:+.2f}" for x in change_interval(d)),
-        "blocks": block_ranges,
-        "verdict": verdict,
-        "criterion": CRITERIA.get,
-        "heat": _heat,
-        "mark": {"good": "✓", "note": "i", "bad": "!"}.get,
-    }
-    return environment
-
-
 def _size(n: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
@@ -302,3 +278,19 @@ def _heat(x: float, largest: float) -> str:
     """A cell's colour: red for more of the trait, blue for less."""
     share = min(1.0, abs(x) / largest) if largest else 0.0
     return f"rgba({'209,73,91' if x > 0 else '46,134,171'},{0.55 * share:.2f})"
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "signed": lambda x: "n/a" if x is None else f"{x + 0.0:+.2f}",
+    "signed3": lambda x: "n/a" if x is None else f"{x + 0.0:+.3f}",
+    "two": lambda x: "n/a" if x is None else f"{x:.2f}",
+    "percent": lambda x: f"{100 * x:.1f} %",
+    "count": lambda n: f"{n:,}".replace(",", "\u202f"),
+    "size": _size,
+    "interval": lambda d: " … ".join(f"{x:+.2f}" for x in change_interval(d)),
+    "blocks": block_ranges,
+    "verdict": verdict,
+    "criterion": CRITERIA.get,
+    "heat": _heat,
+    "mark": {"good": "✓", "note": "i", "bad": "!"}.get,
+}

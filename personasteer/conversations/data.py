@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from personasteer.errors import ArgumentError
-from personasteer.files import arrow, replacing
+from personasteer.extras import arrow
+from personasteer.files import replacing
 
 LONGEST_LINE = 64 * 2**20  # bytes: a line beyond it is a bad row and not a memory
 BATCH = 256  # rows of a Parquet file that are in memory at once
@@ -473,7 +474,7 @@ def _cell(cell: Any) -> Any:
 
 def parquet() -> tuple[Any, Any]:
     """(pyarrow, pyarrow.parquet). Raises ArgumentError where it is not installed."""
-    return arrow("screening needs", "screen")
+    return arrow("data sets in Parquet need", "parquet")
 
 
 # ---- opening

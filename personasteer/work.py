@@ -1,4 +1,4 @@
-"""A folder that keeps finished parts of a long derivation, so that it can be interrupted and goes on."""
+"""A folder that keeps finished parts of a long computation, so that it can be interrupted and goes on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Work:
         if known != wanted:
             keys = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)) if known else ["everything"]
             raise ArgumentError(
-                f"{file.parent}: holds the work of another derivation (it differs in: {', '.join(keys)}); name another "
+                f"{file.parent}: holds other work (it differs in: {', '.join(keys)}); name another "
                 "folder, or remove this one"
             )
 

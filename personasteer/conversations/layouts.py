@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from personasteer.chat import Message
+from personasteer.conversations.data import Row
 from personasteer.errors import ArgumentError
 from personasteer.files import encodable
-from personasteer.screen.data import Row
 
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
 PAIRS = (
