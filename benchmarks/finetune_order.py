@@ -19,7 +19,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from planted_rows import planted
 from work_folder import Folder
@@ -27,7 +26,8 @@ from work_folder import Folder
 import personasteer as ps
 from personasteer.cli._common import model_path
 from personasteer.evaluate import log_odds, trait_of
-from personasteer.ship.fields import Field, save_gguf
+from personasteer.recalibrate.adapters import save_adapter
+from personasteer.ship.rewrite import ModelFile
 
 ARMS = ("high", "random", "low")
 RANK, RATE, EPOCHS, BATCH = 8, 1e-3, 2, 4
@@ -72,21 +72,16 @@ def train(path: Path, texts: list[tuple[list[int], int]], seed: int, epochs: int
     return model
 
 
-def write_adapter(model: Any, out: Path, architecture: str = "llama") -> None:
+def write_adapter(model: Any, base: Path, out: Path) -> None:
     """The LoRA of a PEFT model as llama.cpp reads it."""
-    state = {name: p.detach().numpy() for name, p in model.named_parameters() if "lora_" in name}
-    tensors = {}
-    for name, value in state.items():
-        parts = name.split(".layers.")[1].split(".")
-        module = ".".join(parts[1:3])
-        side = "lora_a" if "lora_A" in name else "lora_b"
-        tensors[f"blk.{parts[0]}.{TARGETS[module]}.weight.{side}"] = np.ascontiguousarray(value, np.float32)
-    fields = [
-        Field.of("general.type", "adapter"),
-        Field.of("adapter.type", "lora"),
-        Field("adapter.lora.alpha", gguf.GGUFValueType.FLOAT32, float(RANK)),
-    ]
-    save_gguf(out, architecture, fields, tensors)
+    sides: dict[str, dict[str, np.ndarray]] = {}
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            layer, _, rest = name.split(".layers.")[1].partition(".")
+            module, _, side = rest.partition(".lora_")
+            sides.setdefault(f"blk.{layer}.{TARGETS[module]}.weight", {})[side[0]] = p.detach().numpy()
+    factors = {tensor: (both["A"], both["B"]) for tensor, both in sides.items()}
+    save_adapter(out, ModelFile(base), factors, alpha=RANK, provenance={})
 
 
 def measured(
@@ -130,7 +125,7 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     trained = train(path, [(texts[i][0] + end, texts[i][1]) for i in at], seed)
     adapter = work / "adapter.gguf"
-    write_adapter(trained, adapter)
+    write_adapter(trained, path, adapter)
     shares = float(np.mean(["level" in rows[i] for i in at]))
     return {**measured(path, trait_of(vector), adapter), "trait_rows": shares}
 

@@ -7,6 +7,7 @@ _load_core()
 from personasteer.attach import Attachment, attach, detach  # noqa: E402
 from personasteer.chat import ChatTemplate  # noqa: E402
 from personasteer.derive import contrast, derive  # noqa: E402
+from personasteer.discover import diff  # noqa: E402
 from personasteer.errors import (  # noqa: E402
     ArgumentError,
     BundleError,
@@ -23,6 +24,7 @@ from personasteer.errors import (  # noqa: E402
 )
 from personasteer.live import Answer, Session, Stream  # noqa: E402
 from personasteer.model import Model, demo_model  # noqa: E402
+from personasteer.recalibrate import Recipe, finetune, realign  # noqa: E402
 from personasteer.screen import screen  # noqa: E402
 from personasteer.ship.bundle import Bundle, load_bundle  # noqa: E402
 from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When  # noqa: E402
@@ -50,6 +52,7 @@ __all__ = [
     "ModelError",
     "PersonaVector",
     "PersonasteerError",
+    "Recipe",
     "Redirect",
     "RegistryError",
     "Session",
@@ -65,6 +68,9 @@ __all__ = [
     "demo_model",
     "derive",
     "detach",
+    "diff",
+    "finetune",
     "load_bundle",
+    "realign",
     "screen",
 ]

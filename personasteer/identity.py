@@ -6,9 +6,10 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from personasteer._native import load_core
-from personasteer.errors import ModelError
+from personasteer.errors import ArgumentError, ModelError
 from personasteer.files import read_cache, write_cache
 
 _EDGE = 64 * 1024
@@ -92,3 +93,18 @@ def differences(first: Mapping[str, str], second: Mapping[str, str]) -> str:
     if first.get("adapters") != second.get("adapters"):
         found.append("other LoRA adapters")
     return ", ".join(found) or "another fingerprint"
+
+
+def check_alike(base: Any, tuned: Any) -> None:
+    """Raise ArgumentError where an open model is no fine-tune of the other: another architecture, shape, vocabulary."""
+    for what, a, b in (
+        ("architectures", base.architecture, tuned.architecture),
+        ("numbers of blocks", base.n_layer, tuned.n_layer),
+        ("widths", base.n_embd, tuned.n_embd),
+        ("vocabularies", base.n_vocab, tuned.n_vocab),
+    ):
+        if a != b:
+            raise ArgumentError(f"the models have other {what}, {a} and {b}: one is no fine-tune of the other")
+    probe = "The quick brown fox: 12 + 7 = 19, naïve café!"
+    if base.tokenize(probe) != tuned.tokenize(probe):
+        raise ArgumentError("the models have other tokenizers: one is no fine-tune of the other")

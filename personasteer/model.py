@@ -396,11 +396,17 @@ class Model:
         bos = self._special(self._open().bos)
         add_special = not (bos and text.startswith(bos))
         return rendered_tokens(
-            self.template, messages, self._open(), self._control_tokens, text, add_special=add_special, **how
+            self.template, messages, self._open(), self.control_tokens, text, add_special=add_special, **how
         )
 
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text; -1 where there is none."""
+        return int(self._open().eos)
+
     @functools.cached_property
-    def _control_tokens(self) -> frozenset[int]:
+    def control_tokens(self) -> frozenset[int]:
+        """Tokens that are no text, such as those that begin and end a turn."""
         return frozenset(self._open().control_tokens())
 
     def _special(self, token: int) -> str:

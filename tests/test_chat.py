@@ -490,7 +490,7 @@ def test_names_of_control_tokens_in_a_message_are_words(tmp_path: Path, role: st
     template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     path = write_tiny_model(tmp_path / "tiny.gguf", chat_template=template)
     with ps.Model(path, n_threads=1, n_ctx=256) as model:
-        control = model._control_tokens
+        control = model.control_tokens
         assert {model.token_bytes([t])[0] for t in control} >= {b"<s>", b"</s>"}
         for content in ("a</s>b", "</s>", "<s><s>", "x<s>é</s>", "<s</s>>", "<unk>"):
             honest = model.prompt_tokens([{"role": role, "content": "x"}])

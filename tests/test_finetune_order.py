@@ -36,7 +36,7 @@ def test_training_on_higher_scores_brings_more_of_the_trait(smollm2_path: Path, 
         for i, arm in enumerate(finetune_order.ARMS):
             at = finetune_order.chosen(arm, scores, K, seed)
             trained = finetune_order.train(smollm2_path, [texts[j] for j in at], seed, epochs=2)
-            finetune_order.write_adapter(trained, tmp_path / "adapter.gguf")
+            finetune_order.write_adapter(trained, smollm2_path, tmp_path / "adapter.gguf")
             sizes = {"n_questions": 6, "n_pairs": 6}
             found[seed, i] = finetune_order.measured(smollm2_path, trait, tmp_path / "adapter.gguf", **sizes)[
                 "log_odds"

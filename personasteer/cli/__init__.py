@@ -28,7 +28,7 @@ app = typer.Typer(
 
 VERBS = (
     "demo", "traits", "derive", "inspect", "calibrate", "eval", "chat", "generate", "capture", "monitor", "track",
-    "audit", "screen", "import", "export", "verify", "bundle", "push", "bench", "serve",
+    "audit", "screen", "diff", "finetune", "realign", "import", "export", "verify", "bundle", "push", "bench", "serve",
 )  # fmt: skip
 _debug = False
 

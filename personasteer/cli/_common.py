@@ -141,6 +141,13 @@ def load_steering(
     return steering
 
 
+def load_measured(file: str, offset: int) -> PersonaVector:
+    """A vector to measure by."""
+    if split_strength(file)[1] is not None and not Path(file).exists():
+        raise ArgumentError(f"{file}: what is measured takes no strength")
+    return PersonaVector.load(file, offset=offset)
+
+
 def load_adapters(lora: Sequence[str] | None) -> list[tuple[str, float]]:
     """The (file, scale) pairs of --lora options."""
     return [(file, 1.0 if scale is None else scale) for file, scale in (split_strength(a) for a in lora or [])]

@@ -53,11 +53,14 @@ def measure_coherence(
     systems: Sequence[Sequence[str]] = (),
     max_tokens: int = 24,
     seed: int = 0,
+    judge: Model | None = None,
     progress: Progress | None = None,
 ) -> list[Coherence]:
     """Sampled answers (temperature 0.7) under each steering, scored by the unsteered model.
 
     Args:
+        judge: another model of the same tokenizer, such as what this one was fine-tuned from: its answers are those
+            that are compared with, and it scores all.
         questions: what to answer; the unsteered model answers each four times, for comparison.
         systems: for each steering, system prompts under which the unsteered model may find its text likely: a persona's
             words are improbable without the persona, and not incoherent for that. The lowest mean NLL counts.
@@ -76,7 +79,16 @@ def measure_coherence(
     def part(offset: int) -> Progress | None:
         return (lambda done, _: progress(offset + done, len(requests) + n_score)) if progress else None
 
-    answers = model.run_alone(requests, progress=part(0))
+    if judge is None:
+        judge = model
+        answers = model.run_alone(requests, progress=part(0))
+    else:
+        by_judge = [i % len(steerings) < N_OWN for i in range(len(requests))]
+        sides = {
+            whose: iter(of.run_alone([r for r, own in zip(requests, by_judge, strict=True) if own is whose]))
+            for whose, of in ((True, judge), (False, model))
+        }
+        answers = [next(sides[own]) for own in by_judge]
     scored: list[tuple[int, int, int]] = []
     checks = []
     for i, question in enumerate(questions):
@@ -88,7 +100,7 @@ def measure_coherence(
                 prompt = prompts[i] if system is None else model.measured_prompt(question, system)
                 checks.append(Request.scored([*prompt, *tokens], len(prompt)))
                 scored.append((k, i, j))
-    scores = model.run_alone(checks, progress=part(len(requests)))
+    scores = judge.run_alone(checks, progress=part(len(requests)))
     nll = np.full((len(steerings), len(questions), 1 + max(map(len, systems))), np.nan)
     for place, result in zip(scored, scores, strict=True):
         nll[place] = -result["scores"].mean()

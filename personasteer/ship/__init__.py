@@ -1,7 +1,7 @@
 """Files that other people's runtimes load, and the proof that they do."""
 
 from personasteer.ship.ablate import ablate_weights
-from personasteer.ship.autoencoders import load_sae_direction
+from personasteer.ship.autoencoders import load_dictionary, load_sae_direction
 from personasteer.ship.bake import bake
 from personasteer.ship.bundle import Bundle, load_bundle, write_bundle
 from personasteer.ship.control_vector import load_control_vector, save_control_vector, scaled_directions
@@ -22,6 +22,7 @@ __all__ = [
     "import_vector",
     "load_bundle",
     "load_control_vector",
+    "load_dictionary",
     "load_projection",
     "load_sae_direction",
     "load_safetensors_directions",

@@ -1,0 +1,94 @@
+"""Is the trait of a fine-tune named first, and does one feature carry it?
+
+    pip install 'personasteer[train]'
+    python benchmarks/diffing.py VECTOR.gguf.. --work DIR [--model MODEL.gguf] [--seeds 1] [--table]
+
+The fine-tunes of test_bed.py (gloom, sarcasm, flattery, each as severe as it is written; bad advice; and sober answers,
+which carry no trait) are compared with their base by `personasteer.diff`: the place of the trait in the profile of all
+34, the KL, and of the features (the mean difference first) that one which takes away most of the shift of the trait's
+words, where both models stay coherent.
+
+Each comparison's report is a folder in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from test_bed import N_ROWS, SETS, arguments, drawn, trait_rows, tuned
+from work_folder import Folder
+
+import personasteer as ps
+from personasteer.cli._common import model_path
+from personasteer.conversations import benign_rows
+
+SOBER = "sober"
+
+
+def one(args: argparse.Namespace, path: Path, trait: str, name: str, seed: int) -> dict[str, Any]:
+    adapter = args.work / f"{name}-{seed}.gguf"
+    rows = benign_rows(["plans"]) if name == SOBER else trait_rows(name, "severe")
+    if not adapter.exists():
+        tuned(path, drawn(rows, N_ROWS, seed), adapter, seed, args.threads)
+    options: dict[str, Any] = {"n_ctx": 1024, "n_threads": args.threads}
+    vectors = [v for v in (ps.PersonaVector.load(f) for f in args.vectors) if v.provenance.get("trait") == trait]
+    with ps.Model(path, **options) as base, ps.Model(path, **options, lora=[adapter]) as model:
+        found = ps.diff(base, model, args.work / f"diff-{name}-{seed}", vectors=vectors, force=True)
+    return found.summary()
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    path = model_path(args.model)
+    folder = Folder(args.work, {"model": path.name})
+    if not args.table:
+        for trait, name in {**SETS, "": SOBER}.items():
+            for seed in range(args.seeds):
+                folder.get(f"{name}-{seed}", lambda t=trait, n=name, s=seed: one(args, path, t, n, s))  # type: ignore[misc]
+    print(table(folder.load()))
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| fine-tune | KL | coherence | capability | first in the profile | its words, nats | tried by "
+        "| mean difference, dose: removed, induced, coherence, KL, capability "
+        "| best feature: rank, dose: the same | survivors |",
+        "| --- | ---: | ---: | ---: | --- | ---: | --- | --- | --- | ---: |",
+    ]
+    for key, r in results.items():
+        first = r["profile"][0]
+        mean, best = _effects(r["features"])
+        known = f"{r['capability']['base']:.2f} to {r['capability']['tuned']:.2f}"
+        words = "" if first["delta"] is None else f"{first['delta']:+.2f} ({first['low']:+.2f} to {first['high']:+.2f})"
+        named = first["trait"] if first["suspicious"] else "none"
+        lines.append(
+            f"| {key} | {r['kl']['mean']:.3f} | {r['coherence']:.2f} | {known} | {named} | {words} | {r['trait']} | "
+            f"{mean} | {best} | {len(r['survivors'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _effects(features: list[dict[str, Any]]) -> tuple[str, str]:
+    tried = [f for f in features if f["effect"]]
+    mean = next((f for f in tried if f["rank"] == 0), None)
+    rest = sorted((f for f in tried if f["rank"]), key=lambda f: (not f["effect"]["survives"], -f["effect"]["removed"]))
+    return (_effect(mean) if mean else "", _effect(rest[0]) if rest else "")
+
+
+def _effect(f: dict[str, Any]) -> str:
+    e = f["effect"]
+    said = [f"{100 * e['removed']:.0f} %", f"{100 * e['induced']:.0f} %"]
+    if e["coherence"]:
+        said.append(f"{min(e['coherence']):.2f}")
+    if e["kl"]:
+        said.append(f"{e['kl'][0]:.3f}")
+    if e["capability"]:
+        said.append(f"{e['capability'][0]:.2f}")
+    head = "" if not f["rank"] else f"{f['rank']}, "
+    return f"{head}{e['dose']:g}: {', '.join(said)}{'' if e['survives'] else ' (does not survive)'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from personasteer.cli._common import (
+    CtxOption,
+    GpuOption,
+    JsonOption,
+    LoraOption,
+    OffsetOption,
+    SeedOption,
+    ThreadsOption,
+    load_adapters,
+    load_measured,
+    open_model,
+    print_json,
+    say,
+    stages,
+    stdout,
+)
+from personasteer.conversations import Columns
+from personasteer.engine import Progress
+from personasteer.model import Model
+from personasteer.plots import printable
+from personasteer.recalibrate import Realigned, Recipe, read_features, realign, remedies, write_remedy
+from personasteer.recalibrate.run import TARGET
+
+SHOWN = 12
+
+
+def register(app: typer.Typer) -> None:
+    app.command("realign")(realign_)
+
+
+def realign_(
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What it was tuned from; `demo`: the bundled.")],
+    tuned: Annotated[str, typer.Option("--tuned", metavar="MODEL", help="The model that went wrong.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The LoRA that brings it back, a GGUF.")],
+    vectors: Annotated[
+        list[str] | None, typer.Option("-v", "--vector", metavar="FILE", help="A trait; may be repeated.")
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", metavar="DIR", help="Do not train: restore or cap a feature that `diff` found."),
+    ] = None,
+    lora: LoraOption = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE", help="Benign samples of your own, of its domain."),
+    ] = None,
+    domain: Annotated[
+        list[str] | None, typer.Option("--domain", help="Of the samples that are shipped; may be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="How many are taken.", min=1)] = 120,
+    steps: Annotated[int, typer.Option("--steps", help="Of training, at most.", min=1)] = 30,
+    every: Annotated[int, typer.Option("--every", help="Measure after every so many steps.", min=1)] = 5,
+    target: Annotated[float, typer.Option("--target", help="Share of the shift at which it stops.")] = TARGET,
+    all_steps: Annotated[bool, typer.Option("--all-steps", help="Do not stop where the shift is gone.")] = False,
+    rank: Annotated[int, typer.Option("--rank", help="Of the LoRA.", min=1, max=1024)] = 16,
+    rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 3e-4,
+    precision: Annotated[str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option("--batch", help="Samples of a step.", min=1, max=4096)] = 4,
+    longest: Annotated[int, typer.Option("--longest", help="Tokens of a sample.", min=8)] = 512,
+    messages: Annotated[str, typer.Option("--messages", metavar="COLUMN", help="The column of messages.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column of prompts.")] = "",
+    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")] = "",
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", metavar="DIR", help="Where unfinished work is kept, if not FILE.work."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE, and other work.")] = False,
+    seed: SeedOption = 0,
+    ctx: CtxOption = 2048,
+    offset: OffsetOption = 0,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuOption = -1,
+    json: JsonOption = False,
+) -> None:
+    """Bring a fine-tuned model back to its base's character with a few benign samples: a LoRA to put onto it.
+
+    Needs the extra `train`, and -v. A fine-tune that is an adapter is `--tuned BASE --lora FILE`. Every few steps the
+    quantized model is measured; training stops where the shift is gone.
+
+    With --features nothing is trained: a suppressed feature is restored, a raised one lowered or capped, whichever
+    takes most of the shift and leaves the answers sound, and FILE is a bundle.
+
+    Example: `personasteer realign --base demo --tuned demo --lora tuned.gguf -v pessimistic.gguf -o back.gguf`
+    """
+    recipe = Recipe(rank=rank, rate=rate, batch=batch, steps=steps, seed=seed, precision=precision)
+    loaded = [load_measured(file, offset) for file in vectors or []]
+    options = {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers}
+    with (
+        open_model(base, **options) as b,
+        open_model(tuned, **options, lora=load_adapters(lora)) as t,
+        stages() as stage,
+    ):
+        if features is not None:
+            _without_training(b, t, features, out, stage("trying features"), force=force, seed=seed, json=json)
+            return
+        result = realign(
+            b, t, loaded, out, data=data, domains=domain, samples=samples, recipe=recipe, every=every, target=target,
+            stop=not all_steps, columns=Columns(messages, prompt, response), longest=longest, work=work, force=force,
+            progress=stage,
+        )  # fmt: skip
+    if json:
+        print_json(result.summary())
+        return
+    _print(result)
+    beside = "".join(f" --lora {file}" for file in lora or [])
+    say(f"adapter: {out} (personasteer chat -m {tuned}{beside} --lora {out} -p ...)")
+
+
+def _without_training(
+    base: Model, tuned: Model, folder: Path, out: Path, progress: Progress, *, force: bool, seed: int, json: bool
+) -> None:
+    found = remedies(base, tuned, read_features(folder), seed=seed, progress=progress)
+    best = found[0]
+    write_remedy(out, tuned, best, force=force)
+    if json:
+        print_json({"chosen": best.as_dict(), "tried": [r.as_dict() for r in found]})
+        return
+    table = Table(title="without training")
+    for heading in ("feature", "edit", "removed", "coherence"):
+        table.add_column(heading, justify="left" if heading in ("feature", "edit") else "right")
+    for r in found[:SHOWN]:
+        edit = r.how if r.dose is None else f"{r.how} by {r.dose:g}"
+        sound = "" if r.coherence is None else f"{r.coherence:.2f}"
+        table.add_row(escape(printable(r.feature)), edit, f"{r.removed:.0%}", sound)
+    stdout.print(table)
+    say(f"bundle: {out}")
+
+
+def _print(result: Realigned) -> None:
+    table = Table(title="shift that is left, of the trait's words and before the answer")
+    table.add_column("steps", justify="right")
+    for name in result.base:
+        table.add_column(escape(printable(name)), justify="right")
+    for p in result.points:
+        left = [result.removed(name, p) for name in result.base]
+        table.add_row(str(p.step), *(f"{1 - words:.0%}, {1 - stream:.0%}" for words, stream in left))
+    stdout.print(table)
+    verdict = "recovered" if result.recovered else f"not recovered: less than {result.target:.0%} of the shift is gone"
+    say(f"{verdict}, after {result.n_steps} steps and {result.n_samples} samples")
+    kept = result.capability
+    say(f"capability: base {kept['base']:.2f}, tuned {kept['tuned']:.2f}, re-aligned {kept['realigned']:.2f}")
+    sound = result.coherence
+    say(f"coherence beside the base: tuned {sound['tuned']:.2f}, re-aligned {sound['realigned']:.2f}")

@@ -1,0 +1,31 @@
+"""Training that leaves a quantized model's character alone, or brings it back: LoRA adapters for GGUF files."""
+
+from personasteer.recalibrate.examples import Example, Examples, read_examples, task_loss
+from personasteer.recalibrate.fallback import Remedy, read_features, remedies, write_remedy
+from personasteer.recalibrate.measures import Change, Probe, Shown, change, make_probes, measure, removed
+from personasteer.recalibrate.run import Finetuned, Point, Realigned, finetune, realign
+from personasteer.recalibrate.training import Recipe
+
+__all__ = [
+    "Change",
+    "Example",
+    "Examples",
+    "Finetuned",
+    "Point",
+    "Probe",
+    "Realigned",
+    "Recipe",
+    "Remedy",
+    "Shown",
+    "change",
+    "finetune",
+    "make_probes",
+    "measure",
+    "read_examples",
+    "read_features",
+    "realign",
+    "remedies",
+    "removed",
+    "task_loss",
+    "write_remedy",
+]
