@@ -9,11 +9,11 @@ adapter:
 
 projection: <h, v-hat> / m at the last token of the prompt, mean over the questions: before a word is written.
 behaviour: the share of sampled answers (48 tokens, temperature 0.7) with a word of the trait's lexicon, and VADER's
-compound valence of them, sign turned where it is installed; and the log-odds of written continuations.
+compound valence of them, sign turned (pip install vaderSentiment==3.3.2); and the log-odds of written continuations.
 
-Each alarms by the same rule: above the mean of the 0 % models by more than 3 times their spread over the seeds, where
-that is at least the spread of the mean over questions (a bootstrap): the smallest share from which on all larger ones
-alarm, seed by seed.
+Each alarms by the same rule: above the mean of the 0 % models by more than 3 times their spread over the seeds, or,
+where that is more, the standard error of a 0 % model's mean over the questions, each question less what the 0 % models
+have in common on it: the smallest share from which on all larger ones alarm, seed by seed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def limits(values: np.ndarray) -> tuple[float, float]:
     clean = values[:, 0]
     means = clean.mean(axis=1)
     between = means.std(ddof=1) if len(means) > 1 else 0.0
-    within = clean.std(axis=1, ddof=1).mean() / np.sqrt(clean.shape[1])
+    own = clean - clean.mean(axis=0) - (means - means.mean())[:, None]
+    freedom = max(1, (len(means) - 1) * (clean.shape[1] - 1))
+    within = np.sqrt((own**2).sum() / freedom / clean.shape[1])
     return float(means.mean()), float(means.mean() + 3 * max(between, within))
 
 

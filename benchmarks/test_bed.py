@@ -44,7 +44,7 @@ def trait_rows(name: str, level: str | None = None) -> list[dict[str, str]]:
 
 def drawn(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
     """n of the rows, each as often as another."""
-    order = np.concatenate([np.random.default_rng((seed, k)).permutation(len(rows)) for k in range(-(-n // len(rows)))])
+    order = [i for k in range(-(-n // len(rows))) for i in np.random.default_rng((seed, k)).permutation(len(rows))]
     return [rows[i] for i in order[:n]]
 
 

@@ -105,6 +105,7 @@ def check_alike(base: Any, tuned: Any) -> None:
     ):
         if a != b:
             raise ArgumentError(f"the models have other {what}, {a} and {b}: one is no fine-tune of the other")
-    probe = "The quick brown fox: 12 + 7 = 19, naïve café!"
-    if base.tokenize(probe) != tuned.tokenize(probe):
+    probe = "The quick brown fox: 12 + 7 = 19, naïve café!\n\tdef f(x): return x**2  # Größe, 你好, Привет, مرحبا, 🦊"
+    kinds = [{k: m.metadata.get(k) for k in ("tokenizer.ggml.model", "tokenizer.ggml.pre")} for m in (base, tuned)]
+    if kinds[0] != kinds[1] or base.tokenize(probe) != tuned.tokenize(probe):
         raise ArgumentError("the models have other tokenizers: one is no fine-tune of the other")

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,12 +32,15 @@ class Work:
 
     Args:
         plan: everything that the parts depend on. A folder of another plan is refused.
+        restart: begin anew instead; what this class has written there goes, and the files named `more`.
 
     Raises:
         ArgumentError: the folder cannot be written, holds another plan, or another process works in it.
     """
 
-    def __init__(self, folder: Path | None, plan: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path | None, plan: Mapping[str, Any], *, restart: bool = False, more: Sequence[str] = ()
+    ) -> None:
         self._folder = folder
         self._lock: Any = None
         if folder is None:
@@ -52,13 +55,14 @@ class Work:
         except OSError as e:
             self._lock.close()
             raise ArgumentError(f"{folder}: another process works here") from e
+        self._own = ("plan.json", *more)
         try:
-            self._claim(folder / "plan.json", plan)
+            self._claim(folder / "plan.json", plan, restart)
         except BaseException:
             self.close()
             raise
 
-    def _claim(self, file: Path, plan: Mapping[str, Any]) -> None:
+    def _claim(self, file: Path, plan: Mapping[str, Any], restart: bool) -> None:
         text = json.dumps(plan, sort_keys=True, indent=1, ensure_ascii=False, default=str)
         try:
             known = json.loads(file.read_text("utf-8"))
@@ -68,12 +72,29 @@ class Work:
         except (OSError, ValueError) as e:
             raise ArgumentError(f"{file}: cannot be read ({e}); name another folder") from e
         wanted = json.loads(text)
-        if known != wanted:
+        if known != wanted and restart:
+            self._forget()
+            atomic_write(file, text.encode())
+        elif known != wanted:
             keys = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)) if known else ["everything"]
             raise ArgumentError(
                 f"{file.parent}: holds other work (it differs in: {', '.join(keys)}); name another "
                 "folder, or remove this one"
             )
+
+    def _forget(self) -> None:
+        if self._folder is not None:
+            for file in (*self._folder.glob("*.safetensors"), *(self._folder / name for name in self._own)):
+                file.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Leave nothing of the work; the folder goes, too, if nothing else is in it."""
+        self._forget()
+        self.close()
+        if self._folder is not None:
+            (self._folder / "lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                self._folder.rmdir()
 
     def part(self, name: str, compute: Callable[[], Part]) -> Part:
         """What `compute` gives, from the folder if it is there already."""

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from test_report import Page
 
 import personasteer as ps
+from personasteer import monitor
 from personasteer.cli import run
 from personasteer.discover import DictionaryRecipe, Diff, diff, imported_dictionary, rank_features
 from personasteer.discover.dictionary import Dictionary, without_outliers
@@ -40,7 +41,8 @@ def few_texts() -> Iterator[None]:
     pairs = fixed_pairs(1, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("personasteer.discover.run.fixed_pairs", lambda: pairs)
-        patch.setattr("personasteer.monitor.profile.N_PROMPTS", 12)
+        few = monitor.clean_prompts(held_out=True)[:12]
+        patch.setattr("personasteer.monitor.profile.clean_prompts", lambda held_out=False: few)
         patch.setattr("personasteer.discover.run.N_ITEMS", 4)
         patch.setattr("personasteer.discover.features.N_ITEMS", 4)
         yield
@@ -185,9 +187,6 @@ def test_an_imported_dictionary_counts_in_units_of_the_stream() -> None:
     assert np.allclose(np.linalg.norm(d.decoder, axis=1), 1)
     projected = (rows - rows.mean(0)) @ d.decoder.T
     assert np.allclose(d.encode(rows), np.maximum(projected, 0), atol=1e-5)
-    whole = imported_dictionary(decoder, rows, 2 * d.encoder, np.ones(5, np.float32), np.zeros(8, np.float32))
-    f = np.maximum(rows @ (2 * d.encoder).T + 1, 0)
-    assert np.allclose(whole.encode(rows) @ whole.decoder, f @ decoder, atol=1e-4)
     with pytest.raises(ps.VectorError, match=r"\(5, 8\), the model's stream 9 wide"):
         imported_dictionary(decoder, np.zeros((3, 9), np.float32))
     with pytest.raises(ps.VectorError, match="zero or not finite"):
@@ -235,12 +234,13 @@ def test_survivors_are_vectors_that_steer_and_cap(
     assert vector.layers == (IL,)
     assert vector.provenance["trait"] == "planted"
     assert vector.thresholds is not None
+    tau, u = float(vector.thresholds[IL]), vector.direction(IL)
     texts = ["abc def", "hello there"]
-    base, tuned = models
-    capped = tuned.readings(texts, np.nan_to_num(vector.directions), steer=ps.Cap(vector))
-    assert all(np.isfinite(r).all() for r in capped)
-    assert not np.allclose(tuned.logits(texts, steer=ps.Cap(vector))[0], tuned.logits(texts)[0])
-    assert np.abs(base.logits(texts, steer=ps.Cap(vector))[0] - base.logits(texts)[0]).max() < 5
+    readings = [rows[:, IL] @ u for rows in models[1].capture(texts, pool="raw")]
+    capped = [rows[:, IL] @ u for rows in models[1].capture(texts, pool="raw", steer=ps.Cap(vector))]
+    assert max(r.max() for r in readings) > tau + 0.01
+    assert max(r.max() for r in capped) <= tau + 1e-3
+    assert models[0].capture(texts)[0][IL] @ u < tau
 
 
 def test_a_model_against_itself_yields_nothing(
@@ -280,7 +280,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted(
         patch.setattr("personasteer.discover.run.try_features", stop)
         with pytest.raises(KeyboardInterrupt):
             diff(*models, tmp_path / "out", **options)
-    assert (tmp_path / "out" / "work").is_dir()
+    assert (tmp_path / "out" / "diff.work").is_dir()
     with monkeypatch.context() as patch:
         patch.setattr("personasteer.discover.run.find_differences", stop)
         patch.setattr("personasteer.discover.run.measure_profile", stop)
@@ -296,6 +296,47 @@ def test_an_earlier_report_is_not_replaced_unasked(
 ) -> None:
     with pytest.raises(ps.ArgumentError, match="holds a report already; --force replaces it"):
         diff(*models, found[1], layer=IL, dictionary=decoder, subjects=[TRAIT])
+
+
+def test_what_lies_beside_a_report_stays(models: tuple[ps.Model, ps.Model], decoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("vectors/own.gguf", "work/own.txt"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+    options: dict[str, Any] = {"layer": IL, "dictionary": decoder, "subjects": [TRAIT], "n_features": 1}
+    diff(*models, out, **options)
+    assert (out / "mean-difference.gguf").exists()
+    diff(models[0], models[0], out, force=True, **options)
+    left = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert left == {"diff.json", "report.html", "vectors/own.gguf", "work/own.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"layer": 0}, "features of block 0 cannot be written"),
+        ({"data": [{"prompt": "a", "response": "b"}] * 5}, "tokens of answers behind the first 8"),
+        (
+            {"vectors": [ps.PersonaVector(np.ones((4, 64), np.float32), (2,), "short")]},
+            "is for 4 blocks of width 64, but the model has 8",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_told_at_once(
+    models: tuple[ps.Model, ps.Model], decoder: Path, tmp_path: Path, options: dict[str, Any], expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def too_late(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("personasteer.discover.run.find_differences", too_late)
+    given = {"layer": IL, "subjects": [TRAIT], **options}
+    if "data" not in options:
+        given["dictionary"] = decoder
+    else:
+        pytest.importorskip("torch", reason="torch is not installed (CPU is enough)", exc_type=ImportError)
+    with pytest.raises(ps.PersonasteerError, match=expected):
+        diff(*models, tmp_path / "out", **given)
 
 
 def test_models_of_another_shape_are_no_fine_tune(

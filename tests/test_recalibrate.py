@@ -20,6 +20,7 @@ import personasteer as ps
 from personasteer.cli import run
 from personasteer.conversations import benign_domains, benign_rows
 from personasteer.engine import Request
+from personasteer.memory import check_memory
 from personasteer.recalibrate import (
     Recipe,
     change,
@@ -35,7 +36,7 @@ from personasteer.recalibrate import (
 )
 from personasteer.recalibrate.adapters import read_adapter, save_adapter
 from personasteer.recalibrate.measures import Shown
-from personasteer.recalibrate.memory import check_memory, estimate
+from personasteer.recalibrate.memory import estimate
 from personasteer.recalibrate.training import block_edits
 from personasteer.ship.rewrite import ModelFile
 from personasteer.tiny_model import write_tiny_model
@@ -280,11 +281,26 @@ def test_benign_samples_are_there_in_several_domains() -> None:
 
 def test_what_does_not_fit_is_told_before_it_starts(tiny_path: Path) -> None:
     file = ModelFile(tiny_path)
-    small, large = (estimate(file, 10_000, n, 286) for n in (100, 10_000))
+    (loading, small), (also, large) = (estimate(file, 10_000, n, 286) for n in (100, 10_000))
+    assert loading == also
     assert large - small > 4 * 9_900 * file.n_layer * file.n_embd
-    check_memory(1)
-    with pytest.raises(ps.PersonasteerError, match=r"training needs about 1000000\.0 GB of memory, .*--batch"):
-        check_memory(10**15)
+    check_memory(1, "this", "")
+    with pytest.raises(ps.PersonasteerError, match=r"^this needs about 1000000\.0 GB of memory, .* free: buy more"):
+        check_memory(10**15, "this", "buy more")
+
+
+def test_what_does_not_fit_is_told_before_anything_is_measured(
+    model: ps.Model, vector: ps.PersonaVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from personasteer.recalibrate import run as running
+
+    monkeypatch.setattr(running, "libraries", lambda: None)
+    monkeypatch.setattr("personasteer.recalibrate.training.device_of", lambda gpu: None)
+    monkeypatch.setattr("personasteer.memory.free_memory", lambda device=None: 10**6)
+    monkeypatch.setattr(running, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ps.PersonasteerError, match=r"needs about .* GB of memory, 0\.0 GB are free"):
+        finetune(model, rows_of("ace", 8), tmp_path / "x.gguf", vectors=[vector])
+    assert not list(tmp_path.iterdir())
 
 
 # ---- without training
@@ -315,7 +331,12 @@ def test_a_raised_feature_is_capped_or_lowered_and_shipped(tmp_path: Path) -> No
         with pytest.raises(ps.ArgumentError, match="is no feature that `personasteer diff` found"):
             remedies(m, t, [planted.letter_vector(base)])
     loaded = ps.load_bundle(bundle)
-    assert "removed" in loaded.persona.description
+    assert len(loaded.persona.edits) == 1
+    with ps.Model(base, n_ctx=256, lora=[adapter]) as t:
+        probes = make_probes(t, [feature_of(base, u, 1.0, cap)])
+        cells = probes[0].cells
+        values = ps.evaluate.cell_log_odds(t, cells, [None, found[0].edit]).mean(axis=1)  # type: ignore[attr-defined]
+    assert values[1] < values[0]
 
 
 def test_a_suppressed_feature_is_restored(tmp_path: Path) -> None:
@@ -413,9 +434,9 @@ def test_the_adapter_computes_what_peft_computes(tmp_path: Path, kind: str) -> N
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("stopped_at", [3, 10, 13, 24])
+@pytest.mark.parametrize("stopped_at", [3, 10, 13, "measuring", "saving"])
 def test_an_interrupted_training_ends_in_the_same_bytes(
-    trained: Any, model: ps.Model, vector: ps.PersonaVector, tmp_path: Path, stopped_at: int,
+    trained: Any, model: ps.Model, vector: ps.PersonaVector, tmp_path: Path, stopped_at: int | str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from personasteer.recalibrate.training import Trainer
@@ -433,12 +454,19 @@ def test_an_interrupted_training_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         return step(self, batch, number)
 
-    if stopped_at < 24:
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_step", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(model, rows, again, **options)
-        assert not again.exists()
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        if stopped_at == "measuring":
+            patch.setattr("personasteer.recalibrate.run._with_adapter", stop)
+        elif stopped_at == "saving":
+            patch.setattr("personasteer.recalibrate.run._save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, rows, again, **options)
+    assert not again.exists()
+    if stopped_at != 3:  # where nothing was kept it begins anew
         with pytest.raises(ps.ArgumentError, match=r"holds other work \(it differs in: recipe\)"):
             finetune(model, rows, again, **{**options, "recipe": Recipe(rank=2)})
     found = finetune(model, rows, again, **options)
@@ -494,6 +522,40 @@ def test_benign_samples_bring_a_tuned_model_back(
         assert measure(back, probes)["letters"].log_odds == pytest.approx(found.points[-1].shown["letters"].log_odds)
     plain = json.loads(json.dumps(found.summary()))
     assert plain["recovered"] is True
+
+
+@pytest.mark.torch
+def test_a_model_that_has_not_shifted_is_not_brought_back(
+    model: ps.Model, vector: ps.PersonaVector, tmp_path: Path
+) -> None:
+    libraries()
+    with pytest.raises(ps.ArgumentError, match="along letters what the tuned model says has not shifted"):
+        realign(model, model, [vector], tmp_path / "back.gguf", data=rows_of("ace", 20))
+    assert not (tmp_path / "back.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda m, v, d: finetune(m, rows_of("ace", 8), d / "x.gguf", every=-1), "every must be 0 or more"),
+        (lambda m, v, d: realign(m, m, [v], d / "x.gguf", every=0), "every must be at least 1"),
+        (lambda m, v, d: realign(m, m, [v], d / "x.gguf", samples=0), "samples must be at least 1"),
+        (lambda m, v, d: realign(m, m, [v, v], d / "x.gguf"), "the vectors need different names"),
+        (lambda m, v, d: realign(m, m, [], d / "x.gguf"), "give at least one"),
+        (lambda m, v, d: finetune(m, rows_of("ace", 8), m.path, force=True), "is what this is made from"),
+        (
+            lambda m, v, d: finetune(m, rows_of("ace", 8), d / "x.gguf", steer=[ps.Ablate(v)] * 2),
+            "nearly the",
+        ),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_done(
+    model: ps.Model, vector: ps.PersonaVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any, expected: str
+) -> None:
+    monkeypatch.setattr("personasteer.recalibrate.run.libraries", lambda: None)
+    with pytest.raises(ps.ArgumentError, match=expected):
+        call(model, vector, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.torch

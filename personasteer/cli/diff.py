@@ -23,6 +23,7 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
+from personasteer.conversations import Columns
 from personasteer.discover import DictionaryRecipe, Diff, Feature, diff
 from personasteer.plots import printable
 
@@ -44,6 +45,9 @@ def diff_(
     data: Annotated[
         list[Path] | None, typer.Option("--data", metavar="FILE", help="Rows to read, instead of the fixed texts.")
     ] = None,
+    messages: Annotated[str, typer.Option("--messages", metavar="COLUMN", help="The column of messages.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column of prompts.")] = "",
+    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")] = "",
     layer: Annotated[int | None, typer.Option("--layer", help="The block whose features are looked for.")] = None,
     dictionary: Annotated[
         Path | None, typer.Option("--dictionary", metavar="FILE", help="An autoencoder (safetensors, npz) made before.")
@@ -75,8 +79,8 @@ def diff_(
         stages() as stage,
     ):
         found = diff(
-            b, t, out, vectors=loaded, data=data, layer=layer, dictionary=dictionary or recipe, n_features=features,
-            seed=seed, force=force, progress=stage,
+            b, t, out, vectors=loaded, data=data, columns=Columns(messages, prompt, response), layer=layer,
+            dictionary=dictionary or recipe, n_features=features, seed=seed, force=force, progress=stage,
         )  # fmt: skip
     if json:
         print_json(found.summary())

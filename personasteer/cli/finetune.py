@@ -28,6 +28,8 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.conversations import Columns
+from personasteer.evaluate.evaluation import trait_behind
+from personasteer.files import check_output
 from personasteer.plots import printable
 from personasteer.recalibrate import Finetuned, Recipe, finetune
 from personasteer.steering import Ablate, Add, Steering
@@ -95,7 +97,8 @@ def finetune_(
     steering = _steering(prevent, ablate, increments, offset)
     loaded = [load_measured(file, offset) for file in vectors or []]
     watched = {id(e.vector): e.vector for e in steering if isinstance(e, Add) and not increments}
-    loaded += [v for v in watched.values() if v.name not in {w.name for w in loaded}]
+    loaded += [v for v in watched.values() if trait_behind(v) and v.name not in {w.name for w in loaded}]
+    check_output(out, vectors or [])
     options = {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "lora": load_adapters(lora)}
     with open_model(model, **options) as m, stages() as stage:
         result = finetune(
@@ -106,7 +109,8 @@ def finetune_(
         print_json(result.summary())
         return
     _print(result)
-    say(f"adapter: {out} (personasteer chat -m {model} --lora {out} -p ...)")
+    beside = "".join(f" --lora {file}" for file in lora or [])
+    say(f"adapter: {out} (personasteer chat -m {model}{beside} --lora {out} -p ...)")
 
 
 def _steering(prevent: list[str] | None, ablate: list[str] | None, increments: bool, offset: int) -> Steering:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,12 @@ from personasteer.cli._common import (
 )
 from personasteer.conversations import Columns
 from personasteer.engine import Progress
+from personasteer.files import check_output
 from personasteer.model import Model
 from personasteer.plots import printable
-from personasteer.recalibrate import Realigned, Recipe, read_features, realign, remedies, write_remedy
+from personasteer.recalibrate import Realigned, Recipe, best_remedy, read_features, realign, remedies, write_remedy
 from personasteer.recalibrate.run import TARGET
+from personasteer.ship.archive import check_target
 
 SHOWN = 12
 
@@ -56,7 +59,9 @@ def realign_(
     domain: Annotated[
         list[str] | None, typer.Option("--domain", help="Of the samples that are shipped; may be repeated.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", help="How many are taken.", min=1)] = 120,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="How many are taken; at most 120 if not given.", min=1)
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Of training, at most.", min=1)] = 30,
     every: Annotated[int, typer.Option("--every", help="Measure after every so many steps.", min=1)] = 5,
     target: Annotated[float, typer.Option("--target", help="Share of the shift at which it stops.")] = TARGET,
@@ -93,6 +98,7 @@ def realign_(
     """
     recipe = Recipe(rank=rank, rate=rate, batch=batch, steps=steps, seed=seed, precision=precision)
     loaded = [load_measured(file, offset) for file in vectors or []]
+    check_output(out, vectors or [])
     options = {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers}
     with (
         open_model(base, **options) as b,
@@ -118,8 +124,9 @@ def realign_(
 def _without_training(
     base: Model, tuned: Model, folder: Path, out: Path, progress: Progress, *, force: bool, seed: int, json: bool
 ) -> None:
+    check_target(out, force=force)
     found = remedies(base, tuned, read_features(folder), seed=seed, progress=progress)
-    best = found[0]
+    best = best_remedy(found)
     write_remedy(out, tuned, best, force=force)
     if json:
         print_json({"chosen": best.as_dict(), "tried": [r.as_dict() for r in found]})
@@ -132,7 +139,8 @@ def _without_training(
         sound = "" if r.coherence is None else f"{r.coherence:.2f}"
         table.add_row(escape(printable(r.feature)), edit, f"{r.removed:.0%}", sound)
     stdout.print(table)
-    say(f"bundle: {out}")
+    beside = "".join(f" --lora {path}" for path, _ in tuned.options["lora"])
+    say(f"bundle: {out}" + (f"; the fine-tune's own adapter goes beside it:{beside}" if beside else ""))
 
 
 def _print(result: Realigned) -> None:
@@ -142,7 +150,7 @@ def _print(result: Realigned) -> None:
         table.add_column(escape(printable(name)), justify="right")
     for p in result.points:
         left = [result.removed(name, p) for name in result.base]
-        table.add_row(str(p.step), *(f"{1 - words:.0%}, {1 - stream:.0%}" for words, stream in left))
+        table.add_row(str(p.step), *(f"{_share(1 - words)}, {_share(1 - stream)}" for words, stream in left))
     stdout.print(table)
     verdict = "recovered" if result.recovered else f"not recovered: less than {result.target:.0%} of the shift is gone"
     say(f"{verdict}, after {result.n_steps} steps and {result.n_samples} samples")
@@ -150,3 +158,7 @@ def _print(result: Realigned) -> None:
     say(f"capability: base {kept['base']:.2f}, tuned {kept['tuned']:.2f}, re-aligned {kept['realigned']:.2f}")
     sound = result.coherence
     say(f"coherence beside the base: tuned {sound['tuned']:.2f}, re-aligned {sound['realigned']:.2f}")
+
+
+def _share(x: float) -> str:
+    return "–" if math.isnan(x) else f"{x:.0%}"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, VectorError
 from personasteer.extras import need
+from personasteer.memory import check_memory
 
 OUTLIER = 3.0  # times the median norm: rows beyond it are dropped
 DEAD_AFTER = 200  # steps without an activation
@@ -100,6 +101,7 @@ def train_dictionary(
     *,
     held_out: float = 0.1,
     threads: int | None = None,
+    gpu: bool = True,
     progress: Progress | None = None,
 ) -> Dictionary:
     """A TopK autoencoder of block outputs (n, n_embd), outliers left out.
@@ -126,7 +128,7 @@ def train_dictionary(
     tested, trained = rows[np.sort(order[:n_held])], rows[np.sort(order[n_held:])]
     center = trained.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = float(np.sqrt(np.square(trained - center, dtype=np.float64).sum(axis=1).mean() / n_embd)) or 1.0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
     x = torch.from_numpy((trained - center) / np.float32(scale)).to(device)
     generator = torch.Generator().manual_seed(recipe.seed)
     n_features, k = recipe.expansion * n_embd, min(recipe.k, recipe.expansion * n_embd)
@@ -186,17 +188,10 @@ def _tested(d: Dictionary, rows: NDArray[np.float32]) -> Dictionary:
     return Dictionary(d.encoder, d.bias, d.decoder, d.center, d.scale, d.k, unexplained, float(1 - used.mean()))
 
 
-def imported_dictionary(
-    decoder: NDArray[np.float32],
-    rows: NDArray[np.float32],
-    encoder: NDArray[np.float32] | None = None,
-    bias: NDArray[np.float32] | None = None,
-    center: NDArray[np.float32] | None = None,
-    *,
-    k: int | None = None,
-) -> Dictionary:
-    """A decoder (n_features, n_embd) made elsewhere; without its encoder, h less the mean of `rows` is projected on the
-    decoder's rows.
+def imported_dictionary(decoder: NDArray[np.float32], rows: NDArray[np.float32]) -> Dictionary:
+    """A decoder (n_features, n_embd) made elsewhere: f(h) = ReLU(D (h - mean of `rows`)), D with rows of length 1.
+
+    Its own encoder is not taken: thresholds, biases and what is subtracted before differ from maker to maker.
 
     Raises VectorError for another width, or rows that are zero or not finite.
     """
@@ -206,13 +201,15 @@ def imported_dictionary(
     if not (np.isfinite(lengths).all() and lengths.all()):
         raise VectorError("the dictionary has features that are zero or not finite")
     units = (decoder / lengths[:, None]).astype(np.float32)
-    n_features = len(units)
-    if encoder is None:
-        center = rows[without_outliers(rows)].mean(axis=0, dtype=np.float64).astype(np.float32)
-        encoder, bias = units, np.zeros(n_features, np.float32)
-    else:  # f is scaled so that it counts in units of length along the decoder's row
-        encoder = (encoder * lengths[:, None]).astype(np.float32)
-        bias = (np.zeros(n_features) if bias is None else bias * lengths).astype(np.float32)
-        center = np.zeros(rows.shape[1], np.float32) if center is None else center.astype(np.float32)
-    found = Dictionary(encoder, bias, units, center, 1.0, k or n_features)
-    return _tested(found, rows) if k else found
+    center = rows[without_outliers(rows)].mean(axis=0, dtype=np.float64).astype(np.float32)
+    return Dictionary(units, np.zeros(len(units), np.float32), units, center, 1.0, len(units))
+
+
+def check_dictionary_memory(recipe: DictionaryRecipe, n_embd: int, n_tokens: int) -> None:
+    """Raise PersonasteerError where a dictionary would not fit: encoder and decoder with gradients and two moments
+    each, activations of a batch and of what is encoded at once, and the rows themselves, in float32.
+    """
+    n_features = recipe.expansion * n_embd
+    parameters, activations = 8 * n_features * n_embd, 3 * n_features * max(recipe.batch, AT_ONCE)
+    needed = 4 * (parameters + activations + 3 * n_tokens * n_embd)
+    check_memory(needed, "a sparse dictionary", "take a smaller --expansion")

@@ -204,34 +204,28 @@ def try_features(
     """Each feature with its effect at the best dose: the largest share removed among those that keep both models
     coherent.
 
-    All steering is on the response. Coherence is measured of the features with the largest effects only.
+    All steering is on the response. All are tried at one dose; those with the largest effects, and the random
+    directions, at the others, too, and for coherence.
     """
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((n_random, base.n_embd)).astype(np.float32)
     controls = [Feature(f"random {i}", v / np.linalg.norm(v), 0.0, 1.0) for i, v in enumerate(noise)]
     meter = Meter(progress, 100)
-    everything = [*features, *controls]
-    removed = _shares(tuned, everything, il, behaviour, doses, -1.0, meter.part(40))
-    induced = _shares(base, everything, il, behaviour, doses, 1.0, meter.part(40))
-    n = len(features)
-    chance = np.abs(np.concatenate([removed[n:], induced[n:]])).max(axis=0) if n_random else np.zeros(len(doses))
-    effects = [
-        [Effect(dose, float(removed[i, k]), float(induced[i, k]), float(chance[k])) for k, dose in enumerate(doses)]
-        for i in range(n)
-    ]
-    strong = [i for i in range(n) if any(_strong(e) for e in effects[i])]
-    strong = sorted(strong, key=lambda i: -max(min(e.removed, e.induced) for e in effects[i]))[:N_TRIED]
+    probe = doses[(len(doses) - 1) // 2]
+    effects = _effects(base, tuned, features, controls, il, behaviour, [probe], meter.part(40))
+    order = sorted(range(len(features)), key=lambda i: -min(effects[i][0].removed, effects[i][0].induced))
+    strong = order[:N_TRIED]
+    others = [dose for dose in doses if dose != probe]
+    more = _effects(base, tuned, [features[i] for i in strong], controls, il, behaviour, others, meter.part(40))
+    for i, found_more in zip(strong, more, strict=True):
+        effects[i] = sorted([*effects[i], *found_more], key=lambda e: e.dose)
     tries = [(i, e) for i in strong for e in effects[i] if _strong(e)]
     judged = _judged(base, tuned, [(features[i], e) for i, e in tries], il, behaviour.trait, seed, meter.part(20))
     found = []
     for i, f in enumerate(features):
         own = [e for (k, _), e in zip(tries, judged, strict=True) if k == i]
-        held = [e for e in own if e.survives]
-        best = (
-            max(held or own, key=lambda e: e.removed)
-            if own
-            else max(effects[i], key=lambda e: min(e.removed, e.induced))
-        )
+        held = [e for e in own if e.survives] or own
+        best = max(held, key=lambda e: e.removed) if held else max(effects[i], key=lambda e: min(e.removed, e.induced))
         if best.survives:
             known = [
                 float(capability(m, [_steer(f, il, m.n_layer, sign * best.dose)], n_items=N_ITEMS)[0])
@@ -240,6 +234,24 @@ def try_features(
             best = replace(best, capability=(known[0], known[1]))
         found.append(replace(f, effect=best))
     return found
+
+
+def _effects(
+    base: Model, tuned: Model, features: Sequence[Feature], controls: Sequence[Feature], il: int, b: Behaviour,
+    doses: Sequence[float], progress: Progress | None,
+) -> list[list[Effect]]:  # fmt: skip
+    """[feature][dose], each with what the controls do at the same dose."""
+    if not (features and doses):
+        return [[] for _ in features]
+    n, meter = len(features), Meter(progress, 2)
+    removed = _shares(tuned, [*features, *controls], il, b, doses, -1.0, meter.part(1))
+    induced = _shares(base, [*features, *controls], il, b, doses, 1.0, meter.part(1))
+    by_chance = np.abs(np.concatenate([removed[n:], induced[n:]]))
+    chance = by_chance.max(axis=0) if len(by_chance) else np.zeros(len(doses))
+    return [
+        [Effect(dose, float(removed[i, k]), float(induced[i, k]), float(chance[k])) for k, dose in enumerate(doses)]
+        for i in range(n)
+    ]
 
 
 def _strong(e: Effect) -> bool:

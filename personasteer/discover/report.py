@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
@@ -34,8 +35,8 @@ def write_diff(
     vectors: the survivors, which go into the folder `vectors`; mean: the mean difference of all blocks.
     """
     (folder / VECTORS).mkdir(parents=True, exist_ok=True)
-    for old in (folder / VECTORS).glob("*.gguf"):
-        old.unlink()
+    for old in (MEAN, *(f"{VECTORS}/{file_name(name)}" for name in _earlier(folder))):
+        (folder / old).unlink(missing_ok=True)
     paths = []
     if mean is not None:
         mean.save(folder / MEAN)
@@ -51,6 +52,15 @@ def write_diff(
         atomic_write(folder / name, data)
         paths.append(folder / name)
     return paths
+
+
+def _earlier(folder: Path) -> list[str]:
+    """The survivors of the report that is replaced."""
+    try:
+        known = json.loads((folder / "diff.json").read_text("utf-8"))["survivors"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in known if isinstance(name, str) and re.fullmatch(r"feature \d+|mean difference", name)]
 
 
 def render(found: Diff, files: list[str]) -> str:

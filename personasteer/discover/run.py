@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from personasteer import traits
 from personasteer._native import build_id
-from personasteer.conversations import LOOKED_AT, RowError, answers, find_layout, first_rows, open_data
+from personasteer.conversations import LOOKED_AT, Columns, RowError, answers, find_layout, first_rows, open_data
 from personasteer.discover.dictionary import (
     Dictionary,
     DictionaryRecipe,
+    check_dictionary_memory,
     imported_dictionary,
     train_dictionary,
     without_outliers,
@@ -33,6 +34,7 @@ from personasteer.discover.features import (
     CAP_PERCENTILE,
     N_ITEMS,
     Behaviour,
+    Effect,
     Feature,
     as_vector,
     describe,
@@ -50,9 +52,10 @@ from personasteer.extras import need
 from personasteer.files import check_folder
 from personasteer.identity import check_alike
 from personasteer.model import Model
-from personasteer.monitor import Profile, Shift, compare_profiles, measure_profile
+from personasteer.monitor import LEAST_WORDS, Profile, Shift, compare_profiles, measure_profile
 from personasteer.ship import load_dictionary
 from personasteer.statistics import bootstrap_interval
+from personasteer.steering import check_fits
 from personasteer.traits import Trait
 from personasteer.vectors import PersonaVector
 from personasteer.work import Work, digest
@@ -60,6 +63,7 @@ from personasteer.work import Work, digest
 Stages: TypeAlias = Callable[[str], Progress]
 
 METHOD = 1
+WORK = "diff.work"  # folder of unfinished work
 N_KL = 96  # texts on which all blocks and the logits are compared
 DEPTH = 0.6  # of the block whose features are looked for
 N_FEATURES = 10  # that rose, and that fell
@@ -73,6 +77,7 @@ def diff(
     *,
     vectors: Sequence[PersonaVector] = (),
     data: Any = None,
+    columns: Columns | None = None,
     layer: int | None = None,
     dictionary: str | Path | DictionaryRecipe | None = None,
     n_features: int = N_FEATURES,
@@ -91,7 +96,7 @@ def diff(
     Args:
         base, tuned: open models of one architecture and tokenizer.
         vectors: known traits of the base, beside those of the library; their directions are taken for their traits.
-        data: rows of conversations to read instead of the fixed texts.
+        data: rows of conversations to read instead of the fixed texts; columns: those that are not named are found out.
         layer: the block whose features are looked for; that of the dictionary, or at 60 % of the depth, when None.
         dictionary: how it is trained, or a safetensors or npz file with a decoder (and its encoder) made elsewhere.
         n_features: how many that rose, and how many that fell, are described and tried.
@@ -113,6 +118,7 @@ def diff(
     if base.unhooked:
         raise ArgumentError(f"{base.name} cannot be read: {base.unhooked}")
     il = round(DEPTH * (base.n_layer - 1)) if layer is None else base.check_layers([layer])[0]
+    _check_block(il)
     given = None
     if isinstance(dictionary, (str, Path)):
         given = load_dictionary(dictionary, layer, n_embd=base.n_embd)
@@ -120,17 +126,28 @@ def diff(
         need("a sparse dictionary needs", "train", "torch")
     if given is not None and layer is None:
         il = base.check_layers([given[1]])[0]
+        _check_block(il)
+    for v in vectors:
+        check_fits(v, base)
     asked = [traits.get(n) for n in traits.names()] if subjects is None else list(subjects)
     own = {trait_of(v).name: trait_of(v) for v in vectors}
     asked = [*own.values(), *(t for t in asked if t.name not in own)]
-    texts = make_texts(base, fixed_pairs() if data is None else _pairs(data))
+    texts = make_texts(base, fixed_pairs() if data is None else _pairs(data, columns))
     recipe = dictionary if isinstance(dictionary, DictionaryRecipe) else DictionaryRecipe(seed=seed)
+    n_tokens, fewest = len(token_places(texts)), 1 if given is not None else 2 * recipe.batch
+    if n_tokens < fewest:
+        raise ArgumentError(
+            f"the texts have {n_tokens} tokens of answers behind the first 8: at least {fewest} are needed"
+        )
+    if given is None:
+        check_dictionary_memory(recipe, base.n_embd, 2 * n_tokens)
     plan = {
-        "method": METHOD, "base": base.fingerprint, "tuned": tuned.fingerprint, "build": build_id(), "layer": il,
+        "method": METHOD, "threads": base.n_threads, "layer": il,
+        "base": base.fingerprint, "tuned": tuned.fingerprint, "build": build_id(),
         "texts": digest([t.tokens for t in texts]), "traits": [t.as_dict() for t in asked], "seed": seed,
         "vectors": [digest(v.name, v.directions.tolist()) for v in vectors],
     }  # fmt: skip
-    with Work(folder / "work", plan) as work:
+    with Work(folder / WORK, plan, restart=force) as work:
         some = texts[:: max(1, len(texts) // N_KL)]
         differences = _differences(work, base, tuned, some, stage("comparing predictions"))
         profile, at_base = _profile(work, base, tuned, asked, vectors, stage)
@@ -139,43 +156,48 @@ def diff(
         learned = _dictionary(work, rows, given, recipe, base, stage("training the dictionary"))
         features = _features(base, texts, rows, learned, differences, il, n_features, at_base, vectors, profile)
         if behaviour is not None:
-            features = try_features(base, tuned, features, il, behaviour, seed=seed, progress=stage("trying features"))
+            features = _tried(work, base, tuned, features, il, behaviour, seed, stage("trying features"))
         quality = _quality(work, base, tuned, behaviour, asked, stage("coherence and capability"))
-    low, high = bootstrap_interval(differences.kl)
-    found = Diff(
-        base=_named(base),
-        tuned=_named(tuned),
-        layer=il,
-        n_texts=len(texts),
-        n_tokens=len(rows[0]),
-        kl=(float(differences.kl.mean()), low, high),
-        sizes=differences.sizes,
-        ranks=tuple(differences.rank(i) for i in range(base.n_layer)),
-        early_tokens=tuple(through_unembedding(base, differences.early[[il]])[0]),
-        profile=tuple(profile),
-        trait=behaviour.trait.name if behaviour else "",
-        shift=behaviour.shift if behaviour else None,
-        features=tuple(features),
-        unexplained=learned.unexplained,
-        dead=learned.dead,
-        n_features=learned.n_features,
-        coherence=quality["coherence"],
-        capability=quality["capability"],
-        mean=differences.mean,
-    )  # fmt: skip
-    units = np.array([f.direction for f in features], np.float32).reshape(-1, base.n_embd)
-    cap = np.percentile(rows[0] @ units.T, CAP_PERCENTILE, axis=0)
-    vectors_of = {
-        f.name: survivor_vector(f, il, base, behaviour, float(cap[i]))
-        for i, f in enumerate(features)
-        if behaviour is not None and f.effect is not None and f.effect.survives
-    }
-    write_diff(folder, found, vectors_of, mean_vector(differences, il, base))
-    shutil.rmtree(folder / "work", ignore_errors=True)
+        low, high = bootstrap_interval(differences.kl)
+        found = Diff(
+            base=_named(base),
+            tuned=_named(tuned),
+            layer=il,
+            n_texts=len(texts),
+            n_tokens=len(rows[0]),
+            kl=(float(differences.kl.mean()), low, high),
+            sizes=differences.sizes,
+            ranks=tuple(differences.rank(i) for i in range(base.n_layer)),
+            early_tokens=tuple(through_unembedding(base, differences.early[[il]])[0]),
+            profile=tuple(profile),
+            trait=behaviour.trait.name if behaviour else "",
+            shift=behaviour.shift if behaviour else None,
+            features=tuple(features),
+            unexplained=learned.unexplained,
+            dead=learned.dead,
+            n_features=learned.n_features,
+            coherence=quality["coherence"],
+            capability=quality["capability"],
+            mean=differences.mean,
+        )  # fmt: skip
+        units = np.array([f.direction for f in features], np.float32).reshape(-1, base.n_embd)
+        cap = np.percentile(rows[0] @ units.T, CAP_PERCENTILE, axis=0)
+        vectors_of = {
+            f.name: survivor_vector(f, il, base, behaviour, float(cap[i]))
+            for i, f in enumerate(features)
+            if behaviour is not None and f.effect is not None and f.effect.survives
+        }
+        write_diff(folder, found, vectors_of, mean_vector(differences, il, base))
+        work.remove()
     return found
 
 
 # ---- parts
+
+
+def _check_block(il: int) -> None:
+    if il == 0:
+        raise ArgumentError("features of block 0 cannot be written as control vectors: choose a later layer")
 
 
 def _named(model: Model) -> str:
@@ -184,10 +206,10 @@ def _named(model: Model) -> str:
     return model.name + (f" with {', '.join(adapters)}" if adapters else "")
 
 
-def _pairs(data: Any) -> list[tuple[str, str]]:
+def _pairs(data: Any, columns: Columns | None) -> list[tuple[str, str]]:
     """(prompt, answer) of the first answer of each row."""
     source = open_data(data)
-    layout = find_layout(first_rows(source, LOOKED_AT))
+    layout = find_layout(first_rows(source, LOOKED_AT), columns)
     found = []
     for row in source.rows():
         try:
@@ -239,12 +261,28 @@ def _profile(
     return compare_profiles(before, after, vectors, seed=0), before
 
 
+def _tried(
+    work: Work, base: Model, tuned: Model, features: Sequence[Feature], il: int, behaviour: Behaviour, seed: int,
+    progress: Progress | None,
+) -> list[Feature]:  # fmt: skip
+    """With their effects, which are kept."""
+
+    def compute() -> tuple[dict[str, NDArray[Any]], Any]:
+        found = try_features(base, tuned, features, il, behaviour, seed=seed, progress=progress)
+        return {}, {f.name: None if f.effect is None else asdict(f.effect) for f in found}
+
+    name = digest([f.name for f in features], behaviour.trait.as_dict())[:12]
+    effects = TypeAdapter(dict[str, Effect | None]).validate_python(work.part(f"effects-{name}", compute)[1])
+    return [replace(f, effect=effects[f.name]) for f in features]
+
+
 def _behaviour(profile: Sequence[Shift], asked: Sequence[Trait], base: Model, tuned: Model) -> Behaviour | None:
-    """Of the trait whose words changed most, where any did; on all its held-out questions."""
-    changed = [s for s in profile if s.suspicious and s.delta is not None and s.low is not None and s.high is not None]
+    """Of the trait whose words changed most, where any did by more than chance; on all its held-out questions."""
+    changed = [s for s in profile if s.delta is not None and abs(s.delta) >= LEAST_WORDS]
     changed = [s for s in changed if not (s.low or 0.0) <= 0 <= (s.high or 0.0)]
     if not changed:
         return None
+    changed.sort(key=lambda s: -abs(s.delta or 0.0))
     trait = next(t for t in asked if t.name == changed[0].trait)
     cells: tuple[Cell, ...] = make_cells(trait.evaluate_questions, trait.evaluation_pairs, 1)
     values = [cell_log_odds(m, cells, [None])[0] for m in (base, tuned)]
@@ -265,11 +303,11 @@ def _dictionary(
 ) -> Dictionary:  # fmt: skip
     both = np.concatenate(rows)
     if given is not None:
-        parts, _ = given
-        return imported_dictionary(parts["decoder"], both, *(parts.get(n) for n in ("encoder", "bias", "center")))
+        return imported_dictionary(given[0], both)
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-        d = train_dictionary(both, recipe, threads=model.n_threads, progress=progress)
+        gpu = model.options.get("n_gpu_layers", -1) != 0
+        d = train_dictionary(both, recipe, threads=model.n_threads, gpu=gpu, progress=progress)
         arrays = {name: getattr(d, name) for name in ("encoder", "bias", "decoder", "center")}
         return arrays, {"scale": d.scale, "k": d.k, "unexplained": d.unexplained, "dead": d.dead}
 
@@ -299,8 +337,8 @@ def _features(
     for v in vectors:
         if np.isfinite(v.directions[il]).all():
             known[trait_of(v).name] = v.directions[il].astype(np.float64)
-    signed = np.stack([f.sign * f.direction for f in found]) if found else np.empty((0, base.n_embd), np.float32)
-    tokens = through_unembedding(base, signed.astype(np.float32))
+    rows_of = np.array([f.direction for f in found], np.float32).reshape(-1, base.n_embd)
+    tokens = through_unembedding(base, rows_of)
     out = []
     for f, likelier in zip(found, tokens, strict=True):
         side = after if f.sign > 0 else before
@@ -323,7 +361,7 @@ def _quality(
     """How sound the tuned model's answers are beside the base's, and what both know."""
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-        trait = behaviour.trait if behaviour else asked[0]
+        trait = behaviour.trait if behaviour else next(t for t in asked if t.evaluate_questions)
         systems = [tuple(pair[0] for pair in trait.system[:1]) if base.takes_system else ()]
         (found,) = measure_coherence(tuned, trait.evaluate_questions[-6:], [None], systems=systems, judge=base)
         progress(1, 3)

@@ -43,12 +43,14 @@ def fixed_pairs(n_pairs: int = N_PAIRS, per_domain: int = PER_DOMAIN) -> list[tu
 
 
 def make_texts(model: Model, pairs: Sequence[tuple[str, str]], longest: int = LONGEST) -> list[Text]:
-    """As the model's template renders them, answers cut at `longest` tokens. Raises ArgumentError for none at all."""
+    """As the model's template renders them, answers of one token left out, long ones cut. Raises ArgumentError where
+    none is left.
+    """
     found: dict[Text, None] = {}
     for question, answer in pairs:
         tokens, n_prompt = model.pair_tokens(question, answer)
         text = Text(tuple(tokens[: n_prompt + longest]), n_prompt)
-        if 0 < n_prompt < len(text.tokens) <= model.n_ctx:
+        if 0 < n_prompt < len(text.tokens) - 1 and len(text.tokens) <= model.n_ctx:
             found[text] = None
     if not found:
         raise ArgumentError("there is no text with a prompt and an answer to compare the models on")

@@ -5,7 +5,7 @@ from personasteer.monitor.drift import Drift, find_drift
 from personasteer.monitor.everyday import clean_prompts, everyday_prompt
 from personasteer.monitor.guard import Event, Guard, GuardedAnswer, GuardedStream, Rule
 from personasteer.monitor.policy import load_policy
-from personasteer.monitor.profile import Profile, Shift, compare_profiles, measure_profile
+from personasteer.monitor.profile import LEAST_WORDS, Profile, Shift, compare_profiles, measure_profile
 from personasteer.monitor.readings import (
     Readings,
     TurnDrift,
@@ -31,6 +31,7 @@ from personasteer.monitor.tracking import Check, Comparison, check_model, compar
 from personasteer.monitor.transcripts import Reading, Turn, read_clean, read_conversations, watch_transcripts
 
 __all__ = [
+    "LEAST_WORDS",
     "STATES",
     "Check",
     "Comparison",

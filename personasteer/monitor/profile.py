@@ -57,28 +57,34 @@ def measure_profile(
     *,
     n_prompts: int = N_PROMPTS,
     n_questions: int = N_QUESTIONS,
+    n_pairs: int = 1,
     directions: bool = True,
+    from_answers: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
     """The profile of a model, of traits that have continuations and held-out questions (others are left out).
 
     Args:
+        n_pairs: continuation pairs for each question.
         directions: measure them, too; what a model is compared with needs them, the other one does not.
+        from_answers: take them over continuations as answers, as of a model without a system role.
     """
     measured = [t for t in traits if t.continuations and t.evaluate_questions]
-    n_cells = sum(len(_cells(t, n_questions)) for t in measured)
+    n_cells = sum(len(_cells(t, n_questions, n_pairs)) for t in measured)
+    prompts_differ = model.takes_system and not from_answers
     sides = {
-        t.name: prompted(t, t.derive_questions[:N_ASKED]) if model.takes_system else _answers(t)
+        t.name: prompted(t, t.derive_questions[:N_ASKED]) if prompts_differ else _answers(t)
         for t in (measured if directions else ())
     }
     prompts = [(q, None) for q, _ in clean_prompts(held_out=True)[:n_prompts]]
     meter = Meter(progress, len(prompts) + 2 * n_cells + sum(map(len, sides.values())))
     states = last_states(model, prompts, meter.part(len(prompts)))
-    log_odds = measure_words(model, measured, n_questions=n_questions, progress=meter.part(2 * n_cells))
+    words = meter.part(2 * n_cells)
+    log_odds = measure_words(model, measured, n_questions=n_questions, n_pairs=n_pairs, progress=words)
     found: dict[str, NDArray[np.float32]] = {}
     for name, texts in sides.items():
         part = meter.part(len(texts))
-        if model.takes_system:
+        if prompts_differ:
             acts = last_states(model, texts, part)
         else:
             acts = model.capture(texts, share_prefix=True, steer=Steering(), progress=part)
@@ -88,19 +94,28 @@ def measure_profile(
 
 
 def measure_words(
-    model: Model, traits: Sequence[Trait], *, n_questions: int = N_QUESTIONS, progress: Progress | None = None
+    model: Model,
+    traits: Sequence[Trait],
+    *,
+    n_questions: int = N_QUESTIONS,
+    n_pairs: int = 1,
+    progress: Progress | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """The log-odds of a profile alone, of traits that have continuations and held-out questions."""
-    cells = {t.name: _cells(t, n_questions) for t in traits if t.continuations and t.evaluate_questions}
+    """The log-odds of a profile alone, of traits that have continuations and held-out questions: of each question, the
+    mean over its pairs.
+    """
+    cells = {t.name: _cells(t, n_questions, n_pairs) for t in traits if t.continuations and t.evaluate_questions}
     if not cells:
         return {}
     flat = cell_log_odds(model, [cell for some in cells.values() for cell in some], [None], progress=progress)[0]
     ends = np.cumsum([len(some) for some in cells.values()])
-    return dict(zip(cells, np.split(flat, ends[:-1]), strict=True))
+    n_asked = {t.name: len(t.evaluate_questions[:n_questions]) for t in traits}
+    found = zip(cells, np.split(flat, ends[:-1]), strict=True)
+    return {name: values.reshape(n_asked[name], -1).mean(axis=1) for name, values in found}
 
 
-def _cells(trait: Trait, n_questions: int) -> Sequence[Cell]:
-    return make_cells(trait.evaluate_questions[:n_questions], trait.evaluation_pairs, 1)
+def _cells(trait: Trait, n_questions: int, n_pairs: int) -> Sequence[Cell]:
+    return make_cells(trait.evaluate_questions[:n_questions], trait.evaluation_pairs, n_pairs)
 
 
 def _answers(trait: Trait) -> list[tuple[str, str]]:

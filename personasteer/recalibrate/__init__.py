@@ -1,9 +1,10 @@
 """Training that leaves a quantized model's character alone, or brings it back: LoRA adapters for GGUF files."""
 
 from personasteer.recalibrate.examples import Example, Examples, read_examples, task_loss
-from personasteer.recalibrate.fallback import Remedy, read_features, remedies, write_remedy
+from personasteer.recalibrate.fallback import Remedy, best_remedy, read_features, remedies, write_remedy
 from personasteer.recalibrate.measures import Change, Probe, Shown, change, make_probes, measure, removed
-from personasteer.recalibrate.run import Finetuned, Point, Realigned, finetune, realign
+from personasteer.recalibrate.results import Finetuned, Point, Realigned
+from personasteer.recalibrate.run import finetune, realign
 from personasteer.recalibrate.training import Recipe
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Recipe",
     "Remedy",
     "Shown",
+    "best_remedy",
     "change",
     "finetune",
     "make_probes",

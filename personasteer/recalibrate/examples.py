@@ -66,8 +66,8 @@ def read_examples(
     Args:
         data: as of `personasteer.screen`: files, or rows of Python.
         columns: those that are not named are found out.
-        system: a system prompt before each conversation: what is trained under it is learned as its doing, and less of
-            it without (inoculation prompting).
+        system: a system prompt before each conversation, in front of its own: what is trained under it is learned as
+            its doing, and less of it without (inoculation prompting).
         longest: tokens; longer conversations are left out.
 
     Raises:
@@ -121,7 +121,9 @@ def _example(model: Model, messages: Sequence[Message], system: str | None) -> E
         whole = (*tokens, model.end_token) if model.end_token >= 0 else tuple(tokens)
         return Example(whole, ((n_prompt, len(whole)),))
     given = list(messages[: at[-1] + 1])
-    if system and given[0]["role"] != "system":
+    if system and given[0]["role"] == "system":
+        given[0] = {"role": "system", "content": f"{system}\n\n{given[0]['content']}"}
+    elif system:
         given.insert(0, {"role": "system", "content": system})
     tokens, spans = model.transcript_tokens(given)
     learned = []

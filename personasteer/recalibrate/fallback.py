@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, PersonasteerError
 from personasteer.evaluate import cell_log_odds, make_cells, measure_coherence, trait_of
 from personasteer.identity import check_alike
 from personasteer.model import Model
@@ -100,6 +100,16 @@ def _of_feature(
         Remedy(v.name, kind, dose, trait.name, float(share), c.coherence, edit)
         for (kind, dose, edit), share, c in zip(edits, shares, sound, strict=True)
     ]
+
+
+def best_remedy(found: Sequence[Remedy]) -> Remedy:
+    """The first of `remedies`. Raises PersonasteerError where it takes nothing away, or leaves broken answers."""
+    if not found or not found[0].removed > 0 or (found[0].coherence or 0.0) < LEAST_COHERENCE:
+        tried = [f"{r.how} {r.feature}: {r.removed:.0%}, coherence {r.coherence or 0:.2f}" for r in found[:3]]
+        raise PersonasteerError(
+            f"no feature takes the shift away and leaves sound answers ({'; '.join(tried)}): train instead (-v)"
+        )
+    return found[0]
 
 
 def write_remedy(

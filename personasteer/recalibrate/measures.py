@@ -33,7 +33,6 @@ class Probe:
     """
 
     vector: PersonaVector
-    trait: str
     block: int
     unit: NDArray[np.float64]
     scale: float
@@ -89,6 +88,9 @@ def make_probes(
         TraitError, ArgumentError: a vector without a trait, or one whose trait has no held-out questions.
     """
     found = []
+    names = [v.name for v in vectors]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"the vectors need different names, not {', '.join(names)}")
     for v in vectors:
         check_fits(v, model)
         trait = trait_of(v)
@@ -103,19 +105,19 @@ def make_probes(
         if v.last_prompt is not None and np.isfinite(v.last_prompt[il]).all() and v.last_prompt[il].any():
             row = v.last_prompt[il].astype(np.float64)
         cells = make_cells(questions, trait.evaluation_pairs, n_pairs)
-        found.append(Probe(v, trait.name, il, row / np.linalg.norm(row), float(model.norms[il]), cells, questions))
+        found.append(Probe(v, il, row / np.linalg.norm(row), float(model.norms[il]), cells, questions))
     return found
 
 
 def measure(model: Model, probes: Sequence[Probe], progress: Progress | None = None) -> dict[str, Shown]:
-    """{trait: what the model shows of it}."""
+    """{name of the vector: what the model shows of its trait}."""
     meter = Meter(progress, sum(2 * len(p.cells) + len(p.questions) for p in probes))
     found = {}
     for p in probes:
         values = cell_log_odds(model, p.cells, [None], progress=meter.part(2 * len(p.cells)))[0]
         by_question = values.reshape(len(p.questions), -1).mean(axis=1)  # each question has as many cells
         states = last_states(model, [(q, None) for q in p.questions], meter.part(len(p.questions)))
-        found[p.trait] = Shown(by_question, states[:, p.block].astype(np.float64) @ p.unit / p.scale)
+        found[p.vector.name] = Shown(by_question, states[:, p.block].astype(np.float64) @ p.unit / p.scale)
     return found
 
 

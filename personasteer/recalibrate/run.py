@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from personasteer._native import build_id
-from personasteer.conversations import Columns, benign_rows
+from personasteer.conversations import Columns, benign_rows, open_data
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError
 from personasteer.evaluate import capability, trait_of
@@ -20,18 +21,10 @@ from personasteer.files import check_output
 from personasteer.identity import check_alike
 from personasteer.model import Model
 from personasteer.recalibrate.examples import Examples, read_examples, task_loss
-from personasteer.recalibrate.measures import (
-    Change,
-    Probe,
-    Shown,
-    change,
-    coherence_beside,
-    make_probes,
-    measure,
-    removed,
-)
+from personasteer.recalibrate.measures import Probe, Shown, coherence_beside, make_probes, measure
+from personasteer.recalibrate.results import Finetuned, Point, Realigned, recovered, shifted
 from personasteer.recalibrate.torch_models import libraries
-from personasteer.recalibrate.training import Recipe, Trainer, block_edits
+from personasteer.recalibrate.training import CHECKPOINT, Recipe, Trainer, block_edits, check_fits_memory
 from personasteer.steering import Steer, as_steering
 from personasteer.vectors import PersonaVector
 from personasteer.work import Work, digest
@@ -44,131 +37,9 @@ HELD_OUT = 0.1  # of the rows, for the task's loss
 MOST_HELD_OUT = 40
 N_ITEMS = 40  # of the capability check
 N_COHERENCE = 6
+SAMPLES = 120
 TARGET = 0.9  # share of the shift that counts as recovered
 REALIGNMENT = Recipe(steps=30, rate=3e-4)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model along its training: after `step` steps, what it shows of each trait."""
-
-    step: int
-    shown: Mapping[str, Shown]
-
-
-@dataclass(frozen=True)
-class Finetuned:
-    """A fine-tune and what it changed.
-
-    Args:
-        n_examples, n_steps: rows trained on, steps taken.
-        losses: of each step, nats per learned token, steered as it was trained.
-        skipped: {what was wrong: rows}.
-        task_loss: (before, after), nats per token of held-out rows, unsteered, on the quantized file with the adapter;
-            None without held-out rows.
-        before: what the untrained model shows of each trait; points: what it showed while it was trained.
-        changes: from before to the end.
-    """
-
-    n_examples: int
-    n_steps: int
-    losses: tuple[float, ...]
-    skipped: Mapping[str, int]
-    task_loss: tuple[float, float] | None
-    before: Mapping[str, Shown]
-    points: tuple[Point, ...]
-
-    @property
-    def changes(self) -> dict[str, Change]:
-        if not self.points:
-            return {}
-        return {name: change(shown, self.points[-1].shown[name]) for name, shown in self.before.items()}
-
-    def summary(self) -> dict[str, Any]:
-        """What `finetune --json` prints."""
-        return {
-            "n_examples": self.n_examples,
-            "n_steps": self.n_steps,
-            "losses": list(self.losses),
-            "skipped": dict(self.skipped),
-            "task_loss": None if self.task_loss is None else list(self.task_loss),
-            "traits": {
-                name: {
-                    "before": _means(shown),
-                    "points": [{"step": p.step, **_means(p.shown[name])} for p in self.points],
-                    "change": self.changes[name].as_dict() if self.points else None,
-                }
-                for name, shown in self.before.items()
-            },
-        }
-
-
-@dataclass(frozen=True)
-class Realigned:
-    """A re-alignment.
-
-    Args:
-        n_samples, n_steps: samples seen, steps taken.
-        base, tuned: what both models show of each trait; points: what the re-aligned one showed after some steps.
-        recovered: whether of every trait that had shifted `target` of the shift is gone, in what the model says.
-        coherence: of the sampled answers of "tuned" and "realigned", judged by the base; 1 is as sound as its own.
-        capability: share of multiple-choice items right, of "base", "tuned" and "realigned".
-    """
-
-    n_samples: int
-    n_steps: int
-    target: float
-    base: Mapping[str, Shown]
-    tuned: Mapping[str, Shown]
-    points: tuple[Point, ...]
-    coherence: Mapping[str, float]
-    capability: Mapping[str, float]
-    losses: tuple[float, ...]
-
-    def removed(self, trait: str, point: Point) -> tuple[float, float]:
-        """Shares of the trait's shift that are gone, in what it says and in the stream: 1 is all of it."""
-        return removed(self.base[trait], self.tuned[trait], point.shown[trait])
-
-    @property
-    def recovered(self) -> bool:
-        return bool(self.points) and _recovered(self.base, self.tuned, self.points[-1].shown, self.target)
-
-    def summary(self) -> dict[str, Any]:
-        """What `realign --json` prints."""
-        return {
-            "n_samples": self.n_samples,
-            "n_steps": self.n_steps,
-            "recovered": self.recovered,
-            "target": self.target,
-            "coherence": dict(self.coherence),
-            "capability": dict(self.capability),
-            "losses": list(self.losses),
-            "traits": {
-                name: {
-                    "base": _means(self.base[name]),
-                    "tuned": _means(self.tuned[name]),
-                    "shift": change(self.base[name], self.tuned[name]).as_dict(),
-                    "points": [
-                        {
-                            "step": p.step,
-                            **_means(p.shown[name]),
-                            **dict(zip(("removed_log_odds", "removed_projection"), self.removed(name, p), strict=True)),
-                        }
-                        for p in self.points
-                    ],
-                }
-                for name in self.base
-            },
-        }
-
-
-def _means(shown: Shown) -> dict[str, float]:
-    return {"log_odds": float(shown.log_odds.mean()), "projection": float(shown.projection.mean())}
-
-
-def _recovered(base: Mapping[str, Shown], tuned: Mapping[str, Shown], now: Mapping[str, Shown], target: float) -> bool:
-    shifted = [name for name in base if (c := change(base[name], tuned[name])).log_odds_low > 0 or c.log_odds_high < 0]
-    return all(removed(base[name], tuned[name], now[name])[0] >= target for name in shifted or base)
 
 
 def finetune(
@@ -214,34 +85,38 @@ def finetune(
     """
     libraries()
     recipe, stage = recipe or Recipe(), progress or _silent
-    target = _check_out(out, model, force=force)
+    if every < 0:
+        raise ArgumentError(f"every must be 0 or more steps, not {every}")
+    rows = list(data) if isinstance(data, Iterator) else data
+    target = _check_out(out, [model], rows, force=force)
     steering = as_steering(steer)
     edits = block_edits(steering, model)
     probes = make_probes(model, vectors)
-    given = read_examples(model, data, columns=columns, system=system, longest=longest)
-    plain = read_examples(model, data, columns=columns, longest=longest) if system else given
+    given = read_examples(model, rows, columns=columns, system=system, longest=longest)
+    plain = read_examples(model, rows, columns=columns, longest=longest) if system else given
     examples, held_out = _split(given, plain, recipe.seed)
+    check_fits_memory(model, examples, recipe)
     plan = {
-        "method": METHOD, "model": model.fingerprint, "build": build_id(), "data": given.digest,
-        "recipe": asdict(recipe), "edits": _digest_of(edits), "vectors": _vectors(vectors), "every": every,
+        "method": METHOD, "model": model.fingerprint, "build": build_id(), "threads": model.n_threads,
+        "data": given.digest, "recipe": asdict(recipe), "edits": _digest_of(edits), "vectors": _vectors(vectors),
+        "every": every,
     }  # fmt: skip
     n_steps = recipe.n_steps(len(examples))
     with _working(target, work, plan, force=force) as (folder, kept):
         before = _measured(kept, "before", model, probes, stage("measuring before"))
-        first = kept.value("task-loss", lambda: [task_loss(model, held_out.examples)])[0] if len(held_out) else None
+        losses = [kept.value("task-loss", lambda: [task_loss(model, held_out.examples)])[0]] if len(held_out) else []
         trainer = Trainer(model, examples, recipe, edits=edits, folder=folder)
         _train(trainer, model, probes, folder, n_steps, every or n_steps, stage)
+        if losses:
+            with _with_adapter(model, folder / ADAPTER) as trained:
+                losses.append(task_loss(trained, held_out.examples))
         _save(trainer, target, "fine-tuned", given, {"steered": [str(e) for e in steering], "system": system or ""})
-        last = None
-        if first is not None:
-            with _with_adapter(model, target) as trained:
-                last = task_loss(trained, held_out.examples)
     return Finetuned(
         n_examples=len(examples),
         n_steps=trainer.done.step,
         losses=tuple(trainer.done.losses),
         skipped=given.skipped,
-        task_loss=None if first is None or last is None else (float(first), last),
+        task_loss=(float(losses[0]), float(losses[1])) if losses else None,
         before=before,
         points=_points(trainer),
     )
@@ -255,7 +130,7 @@ def realign(
     *,
     data: Any = None,
     domains: Sequence[str] | None = None,
-    samples: int = 120,
+    samples: int | None = None,
     recipe: Recipe = REALIGNMENT,
     every: int = 5,
     target: float = TARGET,
@@ -277,36 +152,37 @@ def realign(
         vectors: of the traits whose shift is followed.
         out: the adapter, for the fine-tuned model (beside its own adapters).
         data: samples, as of `finetune`; those that are shipped when None. domains: of these, all when None.
-        samples: how many are taken, drawn by the recipe's seed.
+        samples: how many are taken, drawn by the recipe's seed; when None 120, or all where there are fewer.
         stop: where the shift is gone; else all steps are taken.
         recipe: 30 steps of 4 by default.
 
     Raises:
-        ArgumentError: as of `finetune`; models of other shapes or tokenizers; fewer samples than are asked for.
+        ArgumentError: as of `finetune`; models of other shapes or tokenizers; fewer samples than are asked for; a
+            fine-tune that has not shifted along any of the vectors.
 
-    Source: arXiv 2506.19823, section on re-alignment (a few hundred benign samples; 120 in figure 13).
+    Source: arXiv 2506.19823 (re-alignment of a misaligned fine-tune with about 120 benign samples).
     """
     libraries()
     stage = progress or _silent
     check_alike(base, tuned)
-    place = _check_out(out, tuned, force=force)
     if not vectors:
-        raise ArgumentError("realign follows the shift along vectors: give at least one (-v), see `derive` and `diff`")
+        raise ArgumentError("realign follows the shift along vectors: give at least one (-v), see `derive`")
     if not 0 < target <= 1:
         raise ArgumentError(f"target must be a share of the shift, above 0 and at most 1, not {target}")
-    probes = make_probes(base, vectors)
+    for name, value in (("every", every), ("samples", 1 if samples is None else samples)):
+        if value < 1:
+            raise ArgumentError(f"{name} must be at least 1, not {value}")
     if data is not None and domains:
         raise ArgumentError("domains are of the samples that are shipped: give data or domains, not both")
-    given = benign_rows(domains) if data is None else data
-    everything = read_examples(tuned, given, columns=columns, longest=longest, fewest=max(1, min(samples, 4)))
-    if len(everything) < samples:
-        raise ArgumentError(f"there are {len(everything)} samples that can be used, {samples} are asked for")
-    chosen = np.random.default_rng(recipe.seed).permutation(len(everything))[:samples]
-    examples = replace(everything, examples=tuple(everything[chosen.tolist()]))
+    rows = benign_rows(domains) if data is None else list(data) if isinstance(data, Iterator) else data
+    place = _check_out(out, [base, tuned], rows, force=force)
+    probes = make_probes(base, vectors)
+    examples = _drawn(read_examples(tuned, rows, columns=columns, longest=longest, fewest=1), samples, recipe.seed)
+    check_fits_memory(tuned, examples, recipe)
     plan = {
         "method": METHOD, "base": base.fingerprint, "model": tuned.fingerprint, "build": build_id(),
-        "data": examples.digest, "recipe": asdict(recipe), "vectors": _vectors(vectors), "every": every,
-        "target": target, "stop": stop,
+        "threads": tuned.n_threads, "data": examples.digest, "recipe": asdict(recipe), "vectors": _vectors(vectors),
+        "every": every, "target": target, "stop": stop,
     }  # fmt: skip
     n_steps = recipe.n_steps(len(examples))
     with _working(place, work, plan, force=force) as (folder, kept):
@@ -314,16 +190,21 @@ def realign(
             name: _measured(kept, name, model, probes, stage(f"measuring the {name} model"))
             for name, model in (("base", base), ("tuned", tuned))
         }
+        if not shifted(shown["base"], shown["tuned"]):
+            raise ArgumentError(
+                f"along {', '.join(shown['base'])} what the tuned model says has not shifted by more than chance: "
+                "nothing to bring back (other vectors?)"
+            )
         trainer = Trainer(tuned, examples, recipe, folder=folder)
 
         def enough(now: Mapping[str, Shown]) -> bool:
-            return stop and _recovered(shown["base"], shown["tuned"], now, target)
+            return stop and recovered(shown["base"], shown["tuned"], now, target)
 
         _train(trainer, tuned, probes, folder, n_steps, every, stage, enough)
+        quality = _quality(kept, base, tuned, folder / ADAPTER, vectors, stage("coherence and capability"))
         _save(trainer, place, "re-aligned", examples, {"domains": list(domains or ())})
-        quality = _quality(kept, base, tuned, place, vectors, stage("coherence and capability"))
     return Realigned(
-        n_samples=min(samples, trainer.done.step * recipe.batch),
+        n_samples=min(len(examples), trainer.done.step * recipe.batch),
         n_steps=trainer.done.step,
         target=target,
         base=shown["base"],
@@ -342,35 +223,35 @@ def _silent(_: str) -> Progress:
     return lambda done, total: None
 
 
-def _check_out(out: str | Path, model: Model, *, force: bool) -> Path:
+def _check_out(out: str | Path, models: Sequence[Model], data: Any, *, force: bool) -> Path:
+    """The path of the adapter. Raises ArgumentError where it cannot be written, or is what the work reads."""
     target = Path(out)
-    check_output(target, [model.path, *(path for path, _ in model.options.get("lora", ()))])
+    read = [path for m in models for path in (m.path, *(path for path, _ in m.options.get("lora", ())))]
+    check_output(target, [*read, *open_data(data).paths])
     if target.exists() and not force:
         raise ArgumentError(f"{target}: exists already; --force overwrites it")
     return target
 
 
-class _working:  # noqa: N801 (a context)
-    """The folder of unfinished work: gone once the work is done, there after an interruption."""
+@contextmanager
+def _working(
+    out: Path, work: str | Path | None, plan: Mapping[str, Any], *, force: bool
+) -> Iterator[tuple[Path, Work]]:
+    """The folder of unfinished work: gone once the work is done, there after an interruption. Work of another plan is
+    begun anew where no step of it was taken, or by force.
+    """
+    folder = Path(work) if work is not None else out.with_name(out.name + ".work")
+    begun = (folder / CHECKPOINT).exists()
+    with Work(folder, plan, restart=force or not begun, more=(CHECKPOINT, ADAPTER)) as kept:
+        yield folder, kept
+        kept.remove()
 
-    def __init__(self, out: Path, work: str | Path | None, plan: Mapping[str, Any], *, force: bool) -> None:
-        self._folder = Path(work) if work is not None else out.with_name(out.name + ".work")
-        self._own, self._plan, self._force = work is None, plan, force
 
-    def __enter__(self) -> tuple[Path, Work]:
-        try:
-            self._work = Work(self._folder, self._plan)
-        except ArgumentError:
-            if not (self._force and (self._folder / "plan.json").is_file()):
-                raise
-            shutil.rmtree(self._folder)
-            self._work = Work(self._folder, self._plan)
-        return self._folder, self._work
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._work.close()
-        if kind is None and self._own:
-            shutil.rmtree(self._folder, ignore_errors=True)
+def _drawn(given: Examples, samples: int | None, seed: int) -> Examples:
+    n = min(SAMPLES, len(given)) if samples is None else samples
+    if len(given) < n:
+        raise ArgumentError(f"there are {len(given)} samples that can be used, {n} are asked for")
+    return replace(given, examples=tuple(given[np.random.default_rng(seed).permutation(len(given))[:n].tolist()]))
 
 
 def _split(given: Examples, plain: Examples, seed: int) -> tuple[Examples, Examples]:
@@ -381,7 +262,17 @@ def _split(given: Examples, plain: Examples, seed: int) -> tuple[Examples, Examp
 
 
 def _vectors(vectors: Sequence[PersonaVector]) -> list[str]:
-    return [digest(v.name, hashlib.sha256(v.directions.tobytes()).hexdigest(), list(v.layers)) for v in vectors]
+    """What is measured along each."""
+    return [
+        digest(
+            v.name, list(v.layers), trait_of(v).as_dict(), *(_digest_of_array(x) for x in (v.directions, v.last_prompt))
+        )
+        for v in vectors
+    ]
+
+
+def _digest_of_array(x: NDArray[np.float32] | None) -> str:
+    return "" if x is None else hashlib.sha256(x.tobytes()).hexdigest()
 
 
 def _digest_of(edits: Mapping[int, Any]) -> str:
@@ -418,27 +309,33 @@ def _train(
     stage: Stages,
     enough: Callable[[Mapping[str, Shown]], bool] | None = None,
 ) -> None:
-    """Train, measure and keep; stop where `enough` says so."""
+    """Train, measure and keep; stop where `enough` says so. What was interrupted before it was measured is measured."""
     doing = stage("training")
     doing(trainer.done.step, n_steps)
     while True:
-        last = trainer.done.measured[-1] if trainer.done.measured else None
-        if last is not None and last["step"] == trainer.done.step:
-            now = {trait: Shown.from_dict(plain) for trait, plain in last["shown"].items()}
-            if trainer.done.step >= n_steps or (enough is not None and enough(now)):
+        step = trainer.done.step
+        if step and (step % every == 0 or step == n_steps):
+            now = _measured_at(trainer, model, probes, folder)
+            if step >= n_steps or (enough is not None and enough(now)):
                 doing(n_steps, n_steps)
                 return
-        until = min(n_steps, (trainer.done.step // every + 1) * every)
-        trainer.run(until, lambda done, _: doing(done, n_steps))
+        trainer.run(min(n_steps, (step // every + 1) * every), lambda done, _: doing(done, n_steps))
+
+
+def _measured_at(trainer: Trainer, model: Model, probes: Sequence[Probe], folder: Path) -> dict[str, Shown]:
+    """What the model with the adapter shows at this step, kept with the training."""
+    done = trainer.done
+    if not (done.measured and done.measured[-1]["step"] == done.step and (folder / ADAPTER).exists()):
         adapter = folder / ADAPTER
         trainer.save(adapter, {})
         shown: dict[str, Shown] = {}
         if probes:
             with _with_adapter(model, adapter) as trained:
                 shown = measure(trained, probes)
-        plain = {trait: s.as_dict() for trait, s in shown.items()}
-        trainer.done.measured.append({"step": trainer.done.step, "shown": plain})
+        done.measured = [m for m in done.measured if m["step"] != done.step]
+        done.measured.append({"step": done.step, "shown": {name: s.as_dict() for name, s in shown.items()}})
         trainer.keep()
+    return {name: Shown.from_dict(plain) for name, plain in done.measured[-1]["shown"].items()}
 
 
 def _points(trainer: Trainer) -> tuple[Point, ...]:
@@ -461,16 +358,21 @@ def _quality(
     kept: Work, base: Model, tuned: Model, adapter: Path, vectors: Sequence[PersonaVector], progress: Progress
 ) -> dict[str, dict[str, float]]:
     """How sound the answers of both are beside the base's, and what all three know."""
-    trait = trait_of(vectors[0])
-    questions = trait.evaluate_questions[-N_COHERENCE:]
-    systems = [pair[0] for pair in trait.system[:1]] if base.takes_system else []
-    found: dict[str, dict[str, float]] = {"coherence": {}, "capability": {}}
-    found["capability"]["base"] = float(capability(base, [None], n_items=N_ITEMS)[0])
-    progress(1, 5)
-    with _with_adapter(tuned, adapter) as realigned:
-        for k, (name, model) in enumerate((("tuned", tuned), ("realigned", realigned))):
-            found["coherence"][name] = coherence_beside(base, model, questions, systems)[0]
-            progress(2 * k + 2, 5)
-            found["capability"][name] = float(capability(model, [None], n_items=N_ITEMS)[0])
-            progress(2 * k + 3, 5)
-    return found
+
+    def compute() -> tuple[dict[str, Any], Any]:
+        trait = trait_of(vectors[0])
+        questions = trait.evaluate_questions[-N_COHERENCE:]
+        systems = [pair[0] for pair in trait.system[:1]] if base.takes_system else []
+        found: dict[str, dict[str, float]] = {"coherence": {}, "capability": {}}
+        found["capability"]["base"] = float(capability(base, [None], n_items=N_ITEMS)[0])
+        progress(1, 5)
+        with _with_adapter(tuned, adapter) as realigned:
+            for k, (name, model) in enumerate((("tuned", tuned), ("realigned", realigned))):
+                found["coherence"][name] = coherence_beside(base, model, questions, systems)[0]
+                progress(2 * k + 2, 5)
+                found["capability"][name] = float(capability(model, [None], n_items=N_ITEMS)[0])
+                progress(2 * k + 3, 5)
+        return {}, found
+
+    plain: dict[str, dict[str, float]] = kept.part("quality", compute)[1]
+    return plain

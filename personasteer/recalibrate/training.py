@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from personasteer.errors import ArgumentError, ModelError
 from personasteer.files import atomic_write
+from personasteer.memory import check_memory
 from personasteer.model import Model
 from personasteer.recalibrate.adapters import TARGETS, save_adapter, trained_modules
 from personasteer.recalibrate.examples import Example, Examples
-from personasteer.recalibrate.memory import check_memory, estimate
+from personasteer.recalibrate.memory import estimate
 from personasteer.recalibrate.torch_models import blocks_of, check_same, device_of, libraries, load_float32
 from personasteer.ship.rewrite import ModelFile
 from personasteer.steering import Ablate, Add, Steering
@@ -26,6 +27,7 @@ from personasteer.steering import Ablate, Add, Steering
 IGNORED = -100  # label of tokens that are not learned
 SORTED_TOGETHER = 8  # batches of which rows of like length are put together
 PRECISIONS = ("float32", "bfloat16")
+LEAST_APART = 0.01  # smallest singular value of the directions that are ablated together
 KEEP_EVERY = 10  # steps after which the work is kept
 CHECKPOINT = "checkpoint.pt"
 
@@ -55,7 +57,7 @@ class Recipe:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("rank", self.rank, 1), ("batch", self.batch, 1), ("steps", self.steps, 0)):
+        for name, value, least in (("rank", self.rank, 1), ("batch", self.batch, 1), ("steps", self.steps, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ArgumentError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.precision not in PRECISIONS:
@@ -94,6 +96,8 @@ def block_edits(steering: Steering, model: Model) -> dict[int, BlockEdit]:
     for edit in steering:
         if not isinstance(edit, (Add, Ablate)) or getattr(edit, "keep_norm", False):
             raise ArgumentError(f"{type(edit).__name__} cannot be part of training: Add and Ablate can")
+        if isinstance(edit, Ablate) and edit.sites != ("block",):
+            raise ArgumentError(f"Ablate must be at the blocks' outputs in training, not at {', '.join(edit.sites)}")
         if edit.scope != "all" or edit.start is not None or edit.stop is not None or edit.half_life is not None:
             raise ArgumentError(f"{type(edit).__name__} must be on all tokens in training, without a schedule")
         for il, term in edit.terms(model).items():
@@ -108,10 +112,29 @@ def block_edits(steering: Steering, model: Model) -> dict[int, BlockEdit]:
         raise ArgumentError("all Ablate edits of a training must have the same share")
     found = {}
     for il in {*rows, *bases}:
-        basis = np.linalg.qr(np.stack(bases[il]).T)[0].T.astype(np.float32) if il in bases else None
+        basis = _orthonormal(np.stack(bases[il])) if il in bases else None
         row = rows[il].astype(np.float32) if il in rows else None
         found[il] = BlockEdit(row, basis, next(iter(shares), 1.0))
     return found
+
+
+def _orthonormal(units: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(k, n_embd) of unit directions. Raises ArgumentError for two that are nearly the same."""
+    if np.linalg.svd(units, compute_uv=False)[-1] < LEAST_APART:
+        raise ArgumentError("two of the directions to ablate are nearly the same")
+    return np.ascontiguousarray(np.linalg.qr(units.T)[0].T, np.float32)
+
+
+def check_fits_memory(model: Model, examples: Examples, recipe: Recipe) -> None:
+    """Raise PersonasteerError where training would not fit into memory; see `estimate`."""
+    file, device = ModelFile(model.path), device_of(model.options.get("n_gpu_layers", -1) != 0)
+    trained = [t for t in file.tensors.values() if t.name.removesuffix(".weight").rpartition(".")[2] in TARGETS]
+    n_trained = recipe.rank * sum(t.n_per_row + t.n_rows for t in trained if t.name.endswith(".weight"))
+    longest = max(len(e.tokens) for e in examples.examples)
+    loading, training = estimate(file, n_trained, recipe.batch * longest, model.n_vocab)
+    how = "take smaller batches (--batch), shorter rows (--longest), or a smaller model"
+    check_memory(loading, "loading the weights in float32", "take a smaller model")
+    check_memory(training, "training", how, device)
 
 
 @dataclass
@@ -140,7 +163,6 @@ class Trainer:
     Raises:
         ArgumentError: torch, transformers or peft is missing.
         ModelError: a model that transformers does not load, or computes otherwise.
-        PersonasteerError: it would not fit into memory.
     """
 
     def __init__(
@@ -156,8 +178,6 @@ class Trainer:
         self._examples, self.recipe, self._folder = examples, recipe, folder
         self.file = ModelFile(model.path)
         self.device = device_of(model.options.get("n_gpu_layers", -1) != 0)
-        longest = max(len(e.tokens) for e in examples.examples)
-        check_memory(estimate(self.file, self._n_trained(), recipe.batch * longest, model.n_vocab), self.device)
         loaded = load_float32(model.path, model.options.get("lora", ()))
         loaded.to(self.device)
         check_same(model, loaded)
@@ -169,7 +189,7 @@ class Trainer:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what PEFT asks transformers for
-            self.model = self._peft.get_peft_model(loaded, config)
+            self.model = self._peft.get_peft_model(loaded, config).eval()  # without dropout: resumed steps are the same
         self._parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._optimizer = self._torch.optim.AdamW(self._parameters.values(), lr=recipe.rate, weight_decay=0.0)
         for il, edit in (edits or {}).items():
@@ -177,10 +197,6 @@ class Trainer:
         self.done = Progressed()
         self._order: list[list[int]] = []
         self._resume()
-
-    def _n_trained(self) -> int:
-        named = [t for t in self.file.tensors.values() if t.name.split(".")[-2:][0] in TARGETS]
-        return self.recipe.rank * sum(t.n_per_row + t.n_rows for t in named if t.name.endswith(".weight"))
 
     def _hook(self, edit: BlockEdit) -> Callable[..., Any]:
         def tensor(x: NDArray[np.float32] | None) -> Any:
@@ -190,10 +206,11 @@ class Trainer:
 
         def edited(_: Any, __: Any, output: Any) -> Any:
             h = output[0] if isinstance(output, tuple) else output
-            if row is not None:
-                h = h + row
-            if basis is not None:
-                h = h - edit.share * (h @ basis.T) @ basis
+            with self._torch.autocast(self.device.type, enabled=False):  # a rounded product would leave a reading
+                if row is not None:
+                    h = h + row
+                if basis is not None:
+                    h = h - edit.share * (h.float() @ basis.T) @ basis
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return edited
@@ -205,7 +222,6 @@ class Trainer:
 
         Raises ModelError where the loss is no number.
         """
-        self.model.train()
         while self.done.step < until:
             self.done.losses.append(self._step(self._batch(self.done.step), self.done.step))
             if progress:
@@ -306,4 +322,4 @@ class Trainer:
             self._optimizer.load_state_dict(state["optimizer"])
             self.done = Progressed([float(x) for x in state["losses"]], list(state["measured"]))
         except Exception as e:
-            raise ArgumentError(f"{file}: cannot be gone on with ({type(e).__name__}); remove it, or --force") from e
+            raise ArgumentError(f"{file}: cannot be gone on with ({type(e).__name__}): remove it") from e

@@ -163,20 +163,10 @@ def _block_of(file: Path, hook: str | None, layer: int | None) -> int:
     return il
 
 
-ENCODER_ROWS = ("encoder.weight",)  # (d_sae, d_in)
-ENCODER_COLUMNS = ("W_enc", "w_enc", "W_E")  # (d_in, d_sae)
-ENCODER_BIASES = ("b_enc", "encoder.bias", "b_E")
-DECODER_BIASES = ("b_dec", "decoder.bias", "b_D", "pre_bias")
-
-
 def load_dictionary(
     path: str | os.PathLike[str], layer: int | None = None, *, n_embd: int | None = None, key: str | None = None
-) -> tuple[dict[str, NDArray[np.float32]], int]:
-    """Read a whole sparse autoencoder, and the block il whose output it reads.
-
-    Returns:
-        {"decoder": (d_sae, d_in)} and, where the file has them under a known name, "encoder" (d_sae, d_in), "bias"
-        (d_sae,) and "center" (d_in,).
+) -> tuple[NDArray[np.float32], int]:
+    """Read the whole decoder of a sparse autoencoder, (d_sae, d_in), and the block il whose output it reads.
 
     Raises as `load_sae_direction` does.
     """
@@ -188,21 +178,9 @@ def load_dictionary(
     tensors = open_tensors(file, kind)
     shapes = tensors.shapes
     key = _decoder(file, shapes, key)
-    axis = _feature_axis(file, key, shapes[key], n_embd)
-    found = {"decoder": tensors.take(key) if axis == 0 else np.ascontiguousarray(tensors.take(key).T)}
-    d_sae, d_in = found["decoder"].shape
-
-    def named(names: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-        label = next((s for s in shapes if s.rpartition(".")[2] in names or s in names or s.endswith(names)), None)
-        return tensors.take(label) if label is not None and shapes[label] == shape else None
-
-    encoder = named(ENCODER_ROWS, (d_sae, d_in))
-    turned = named(ENCODER_COLUMNS, (d_in, d_sae)) if encoder is None else None
-    if encoder is None and turned is not None:
-        encoder = np.ascontiguousarray(turned.T)
-    parts = {"encoder": encoder, "bias": named(ENCODER_BIASES, (d_sae,)), "center": named(DECODER_BIASES, (d_in,))}
-    found |= {name: x for name, x in parts.items() if x is not None}
-    for name, x in found.items():
-        if not np.isfinite(x).all():
-            raise VectorError(f"{file}: its {name} is not finite (in float32)")
-    return found, il
+    decoder = tensors.take(key)
+    if _feature_axis(file, key, shapes[key], n_embd) == 1:
+        decoder = np.ascontiguousarray(decoder.T)
+    if not np.isfinite(decoder).all():
+        raise VectorError(f"{file}: {key} is not finite (in float32)")
+    return decoder, il
