@@ -144,7 +144,8 @@ def _without_training(
 
 
 def _print(result: Realigned) -> None:
-    table = Table(title="shift that is left, of the trait's words and before the answer")
+    say("shift that is left after so many steps: of the trait's words, of the stream before the answer")
+    table = Table()
     table.add_column("steps", justify="right")
     for name in result.base:
         table.add_column(escape(printable(name)), justify="right")
