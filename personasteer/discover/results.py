@@ -23,7 +23,7 @@ class Diff:
         sizes: (n_layer,) ||mean change|| / m_il of each block's output; ranks: at each block (participation ratio,
             directions that hold 90 %) of the texts' changes.
         early_tokens: what the change on the first five tokens of answers makes likelier, through the unembedding.
-        profile: the shift along every trait, the most suspicious first.
+        profile: the shift along every trait, the surest change of the words first; directions are of written answers.
         trait: whose behaviour the features were tried by, "" where no trait's words changed.
         shift: that trait's change of the log-odds, nats per token.
         features: the mean difference, then those of the dictionary by rank.

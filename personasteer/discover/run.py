@@ -62,8 +62,9 @@ from personasteer.work import Work, digest
 
 Stages: TypeAlias = Callable[[str], Progress]
 
-METHOD = 1
+METHOD = 2
 WORK = "diff.work"  # folder of unfinished work
+N_QUESTIONS, N_PAIRS = 20, 2  # of each trait, for the change of its words
 N_KL = 96  # texts on which all blocks and the logits are compared
 DEPTH = 0.6  # of the block whose features are looked for
 N_FEATURES = 10  # that rose, and that fell
@@ -242,7 +243,10 @@ def _profile(
     for name, model in (("base", base), ("tuned", tuned)):
 
         def compute(name: str = name, model: Model = model) -> tuple[dict[str, NDArray[Any]], Any]:
-            found = measure_profile(model, asked, directions=name == "base", progress=stage(f"profile of the {name}"))
+            found = measure_profile(
+                model, asked, n_questions=N_QUESTIONS, n_pairs=N_PAIRS, directions=name == "base", from_answers=True,
+                progress=stage(f"profile of the {name}"),
+            )  # fmt: skip
             arrays: dict[str, NDArray[Any]] = {"states": found.states, "norms": found.norms}
             arrays |= {f"log_odds/{n}": x for n, x in found.log_odds.items()}
             arrays |= {f"directions/{n}": x for n, x in found.directions.items()}
@@ -258,7 +262,14 @@ def _profile(
             )
         )
     before, after = profiles
-    return compare_profiles(before, after, vectors, seed=0), before
+    return sorted(compare_profiles(before, after, vectors, seed=0), key=lambda s: -_sureness(s)), before
+
+
+def _sureness(shift: Shift) -> float:
+    """The change of the words over the width of its interval."""
+    if shift.delta is None or shift.low is None or shift.high is None or shift.high <= shift.low:
+        return 0.0
+    return abs(shift.delta) / (shift.high - shift.low)
 
 
 def _tried(
@@ -277,12 +288,11 @@ def _tried(
 
 
 def _behaviour(profile: Sequence[Shift], asked: Sequence[Trait], base: Model, tuned: Model) -> Behaviour | None:
-    """Of the trait whose words changed most, where any did by more than chance; on all its held-out questions."""
+    """Of the trait whose words changed most surely, where any did; on all its held-out questions."""
     changed = [s for s in profile if s.delta is not None and abs(s.delta) >= LEAST_WORDS]
     changed = [s for s in changed if not (s.low or 0.0) <= 0 <= (s.high or 0.0)]
     if not changed:
         return None
-    changed.sort(key=lambda s: -abs(s.delta or 0.0))
     trait = next(t for t in asked if t.name == changed[0].trait)
     cells: tuple[Cell, ...] = make_cells(trait.evaluate_questions, trait.evaluation_pairs, 1)
     values = [cell_log_odds(m, cells, [None])[0] for m in (base, tuned)]
