@@ -185,6 +185,11 @@ class Model:
         return self.metadata.get("general.name") or self.path.stem
 
     @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """The LoRA adapters that it was opened with, and their scales."""
+        return [(Path(path), scale) for path, scale in self.options.get("lora", ())]
+
+    @property
     def architecture(self) -> str:
         return self.metadata.get("general.architecture", "unknown")
 

@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_told_before_anything_is_measured(
     from personasteer.recalibrate import run as running
 
     monkeypatch.setattr(running, "libraries", lambda: None)
-    monkeypatch.setattr("personasteer.recalibrate.training.device_of", lambda gpu: None)
+    monkeypatch.setattr("personasteer.recalibrate.training.device_of", lambda model: None)
     monkeypatch.setattr("personasteer.memory.free_memory", lambda device=None: 10**6)
     monkeypatch.setattr(running, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ps.PersonasteerError, match=r"needs about .* GB of memory, 0\.0 GB are free"):

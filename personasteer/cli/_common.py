@@ -72,6 +72,19 @@ SchemaOption: TypeAlias = Annotated[
     Path | None, typer.Option("--json-schema-file", metavar="FILE", help="JSON schema that the answer follows.")
 ]
 
+MessagesOption: TypeAlias = Annotated[str, typer.Option("--messages", metavar="COLUMN", help="The column of messages.")]
+PromptsOption: TypeAlias = Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column of prompts.")]
+ResponsesOption: TypeAlias = Annotated[
+    str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")
+]
+PrecisionOption: TypeAlias = Annotated[
+    str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")
+]
+WorkOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--work", metavar="DIR", help="Where unfinished work is kept, if not FILE.work.")
+]
+ForceOption: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace FILE, and other work.")]
+
 
 def say(line: str) -> None:
     """A line of results as it is: neither read as markup nor wrapped."""

@@ -12,7 +12,10 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     LoraOption,
+    MessagesOption,
     OffsetOption,
+    PromptsOption,
+    ResponsesOption,
     SeedOption,
     ThreadsOption,
     load_adapters,
@@ -45,9 +48,9 @@ def diff_(
     data: Annotated[
         list[Path] | None, typer.Option("--data", metavar="FILE", help="Rows to read, instead of the fixed texts.")
     ] = None,
-    messages: Annotated[str, typer.Option("--messages", metavar="COLUMN", help="The column of messages.")] = "",
-    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column of prompts.")] = "",
-    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")] = "",
+    messages: MessagesOption = "",
+    prompt: PromptsOption = "",
+    response: ResponsesOption = "",
     layer: Annotated[int | None, typer.Option("--layer", help="The block whose features are looked for.")] = None,
     dictionary: Annotated[
         Path | None, typer.Option("--dictionary", metavar="FILE", help="An autoencoder (safetensors, npz) made before.")

@@ -10,12 +10,18 @@ from rich.table import Table
 
 from personasteer.cli._common import (
     CtxOption,
+    ForceOption,
     GpuOption,
     JsonOption,
     LoraOption,
+    MessagesOption,
     OffsetOption,
+    PrecisionOption,
+    PromptsOption,
+    ResponsesOption,
     SeedOption,
     ThreadsOption,
+    WorkOption,
     load_adapters,
     load_measured,
     open_model,
@@ -68,17 +74,14 @@ def realign_(
     all_steps: Annotated[bool, typer.Option("--all-steps", help="Do not stop where the shift is gone.")] = False,
     rank: Annotated[int, typer.Option("--rank", help="Of the LoRA.", min=1, max=1024)] = 16,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 3e-4,
-    precision: Annotated[str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")] = "float32",
+    precision: PrecisionOption = "float32",
     batch: Annotated[int, typer.Option("--batch", help="Samples of a step.", min=1, max=4096)] = 4,
     longest: Annotated[int, typer.Option("--longest", help="Tokens of a sample.", min=8)] = 512,
-    messages: Annotated[str, typer.Option("--messages", metavar="COLUMN", help="The column of messages.")] = "",
-    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column of prompts.")] = "",
-    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")] = "",
-    work: Annotated[
-        Path | None,
-        typer.Option("--work", metavar="DIR", help="Where unfinished work is kept, if not FILE.work."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE, and other work.")] = False,
+    messages: MessagesOption = "",
+    prompt: PromptsOption = "",
+    response: ResponsesOption = "",
+    work: WorkOption = None,
+    force: ForceOption = False,
     seed: SeedOption = 0,
     ctx: CtxOption = 2048,
     offset: OffsetOption = 0,
@@ -139,7 +142,7 @@ def _without_training(
         sound = "" if r.coherence is None else f"{r.coherence:.2f}"
         table.add_row(escape(printable(r.feature)), edit, f"{r.removed:.0%}", sound)
     stdout.print(table)
-    beside = "".join(f" --lora {path}" for path, _ in tuned.options["lora"])
+    beside = "".join(f" --lora {path}" for path, _ in tuned.adapters)
     say(f"bundle: {out}" + (f"; the fine-tune's own adapter goes beside it:{beside}" if beside else ""))
 
 

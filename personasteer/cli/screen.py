@@ -12,8 +12,11 @@ from personasteer.cli._common import (
     CtxOption,
     GpuOption,
     JsonOption,
+    MessagesOption,
     ModelOption,
     OffsetOption,
+    PromptsOption,
+    ResponsesOption,
     ThreadsOption,
     open_model,
     print_json,
@@ -56,9 +59,9 @@ def screen_(
     baseline: Annotated[
         Path | None, typer.Option("--baseline", metavar="FILE", help="Rows to compare the whole set with.")
     ] = None,
-    messages: Annotated[str, typer.Option("--messages", metavar="COLUMN", help="The column of messages.")] = "",
-    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column of prompts.")] = "",
-    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")] = "",
+    messages: MessagesOption = "",
+    prompt: PromptsOption = "",
+    response: ResponsesOption = "",
     system: Annotated[str, typer.Option("--system", metavar="COLUMN", help="The column of system prompts.")] = "",
     row_id: Annotated[str, typer.Option("--id", metavar="COLUMN", help="The column that names rows.")] = "",
     by: Annotated[

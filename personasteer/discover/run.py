@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -99,7 +98,7 @@ def diff(
         vectors: known traits of the base, beside those of the library; their directions are taken for their traits.
         data: rows of conversations to read instead of the fixed texts; columns: those that are not named are found out.
         layer: the block whose features are looked for; that of the dictionary, or at 60 % of the depth, when None.
-        dictionary: how it is trained, or a safetensors or npz file with a decoder (and its encoder) made elsewhere.
+        dictionary: how it is trained, or a safetensors or npz file with a decoder made elsewhere.
         n_features: how many that rose, and how many that fell, are described and tried.
         subjects: traits of the profile, the library's when None.
         force: replace an earlier report.
@@ -155,7 +154,7 @@ def diff(
         behaviour = _behaviour(profile, asked, base, tuned)
         rows = [_rows(work, name, m, texts, il, stage) for name, m in (("base", base), ("tuned", tuned))]
         learned = _dictionary(work, rows, given, recipe, base, stage("training the dictionary"))
-        features = _features(base, texts, rows, learned, differences, il, n_features, at_base, vectors, profile)
+        features = _features(base, texts, rows, learned, il, n_features, at_base, vectors)
         if behaviour is not None:
             features = _tried(work, base, tuned, features, il, behaviour, seed, stage("trying features"))
         quality = _quality(work, base, tuned, behaviour, asked, stage("coherence and capability"))
@@ -203,7 +202,7 @@ def _check_block(il: int) -> None:
 
 def _named(model: Model) -> str:
     """The model's name, with those of its adapters."""
-    adapters = [Path(path).name for path, _ in model.options.get("lora", ())]
+    adapters = [path.name for path, _ in model.adapters]
     return model.name + (f" with {', '.join(adapters)}" if adapters else "")
 
 
@@ -330,8 +329,7 @@ def _dictionary(
 
 def _features(
     base: Model, texts: Sequence[Text], rows: Sequence[NDArray[np.float32]], learned: Dictionary,
-    differences: Differences, il: int, n: int, at_base: Profile, vectors: Sequence[PersonaVector],
-    profile: Sequence[Shift],
+    il: int, n: int, at_base: Profile, vectors: Sequence[PersonaVector],
 ) -> list[Feature]:  # fmt: skip
     """The mean difference, and the dictionary's features that changed most, each described."""
     kept = without_outliers(rows[0]) & without_outliers(rows[1])
@@ -408,7 +406,7 @@ def survivor_vector(feature: Feature, il: int, base: Model, behaviour: Behaviour
         "trait": behaviour.trait.name,
         "texts": behaviour.trait.as_dict(),
         "change": feature.change,
-        "effect": json.loads(json.dumps(vars(feature.effect))),
+        "effect": asdict(feature.effect),
         **base.origin,
     }
     vector = as_vector(

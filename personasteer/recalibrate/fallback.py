@@ -119,14 +119,13 @@ def write_remedy(
 
     Of a model that is a base with adapters, the bundle holds these adapters, too: it is run with them (`--lora`).
     """
-    adapters = [path for path, _ in tuned.options.get("lora", ())]
     return write_bundle(
         out,
         model=tuned.path,
         steering=[remedy.edit],
         name=f"{tuned.name} without {remedy.trait}",
         description=f"{remedy.how} of {remedy.feature}: {100 * remedy.removed:.0f} % of the shift removed",
-        shipped=adapters,
+        shipped=[path for path, _ in tuned.adapters],
         force=force,
         progress=progress,
     )

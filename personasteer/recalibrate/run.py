@@ -226,7 +226,7 @@ def _silent(_: str) -> Progress:
 def _check_out(out: str | Path, models: Sequence[Model], data: Any, *, force: bool) -> Path:
     """The path of the adapter. Raises ArgumentError where it cannot be written, or is what the work reads."""
     target = Path(out)
-    read = [path for m in models for path in (m.path, *(path for path, _ in m.options.get("lora", ())))]
+    read = [path for m in models for path in (m.path, *(path for path, _ in m.adapters))]
     check_output(target, [*read, *open_data(data).paths])
     if target.exists() and not force:
         raise ArgumentError(f"{target}: exists already; --force overwrites it")
@@ -295,7 +295,7 @@ def _measured(
 
 
 def _with_adapter(model: Model, adapter: Path) -> Model:
-    options = {**model.options, "lora": [*model.options.get("lora", ()), (str(adapter), 1.0)]}
+    options = {**model.options, "lora": [*model.adapters, (adapter, 1.0)]}
     return Model(model.path, **options)
 
 

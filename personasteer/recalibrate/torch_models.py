@@ -135,7 +135,7 @@ def logit_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return out
 
 
-def device_of(gpu: bool = True) -> Any:
-    """Where to train: a GPU if there is one."""
+def device_of(model: Model) -> Any:
+    """Where to train: a GPU if there is one, and the model was not kept off it."""
     torch, _, _ = libraries()
-    return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if model.options.get("n_gpu_layers", -1) != 0 and torch.cuda.is_available() else "cpu")

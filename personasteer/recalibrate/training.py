@@ -127,7 +127,7 @@ def _orthonormal(units: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def check_fits_memory(model: Model, examples: Examples, recipe: Recipe) -> None:
     """Raise PersonasteerError where training would not fit into memory; see `estimate`."""
-    file, device = ModelFile(model.path), device_of(model.options.get("n_gpu_layers", -1) != 0)
+    file, device = ModelFile(model.path), device_of(model)
     trained = [t for t in file.tensors.values() if t.name.removesuffix(".weight").rpartition(".")[2] in TARGETS]
     n_trained = recipe.rank * sum(t.n_per_row + t.n_rows for t in trained if t.name.endswith(".weight"))
     longest = max(len(e.tokens) for e in examples.examples)
@@ -177,8 +177,8 @@ class Trainer:
         self._torch, _, self._peft = libraries()
         self._examples, self.recipe, self._folder = examples, recipe, folder
         self.file = ModelFile(model.path)
-        self.device = device_of(model.options.get("n_gpu_layers", -1) != 0)
-        loaded = load_float32(model.path, model.options.get("lora", ()))
+        self.device = device_of(model)
+        loaded = load_float32(model.path, model.adapters)
         loaded.to(self.device)
         check_same(model, loaded)
         self._modules = trained_modules(self.file, loaded)
