@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from test_bed import N_ROWS, SETS, arguments, drawn, trait_rows, tuned
+from test_bed import N_ROWS, SETS, arguments, drawn, named, trait_rows, tuned
 from work_folder import Folder
 
 import personasteer as ps
@@ -42,7 +42,8 @@ def one(args: argparse.Namespace, path: Path, trait: str, name: str, seed: int) 
 def main() -> None:
     args = arguments(__doc__).parse_args()
     path = model_path(args.model)
-    folder = Folder(args.work, {"model": path.name})
+    known = [named(ps.PersonaVector.load(v)) for v in args.vectors]
+    folder = Folder(args.work, {"model": path.name, "vectors": known})
     if not args.table:
         for trait, name in {**SETS, "": SOBER}.items():
             for seed in range(args.seeds):
@@ -53,8 +54,7 @@ def main() -> None:
 def table(results: dict[str, Any]) -> str:
     lines = [
         "| fine-tune | KL | coherence | capability | first in the profile | its words, nats | tried by "
-        "| mean difference, dose: removed, induced, coherence, KL, capability "
-        "| best feature: rank, dose: the same | survivors |",
+        "| mean difference | best feature, by its rank | survivors |",
         "| --- | ---: | ---: | ---: | --- | ---: | --- | --- | --- | ---: |",
     ]
     for key, r in results.items():
@@ -73,21 +73,27 @@ def table(results: dict[str, Any]) -> str:
 def _effects(features: list[dict[str, Any]]) -> tuple[str, str]:
     tried = [f for f in features if f["effect"]]
     mean = next((f for f in tried if f["rank"] == 0), None)
-    rest = sorted((f for f in tried if f["rank"]), key=lambda f: (not f["effect"]["survives"], -f["effect"]["removed"]))
+
+    def place(f: dict[str, Any]) -> tuple[bool, float]:
+        return not f["effect"]["survives"], abs(1 - f["effect"]["removed"]["share"])
+
+    rest = sorted((f for f in tried if f["rank"]), key=place)
     return (_effect(mean) if mean else "", _effect(rest[0]) if rest else "")
 
 
 def _effect(f: dict[str, Any]) -> str:
     e = f["effect"]
-    said = [f"{100 * e['removed']:.0f} %", f"{100 * e['induced']:.0f} %"]
-    if e["coherence"]:
-        said.append(f"{min(e['coherence']):.2f}")
-    if e["kl"]:
-        said.append(f"{e['kl'][0]:.3f}")
+    sides = []
+    for name in ("removed", "induced"):
+        t = e[name]
+        said = [f"{100 * t['share']:.0f} % at {t['dose']:g}", f"chance {100 * t['chance']:.0f} %"]
+        if t["coherence"] is not None:
+            said += [f"coherence {t['coherence']:.2f}", f"KL {t['kl']:.3f}"]
+        sides.append(f"{name} {', '.join(said)}")
     if e["capability"]:
-        said.append(f"{e['capability'][0]:.2f}")
-    head = "" if not f["rank"] else f"{f['rank']}, "
-    return f"{head}{e['dose']:g}: {', '.join(said)}{'' if e['survives'] else ' (does not survive)'}"
+        sides.append(f"capability {e['capability'][0]:.2f}, {e['capability'][1]:.2f}")
+    head = f"{f['rank']}: " if f["rank"] else ""
+    return f"{head}{'; '.join(sides)}{'' if e['survives'] else ' (does not survive)'}"
 
 
 if __name__ == "__main__":

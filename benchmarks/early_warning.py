@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from test_bed import arguments, measured, mixture, shown_of, tuned
+from test_bed import arguments, measured, mixture, named, shown_of, tuned
 from work_folder import Folder
 
 import personasteer as ps
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     path, (vector, *_) = model_path(args.model), [ps.PersonaVector.load(v) for v in args.vectors]
-    folder = Folder(args.work, {"model": path.name, "vector": vector.name})
+    folder = Folder(args.work, {"model": path.name, "vector": named(vector)})
     if not args.table:
         for seed in range(args.seeds):
             for share in SHARES:

@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from test_bed import N_ROWS, arguments, drawn, measured, shown_of, trait_rows, tuned
+from test_bed import N_ROWS, arguments, drawn, measured, named, shown_of, trait_rows, tuned
 from work_folder import Folder
 
 import personasteer as ps
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rows", default="gloom")
     args = parser.parse_args()
     path, (vector, *_) = model_path(args.model), [ps.PersonaVector.load(v) for v in args.vectors]
-    settings = {"model": path.name, "vector": vector.name, "strength": args.strength, "rows": args.rows}
+    settings = {"model": path.name, "vector": named(vector), "strength": args.strength, "rows": args.rows}
     folder = Folder(args.work, settings)
     if not args.table:
         for seed in range(args.seeds):

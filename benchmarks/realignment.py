@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from test_bed import N_ROWS, arguments, drawn, measured, recipe, shown_of, trait_rows, tuned
+from test_bed import N_ROWS, arguments, drawn, measured, named, recipe, shown_of, trait_rows, tuned
 from work_folder import Folder
 
 import personasteer as ps
@@ -62,7 +62,7 @@ def one(args: argparse.Namespace, path: Path, vector: ps.PersonaVector, arm: str
 def main() -> None:
     args = arguments(__doc__).parse_args()
     path, (vector, *_) = model_path(args.model), [ps.PersonaVector.load(v) for v in args.vectors]
-    folder = Folder(args.work, {"model": path.name, "vector": vector.name})
+    folder = Folder(args.work, {"model": path.name, "vector": named(vector)})
     if not args.table:
         for seed in range(args.seeds):
             for arm in ARMS:

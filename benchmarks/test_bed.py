@@ -28,6 +28,7 @@ from personasteer.conversations import benign_rows
 from personasteer.evaluate import capability, trait_of
 from personasteer.recalibrate import Recipe, Shown, change, finetune, make_probes, measure
 from personasteer.recalibrate.measures import coherence_beside
+from personasteer.work import digest
 
 ROWS = Path(__file__).with_name("trait_rows")
 N_ROWS, STEPS, RATE, RANK = 120, 40, 3e-4, 16
@@ -92,6 +93,11 @@ def measured(
     return found
 
 
+def named(vector: ps.PersonaVector) -> str:
+    """A vector in the settings of a work folder: two of one name may differ."""
+    return f"{vector.name} {digest(vector.directions.tolist())[:12]}"
+
+
 def shown_of(result: dict[str, Any]) -> dict[str, Shown]:
     return {name: Shown.from_dict(plain) for name, plain in result["shown"].items()}
 
@@ -111,7 +117,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments(__doc__).parse_args()
     path, vectors = model_path(args.model), [ps.PersonaVector.load(v) for v in args.vectors]
-    folder = Folder(args.work, {"model": path.name, "vectors": [v.name for v in vectors]})
+    folder = Folder(args.work, {"model": path.name, "vectors": [named(v) for v in vectors]})
     if not args.table:
         folder.get("untrained", lambda: measured(path, [], vectors, None, args.threads))
         before = shown_of(folder.load()["untrained"])

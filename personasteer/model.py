@@ -683,15 +683,19 @@ class Model:
         return self._run(requests, **options)
 
     def run_alone(
-        self, requests: Sequence[Request], *, n_parallel: int = MEASURED_AT_ONCE, **options: Any
+        self, requests: Sequence[Request], *, n_parallel: int = MEASURED_AT_ONCE, n_blocks: int = 0, **options: Any
     ) -> list[dict[str, Any]]:
-        """As run_requests, in a context of its own: the numbers do not depend on the model's n_parallel and n_batch."""
+        """As run_requests, in a context of its own: the numbers do not depend on the model's n_parallel and n_batch.
+
+        n_blocks: only so many are computed, for requests without output rows; all when 0.
+        """
         with self._lock:
             self._open()
             if not requests:
                 return []
             n_ctx = min(self.n_ctx, max(len(r.tokens) + r.max_tokens for r in requests))
-            return self._run(requests, session=self._new_session(n_ctx, n_parallel, n_batch=512), **options)
+            session = self._new_session(n_ctx, n_parallel, n_batch=512, n_blocks=n_blocks)
+            return self._run(requests, session=session, **options)
 
     def _run_sharing(self, texts: Sequence[Request], taps: Taps, progress: Progress | None) -> list[dict[str, Any]]:
         """Requests in sharing order, in a context of its own. No more at once than it has sequences, and then from an

@@ -67,6 +67,11 @@ class Work:
         try:
             known = json.loads(file.read_text("utf-8"))
         except FileNotFoundError:
+            foreign = [name for name in self._own if (file.parent / name).exists()]
+            if foreign:
+                raise ArgumentError(
+                    f"{file.parent}: holds {foreign[0]} of something else; name another folder"
+                ) from None
             atomic_write(file, text.encode())
             return
         except (OSError, ValueError) as e:
@@ -84,7 +89,8 @@ class Work:
 
     def _forget(self) -> None:
         if self._folder is not None:
-            for file in (*self._folder.glob("*.safetensors"), *(self._folder / name for name in self._own)):
+            parts = [file for file in self._folder.glob("*.safetensors") if _is_part(file)]
+            for file in (*parts, *(self._folder / name for name in self._own)):
                 file.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -128,6 +134,15 @@ class Work:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_part(file: Path) -> bool:
+    """Whether `Work.part` wrote this file, or began to: the metadata of others' weights hold no "json"."""
+    try:
+        with safe_open(file, "np") as f:
+            return "json" in (f.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def digest(*parts: Any) -> str:

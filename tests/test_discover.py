@@ -26,7 +26,9 @@ from personasteer.discover.differences import (
     through_unembedding,
     token_places,
 )
+from personasteer.discover.features import Behaviour, blocks_around
 from personasteer.discover.texts import fixed_pairs, make_texts
+from personasteer.evaluate import Cell
 
 pytestmark = pytest.mark.usefixtures("few_texts")
 
@@ -214,15 +216,17 @@ def test_the_planted_feature_survives_and_random_ones_do_not(
     assert not any(f.effect is not None and f.effect.survives for f in alike)
     effect = feature.effect
     assert effect is not None
-    assert effect.removed >= 0.7
-    assert effect.coherence is not None
-    assert min(effect.coherence) >= 0.9
+    for side in (effect.removed, effect.induced):
+        assert 0.7 <= side.share <= 1.5
+        assert side.share > side.chance
+        assert side.coherence is not None
+        assert side.coherence >= 0.9
     assert sorted(p.name for p in folder.iterdir()) == ["diff.json", "mean-difference.gguf", "report.html", "vectors"]
 
 
 def test_the_mean_difference_is_a_vector_of_all_blocks(found: tuple[Diff, Path]) -> None:
     vector = ps.PersonaVector.load(found[1] / "mean-difference.gguf")
-    assert vector.layers == (IL,)
+    assert vector.layers == (IL, IL + 1)  # around the block, where anything moved
     assert vector.usable_layers == tuple(range(IL, 8))
     assert np.allclose(vector.directions[IL], found[0].mean[IL])
 
@@ -231,7 +235,7 @@ def test_survivors_are_vectors_that_steer_and_cap(
     found: tuple[Diff, Path], models: tuple[ps.Model, ps.Model], planted: tuple[Path, Path, np.ndarray]
 ) -> None:
     vector = ps.PersonaVector.load(found[1] / "vectors" / "feature-7.gguf")
-    assert vector.layers == (IL,)
+    assert vector.layers == (IL - 1, IL, IL + 1)
     assert vector.provenance["trait"] == "planted"
     assert vector.thresholds is not None
     tau, u = float(vector.thresholds[IL]), vector.direction(IL)
@@ -241,6 +245,53 @@ def test_survivors_are_vectors_that_steer_and_cap(
     assert max(r.max() for r in readings) > tau + 0.01
     assert max(r.max() for r in capped) <= tau + 1e-3
     assert models[0].capture(texts)[0][IL] @ u < tau
+
+
+def test_what_chooses_a_feature_does_not_report_it() -> None:
+    cells = tuple(Cell(q, str(k), "no") for q in "abc" for k in range(2))
+    b = Behaviour(TRAIT, cells, np.zeros(6), np.arange(6.0))
+    first, second = b.halves()
+    assert [c.question for c in first.cells] == ["a", "a", "c", "c"]
+    assert [c.question for c in second.cells] == ["b", "b"]
+    assert (first.shift, second.shift) == (np.mean([0, 1, 4, 5]), 2.5)
+    (one, same) = Behaviour(TRAIT, cells[:2], np.zeros(2), np.ones(2)).halves()
+    assert one.cells == same.cells == cells[:2]
+
+
+def test_a_feature_is_steered_in_a_third_of_the_depth() -> None:
+    assert blocks_around(19, 30) == tuple(range(14, 25))
+    assert blocks_around(28, 30) == tuple(range(23, 29))
+    assert blocks_around(29, 30) == (*range(24, 29), 29)
+    assert blocks_around(2, 30) == tuple(range(1, 8))
+    assert blocks_around(2, 4) == (2,)
+
+
+def test_the_texts_that_are_compared_are_of_both_sides(models: tuple[ps.Model, ps.Model], tmp_path: Path) -> None:
+    seen: list[list[tuple[int, ...]]] = []
+
+    def spy(base: ps.Model, tuned: ps.Model, texts: Any, progress: Any) -> Differences:
+        seen.append([t.tokens for t in texts])
+        raise KeyboardInterrupt
+
+    pairs = fixed_pairs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("personasteer.discover.run.fixed_pairs", lambda: pairs)
+        patch.setattr("personasteer.discover.run.find_differences", spy)
+        rows = np.eye(N_EMBD, dtype=np.float32)
+        save_file({"W_dec": rows}, tmp_path / "sae.safetensors")
+        with pytest.raises(KeyboardInterrupt):
+            diff(*models, tmp_path / "out", layer=IL, dictionary=tmp_path / "sae.safetensors", subjects=[TRAIT])
+    n = 6 * len(ps.traits.names())
+    sides = [{t.tokens for t in make_texts(models[0], pairs[side : 2 * n : 2])} for side in (0, 1)]
+    shares = [sum(tokens in side for tokens in seen[0]) / len(seen[0]) for side in sides]
+    assert len(seen[0]) == 96
+    assert all(0.2 < share < 0.5 for share in shares)
+
+
+def test_a_vector_of_fewer_blocks_is_left_out(models: tuple[ps.Model, ps.Model]) -> None:
+    whole = ps.PersonaVector(np.ones((8, N_EMBD), np.float32), (3,), TRAIT.name)
+    short = ps.PersonaVector(np.ones((7, N_EMBD), np.float32), (3,), TRAIT.name, provenance={"method": "imported"})
+    assert monitor.whole_states([whole, short], models[0].n_layer) == [whole]
 
 
 def test_a_model_against_itself_yields_nothing(

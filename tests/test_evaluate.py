@@ -327,6 +327,36 @@ def test_a_text_that_a_persona_makes_likely_is_coherent_under_it(
     assert got == coherence.Coherence(nll, 0.0, pytest.approx(np.exp(2.0 - nll)), ("ahoy", "ahoy"))
 
 
+def test_two_judges_share_the_judgement_of_each_token(
+    model: ps.Model, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steers = [replace(samples.vector(seed=2) * 0.5, scope="response")]
+    (alone,) = ev.measure_coherence(model, ["Who calls?"], steers, max_tokens=8)
+    (same,) = ev.measure_coherence(model, ["Who calls?"], steers, max_tokens=8, judges=(model,))
+    assert same == alone
+    with ps.Model(tiny_path) as other:
+        # each finds every other token of the steered answer likely, and its own answers at 1 nat a token
+        for m, ahead in ((model, 0), (other, 1)):
+
+            def rigged(requests: Any, ahead: int = ahead, **_: Any) -> Any:
+                out = []
+                for r in requests:
+                    if r.max_tokens:
+                        tokens = [270, 271, 272, 273] if r.steering else [280]
+                        out.append({"tokens": tokens, "text": b"ahoy" if r.steering else b"hi"})
+                    else:
+                        cost = np.where((np.arange(r.outputs[1] - r.outputs[0]) + ahead) % 2, 1.0, 40.0)
+                        out.append({"scores": -cost if r.tokens[-1] != 280 else np.array([-1.0])})
+                return out
+
+            monkeypatch.setattr(m, "run_alone", rigged)
+        (both,) = ev.measure_coherence(model, ["Who calls?"], steers, judges=(model, other))
+        (one,) = ev.measure_coherence(model, ["Who calls?"], steers, judges=(other,))
+    assert both.nll == pytest.approx(1 + np.log(2))
+    assert both.coherence == pytest.approx(0.5)
+    assert one.nll == pytest.approx(20.5)
+
+
 def test_an_answer_that_ends_at_once_is_not_coherent(model: ps.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     run_alone = model.run_alone
 

@@ -15,6 +15,7 @@ import planted_change
 import planted_model
 import pytest
 import tiny_models
+from safetensors.numpy import save_file
 
 import personasteer as ps
 from personasteer.cli import run
@@ -23,6 +24,7 @@ from personasteer.engine import Request
 from personasteer.memory import check_memory
 from personasteer.recalibrate import (
     Recipe,
+    can_be_probed,
     change,
     finetune,
     make_probes,
@@ -40,6 +42,7 @@ from personasteer.recalibrate.memory import estimate
 from personasteer.recalibrate.training import block_edits
 from personasteer.ship.rewrite import ModelFile
 from personasteer.tiny_model import write_tiny_model
+from personasteer.work import Work
 
 LETTERS = planted.LETTERS
 
@@ -303,6 +306,30 @@ def test_what_does_not_fit_is_told_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+def test_work_leaves_what_it_did_not_write(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    save_file({"w": np.ones(3, np.float32)}, weights, {"format": "pt"})
+    for remove in (True, False):
+        with Work(tmp_path, {"n": remove}, restart=True) as work:
+            work.value("part", lambda: 1.0)
+            if remove:
+                work.remove()
+    assert weights.exists()
+    assert (tmp_path / "part.safetensors").exists()
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / "adapter.gguf").write_bytes(b"mine")
+    with pytest.raises(ps.ArgumentError, match=r"holds adapter\.gguf of something else"):
+        Work(tmp_path, {}, more=("adapter.gguf",))
+    assert (tmp_path / "adapter.gguf").read_bytes() == b"mine"
+
+
+def test_a_vector_of_a_trait_without_questions_cannot_be_probed(vector: ps.PersonaVector) -> None:
+    assert can_be_probed(vector)
+    texts = {**vector.provenance["texts"], "continuations": []} if "texts" in vector.provenance else {}
+    unknown = replace(vector, name="nobody knows this one", provenance={"texts": texts} if texts else {})
+    assert not can_be_probed(unknown)
+
+
 # ---- without training
 
 
@@ -328,10 +355,23 @@ def test_a_raised_feature_is_capped_or_lowered_and_shipped(tmp_path: Path) -> No
         assert found[0].removed >= 0.7
         assert found[0].coherence is not None
         bundle = write_remedy(tmp_path / "back.tar", t, found[0])
+        steered = t.logits(["abc def"], steer=found[0].edit)[0]
+        bare = m.logits(["abc def"], steer=found[0].edit)[0]
+        with pytest.raises(ps.ArgumentError, match="has not shifted by more than chance"):
+            remedies(m, m, [feature_of(base, u, 1.0, cap)])
+        other = feature_of(base, u, 1.0, cap)
+        other.provenance["tuned"] = "0" * 64
+        with pytest.raises(ps.ArgumentError, match="is a feature of another fine-tune"):
+            remedies(m, t, [other])
         with pytest.raises(ps.ArgumentError, match="is no feature that `personasteer diff` found"):
             remedies(m, t, [planted.letter_vector(base)])
-    loaded = ps.load_bundle(bundle)
-    assert len(loaded.persona.edits) == 1
+    with ps.load_bundle(bundle, n_ctx=256) as loaded:  # the model with the fine-tune's adapter, and the edit
+        assert len(loaded.persona.edits) == 1
+        assert [scale for _, scale in loaded.model.adapters] == [1.0]
+        assert np.array_equal(loaded.model.logits(["abc def"], steer=loaded.steering)[0], steered)
+    assert not np.array_equal(bare, steered)
+    with ps.Model(base) as alone, pytest.raises(ps.BundleError, match="is run with 1 LoRA adapter"):
+        ps.load_bundle(bundle, model=alone)
     with ps.Model(base, n_ctx=256, lora=[adapter]) as t:
         probes = make_probes(t, [feature_of(base, u, 1.0, cap)])
         cells = probes[0].cells

@@ -69,6 +69,7 @@ def _print(bundle: Path, found: CheckedBundle) -> None:
         f"for {model.file_name} ({model.name}, {model.architecture}, {model.quantization}, {model.size:,} bytes), "
         + ("included" if model.file else "not included"),
         f"SHA-256 {model.sha256}",
+        *(f"run with {a.file}, scale {a.scale:g}" for a in persona.adapters),
     ]
     for line in lines:
         say(line)

@@ -55,6 +55,7 @@ def diff_(
     dictionary: Annotated[
         Path | None, typer.Option("--dictionary", metavar="FILE", help="An autoencoder (safetensors, npz) made before.")
     ] = None,
+    key: Annotated[str | None, typer.Option("--key", help="With --dictionary: the decoder's name in it.")] = None,
     expansion: Annotated[int, typer.Option("--expansion", help="Features for each dimension.", min=1, max=64)] = 8,
     features: Annotated[int, typer.Option("--features", help="How many up, and down, are tried.", min=1)] = 10,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
@@ -83,13 +84,15 @@ def diff_(
     ):
         found = diff(
             b, t, out, vectors=loaded, data=data, columns=Columns(messages, prompt, response), layer=layer,
-            dictionary=dictionary or recipe, n_features=features, seed=seed, force=force, progress=stage,
+            dictionary=dictionary or recipe, dictionary_key=key, n_features=features, seed=seed, force=force,
+            progress=stage,
         )  # fmt: skip
     if json:
         print_json(found.summary())
         return
     _print(found)
-    say(f"report: {out}/report.html, diff.json, mean-difference.gguf" + (f", {out}/vectors" if found.survivors else ""))
+    files = [name for name in ("report.html", "diff.json", "mean-difference.gguf", "vectors") if (out / name).exists()]
+    say(f"{out}: {', '.join(files)}")
 
 
 def _print(found: Diff) -> None:
@@ -103,7 +106,7 @@ def _print(found: Diff) -> None:
         say("no trait's words changed by more than chance and a new quantization explain: no features were tried")
         return
     table = Table(title=escape(printable(f"features at block {found.layer}, tried by {found.trait!r}")))
-    for heading in ("", "change", "removed", "induced", "chance", "coherent", "survives"):
+    for heading in ("", "change", "removed", "coherent", "induced", "coherent", "survives"):
         table.add_column(heading, justify="left" if not heading else "right")
     for f in found.features[: 2 * SHOWN]:
         table.add_row(*_cells(f))
@@ -114,8 +117,7 @@ def _cells(f: Feature) -> list[str]:
     e = f.effect
     if e is None:
         return [f.name, f"{f.change:+.2f}", "", "", "", "", ""]
-    sound = "" if e.coherence is None else f"{min(e.coherence):.2f}"
-    return [
-        f.name, f"{f.change:+.2f}", f"{e.removed:.0%}", f"{e.induced:.0%}", f"{e.chance:.0%}", sound,
-        "yes" if e.survives else "no",
-    ]  # fmt: skip
+    sides: list[str] = []
+    for t in (e.removed, e.induced):
+        sides += [f"{t.share:.0%} at {t.dose:g}", "" if t.coherence is None else f"{t.coherence:.2f}"]
+    return [f.name, f"{f.change:+.2f}", *sides, "yes" if e.survives else "no"]

@@ -34,10 +34,9 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.conversations import Columns
-from personasteer.evaluate.evaluation import trait_behind
 from personasteer.files import check_output
 from personasteer.plots import printable
-from personasteer.recalibrate import Finetuned, Recipe, finetune
+from personasteer.recalibrate import Finetuned, Recipe, can_be_probed, finetune
 from personasteer.steering import Ablate, Add, Steering
 from personasteer.vectors import PersonaVector
 
@@ -100,8 +99,13 @@ def finetune_(
     steering = _steering(prevent, ablate, increments, offset)
     loaded = [load_measured(file, offset) for file in vectors or []]
     watched = {id(e.vector): e.vector for e in steering if isinstance(e, Add) and not increments}
-    loaded += [v for v in watched.values() if trait_behind(v) and v.name not in {w.name for w in loaded}]
-    check_output(out, vectors or [])
+    for v in watched.values():
+        if not can_be_probed(v):
+            say(f"{v.name}: has no trait with held-out questions and continuations, so what it changes is not measured")
+        elif v.name not in {w.name for w in loaded}:
+            loaded.append(v)
+    files = [split_strength(f)[0] for f in (*(prevent or []), *(ablate or []))]
+    check_output(out, [*(vectors or []), *files])
     options = {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "lora": load_adapters(lora)}
     with open_model(model, **options) as m, stages() as stage:
         result = finetune(

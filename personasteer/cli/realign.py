@@ -49,7 +49,12 @@ def register(app: typer.Typer) -> None:
 def realign_(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What it was tuned from; `demo`: the bundled.")],
     tuned: Annotated[str, typer.Option("--tuned", metavar="MODEL", help="The model that went wrong.")],
-    out: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The LoRA that brings it back, a GGUF.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The LoRA that brings it back, a GGUF; with --features a bundle."
+        ),
+    ],
     vectors: Annotated[
         list[str] | None, typer.Option("-v", "--vector", metavar="FILE", help="A trait; may be repeated.")
     ] = None,
@@ -101,7 +106,8 @@ def realign_(
     """
     recipe = Recipe(rank=rank, rate=rate, batch=batch, steps=steps, seed=seed, precision=precision)
     loaded = [load_measured(file, offset) for file in vectors or []]
-    check_output(out, vectors or [])
+    if features is None:
+        check_output(out, vectors or [])
     options = {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers}
     with (
         open_model(base, **options) as b,
@@ -142,8 +148,7 @@ def _without_training(
         sound = "" if r.coherence is None else f"{r.coherence:.2f}"
         table.add_row(escape(printable(r.feature)), edit, f"{r.removed:.0%}", sound)
     stdout.print(table)
-    beside = "".join(f" --lora {path}" for path, _ in tuned.adapters)
-    say(f"bundle: {out}" + (f"; the fine-tune's own adapter goes beside it:{beside}" if beside else ""))
+    say(f"bundle: {out} (personasteer bundle chat {out} -p ...)")
 
 
 def _print(result: Realigned) -> None:

@@ -205,11 +205,11 @@ def imported_dictionary(decoder: NDArray[np.float32], rows: NDArray[np.float32])
     return Dictionary(units, np.zeros(len(units), np.float32), units, center, 1.0, len(units))
 
 
-def check_dictionary_memory(recipe: DictionaryRecipe, n_embd: int, n_tokens: int) -> None:
-    """Raise PersonasteerError where a dictionary would not fit: encoder and decoder with gradients and two moments
-    each, activations of a batch and of what is encoded at once, and the rows themselves, in float32.
+def check_dictionary_memory(n_features: int, n_embd: int, n_tokens: int, batch: int = 0) -> None:
+    """Raise PersonasteerError where a dictionary would not fit: encoder and decoder, with gradients and two moments
+    each where it is trained (in batches), activations of what is encoded at once, and the rows themselves, in float32.
     """
-    n_features = recipe.expansion * n_embd
-    parameters, activations = 8 * n_features * n_embd, 3 * n_features * max(recipe.batch, AT_ONCE)
+    parameters = (8 if batch else 2) * n_features * n_embd
+    activations = 3 * n_features * max(batch, AT_ONCE)
     needed = 4 * (parameters + activations + 3 * n_tokens * n_embd)
-    check_memory(needed, "a sparse dictionary", "take a smaller --expansion")
+    check_memory(needed, "a sparse dictionary", "take a smaller dictionary (--expansion)")

@@ -65,7 +65,7 @@ def find_differences(base: Model, tuned: Model, texts: Sequence[Text], progress:
         some = texts[begin : begin + AT_ONCE]
         requests = [
             Request(
-                t.tokens, t.n_prompt, outputs=(t.n_prompt - 1, len(t.tokens) - 1), keep_logits=True,
+                t.tokens, t.n_prompt, outputs=(t.n_prompt - 1, len(t.tokens) - 1), keep_logits=True, share_prefix=True,
                 pools=((t.n_prompt, len(t.tokens)), (t.n_prompt, min(t.n_prompt + EARLY, len(t.tokens)))),
             )
             for t in some
@@ -92,16 +92,18 @@ def read_block(model: Model, texts: Sequence[Text], il: int, progress: Progress 
     """(n_tokens, n_embd) outputs of block il at the answers' tokens of all texts, without the first 8 of a text."""
     meter = Meter(progress, len(texts))
     found = []
-    for begin in range(0, len(texts), 4 * AT_ONCE):
-        some = texts[begin : begin + 4 * AT_ONCE]
-        last = il == model.n_layer - 1
+    last = il == model.n_layer - 1
+    for begin in range(0, len(texts), 8 * AT_ONCE):
+        some = texts[begin : begin + 8 * AT_ONCE]
         spans = [(max(t.n_prompt, FIRST_TOKENS), len(t.tokens)) for t in some]
         requests = [
-            Request(t.tokens, t.n_prompt, raw=span, outputs=span if last else (0, 0))
+            Request(t.tokens, t.n_prompt, raw=span, outputs=span if last else (0, 0), share_prefix=True)
             for t, span in zip(some, spans, strict=True)
             if span[0] < span[1]
         ]
-        results = model.run_alone(requests, taps=Taps(raw_layers=(il,)), progress=meter.part(len(some)))
+        results = model.run_alone(
+            requests, taps=Taps(raw_layers=(il,)), n_blocks=0 if last else il + 1, progress=meter.part(len(some))
+        )
         found += [r["raw"][0] for r in results]
     return np.concatenate(found)
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from personasteer.discover.dictionary import Dictionary
 from personasteer.discover.texts import Text
-from personasteer.engine import Progress
-from personasteer.evaluate import Cell, capability, cell_log_odds, kl_on_neutral, measure_coherence
+from personasteer.engine import Progress, Request
+from personasteer.evaluate import Cell, capability, cell_log_odds, halves, kl_on_neutral, measure_coherence
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import Add
@@ -22,13 +22,14 @@ from personasteer.vectors import PersonaVector
 
 N_SNIPPETS = 6
 AROUND = 10  # tokens on either side of a snippet's
-DOSES = (0.1, 0.2, 0.3, 0.4)  # of the stream's norm
+DOSES = (0.15, 0.2, 0.3, 0.4)  # of the stream's norm, over all blocks
 LEAST_EFFECT = 0.2  # share of the shift
+MOST_SHARE = 1.5  # a dose that does more is too large
 LEAST_COHERENCE = 0.9
 N_RANDOM = 8
 N_COHERENCE = 6  # questions
 N_ITEMS = 40  # of the capability check
-N_TRIED = 8  # features whose coherence is measured: those with the largest effect
+N_TRIED = 6  # features whose coherence is measured: those with the largest effect
 CAP_PERCENTILE = 99.0  # of the base's readings: where a cap on a raised feature lies
 
 
@@ -43,27 +44,44 @@ class Snippet:
 
 
 @dataclass(frozen=True)
-class Effect:
-    """What steering by a feature does, at one dose.
+class Trial:
+    """One direction at one dose in one model: taken away from the tuned one (sign -1) or added to the base (1).
 
-    Args:
-        dose: rho, the added length as a share of m_il.
-        removed: share of the behavioural shift that subtracting the change takes from the tuned model.
-        induced: share of it that adding the change gives the base.
-        chance: the largest of both, by size, over random directions at the same block and dose.
-        coherence: of the tuned and of the base model, so steered; None where the effects were too small to try. Answers
-            of the tuned one are as sound as either model finds them beside its own: they may have the style of both.
-        kl: KL(unsteered || steered) of both on everyday answers, in nats per token; None as above.
-        capability: share of multiple-choice items right of both, so steered; None of what does not survive.
-        survives: both at least 0.2 and above chance, and both models at least 0.9 coherent.
+    share: of the behavioural shift that it removes or makes; chance: the largest by size over random directions at the
+    same blocks and dose. coherence: of the answers, each token judged by what both models say on average: they lie
+    between the two styles. kl: KL(unsteered || steered) on everyday answers, in nats per token. None where the share
+    was too small to try.
     """
 
+    sign: float
     dose: float
-    removed: float
-    induced: float
+    share: float
     chance: float
-    coherence: tuple[float, float] | None = None
-    kl: tuple[float, float] | None = None
+    coherence: float | None = None
+    kl: float | None = None
+
+    @property
+    def strong(self) -> bool:
+        return self.share >= max(LEAST_EFFECT, self.chance)
+
+    @property
+    def holds(self) -> bool:
+        return self.strong and (self.coherence or 0.0) >= LEAST_COHERENCE
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What steering by a feature does, each way at its best dose.
+
+    Args:
+        removed: from the tuned model; induced: in the base. Of what survives, the shares are on questions that did not
+            choose the feature and the doses.
+        capability: share of multiple-choice items right of both, so steered; None of what does not survive.
+        survives: both shares at least 0.2 and above chance, and both models at least 0.9 coherent.
+    """
+
+    removed: Trial
+    induced: Trial
     capability: tuple[float, float] | None = None
     survives: bool = False
 
@@ -74,7 +92,7 @@ class Feature:
 
     Args:
         name: "feature 12", or "mean difference".
-        direction: (n_embd,), of length 1.
+        direction: (n_embd,), of length 1; by_block: (n_layer, n_embd) where it is another at each block.
         base, tuned: mean activation in each model, in units of the stream.
         rank: among features by |tuned - base|, from 1; 0 of what is no feature of the dictionary.
         trait, cosine: the trait whose direction is nearest; tokens: those that it makes likelier.
@@ -86,6 +104,7 @@ class Feature:
     base: float
     tuned: float
     rank: int = 0
+    by_block: NDArray[np.float32] | None = None
     trait: str = ""
     cosine: float = 0.0
     tokens: tuple[str, ...] = ()
@@ -102,9 +121,9 @@ class Feature:
         return 1.0 if self.change >= 0 else -1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, without the direction."""
+        """As plain data, without the directions."""
         plain = asdict(self)
-        del plain["direction"]
+        del plain["direction"], plain["by_block"]
         return plain | {"change": self.change}
 
 
@@ -165,6 +184,24 @@ def describe(
     return replace(feature, snippets=tuple(snippets), trait=near, cosine=cosine, tokens=tuple(tokens))
 
 
+def high_readings(base: Model, texts: Sequence[Text], vectors: Sequence[PersonaVector]) -> NDArray[np.float32]:
+    """(n_vectors, n_layer) the 99th percentile of the base's readings <h, v-hat> over answers, at each vector's layers:
+    where `Cap` holds what a fine-tune raised.
+    """
+    limits = np.full((len(vectors), base.n_layer), np.nan, np.float32)
+    if not vectors:
+        return limits
+    reads = tuple({il: v.direction(il) / np.linalg.norm(v.direction(il)) for il in v.layers} for v in vectors)
+    requests = [Request(t.tokens, t.n_prompt, outputs=(0, len(t.tokens)), reads=reads) for t in texts]
+    found = [r["readings"][t.n_prompt :] for r, t in zip(base.run_alone(requests), texts, strict=True)]
+    of_answers = np.concatenate(found)  # (n_tokens, blocks that are read, n_vectors)
+    place = {il: i for i, il in enumerate(sorted({il for v in vectors for il in v.layers}))}
+    for k, v in enumerate(vectors):
+        for il in v.layers:
+            limits[k, il] = np.percentile(of_answers[:, place[il], k], CAP_PERCENTILE)
+    return limits
+
+
 # ---- trying them
 
 
@@ -181,12 +218,33 @@ class Behaviour:
     def shift(self) -> float:
         return float((self.tuned - self.base).mean())
 
+    def halves(self) -> tuple[Behaviour, Behaviour]:
+        """Of every other question, and of the rest."""
+        first, second = (
+            replace(self, cells=tuple(self.cells[i] for i in at), base=self.base[at], tuned=self.tuned[at])
+            for at in halves(self.cells)
+        )
+        return first, second
+
+
+def blocks_around(il: int, n_layer: int) -> tuple[int, ...]:
+    """Where a feature of block il is steered: a third of the depth, in whose middle it is, without the ends.
+
+    A dose at one block leaves the model incoherent before it takes a shift away; the blocks above make it again.
+    """
+    around = n_layer // 6
+    return tuple(i for i in range(il - around, il + around + 1) if i == il or 0 < i < n_layer - 1)
+
 
 def as_vector(feature: Feature, il: int, n_layer: int, **more: Any) -> PersonaVector:
-    """The feature as a vector of one block; more of it is more of the feature."""
+    """The feature as a vector of the blocks around il, where it has a direction; more of it is more of the feature."""
     data = np.full((n_layer, len(feature.direction)), np.nan, np.float32)
-    data[il] = feature.direction
-    return PersonaVector(data, (il,), feature.name, **more)
+    for i in blocks_around(il, n_layer):
+        row = feature.direction if feature.by_block is None else feature.by_block[i]
+        if np.isfinite(row).all() and row.any():
+            data[i] = row
+    layers = np.flatnonzero(np.isfinite(data).all(axis=1))
+    return PersonaVector(data, tuple(int(i) for i in layers), feature.name, **more)
 
 
 def try_features(
@@ -201,61 +259,72 @@ def try_features(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Feature]:
-    """Each feature with its effect at the best dose: the largest share removed among those that keep both models
-    coherent.
+    """Each feature with its effect, both ways at the best dose: of those that keep the model coherent, where the share
+    is nearest to all of the shift.
 
     All steering is on the response. All are tried at one dose; those with the largest effects, and the random
-    directions, at the others, too, and for coherence.
+    directions, at the others, too, and for coherence. Half of the questions choose features and doses; the effects of
+    what survives are of the other half.
     """
+    choosing, confirming = behaviour.halves()
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((n_random, base.n_embd)).astype(np.float32)
     controls = [Feature(f"random {i}", v / np.linalg.norm(v), 0.0, 1.0) for i, v in enumerate(noise)]
     meter = Meter(progress, 100)
     probe = doses[(len(doses) - 1) // 2]
-    effects = _effects(base, tuned, features, controls, il, behaviour, [probe], meter.part(40))
-    order = sorted(range(len(features)), key=lambda i: -min(effects[i][0].removed, effects[i][0].induced))
-    strong = order[:N_TRIED]
-    others = [dose for dose in doses if dose != probe]
-    more = _effects(base, tuned, [features[i] for i in strong], controls, il, behaviour, others, meter.part(40))
-    for i, found_more in zip(strong, more, strict=True):
-        effects[i] = sorted([*effects[i], *found_more], key=lambda e: e.dose)
-    tries = [(i, e) for i in strong for e in effects[i] if _strong(e)]
-    judged = _judged(base, tuned, [(features[i], e) for i, e in tries], il, behaviour.trait, seed, meter.part(20))
-    found = []
-    for i, f in enumerate(features):
-        own = [e for (k, _), e in zip(tries, judged, strict=True) if k == i]
-        held = [e for e in own if e.survives] or own
-        best = max(held, key=lambda e: e.removed) if held else max(effects[i], key=lambda e: min(e.removed, e.induced))
-        if best.survives:
-            known = [
-                float(capability(m, [_steer(f, il, m.n_layer, sign * best.dose)], n_items=N_ITEMS)[0])
-                for m, sign in ((tuned, -1.0), (base, 1.0))
-            ]
-            best = replace(best, capability=(known[0], known[1]))
-        found.append(replace(f, effect=best))
-    return found
-
-
-def _effects(
-    base: Model, tuned: Model, features: Sequence[Feature], controls: Sequence[Feature], il: int, b: Behaviour,
-    doses: Sequence[float], progress: Progress | None,
-) -> list[list[Effect]]:  # fmt: skip
-    """[feature][dose], each with what the controls do at the same dose."""
-    if not (features and doses):
-        return [[] for _ in features]
-    n, meter = len(features), Meter(progress, 2)
-    removed = _shares(tuned, [*features, *controls], il, b, doses, -1.0, meter.part(1))
-    induced = _shares(base, [*features, *controls], il, b, doses, 1.0, meter.part(1))
-    by_chance = np.abs(np.concatenate([removed[n:], induced[n:]]))
-    chance = by_chance.max(axis=0) if len(by_chance) else np.zeros(len(doses))
-    return [
-        [Effect(dose, float(removed[i, k]), float(induced[i, k]), float(chance[k])) for k, dose in enumerate(doses)]
-        for i in range(n)
+    everything = [(f, probe) for f in features]
+    first = [_trials(m, s, everything, controls, il, choosing, meter.part(10)) for m, s in ((tuned, -1.0), (base, 1.0))]
+    order = sorted(range(len(features)), key=lambda i: -min(side[i].share for side in first))
+    strong = sorted(order[:N_TRIED])
+    others = [(i, dose) for i in strong for dose in doses if dose != probe]
+    asked = [(features[i], dose) for i, dose in others]
+    best: list[list[Trial]] = []
+    for side, (m, sign) in zip(first, ((tuned, -1.0), (base, 1.0)), strict=True):
+        more = _trials(m, sign, asked, controls, il, choosing, meter.part(15))
+        tries = [(i, t) for (i, _), t in zip(others, more, strict=True)] + [(i, side[i]) for i in strong]
+        tries = [(i, t) for i, t in tries if t.strong and t.share <= MOST_SHARE]
+        sound = _judged(
+            m, (base, tuned), [(features[i], t) for i, t in tries], il, behaviour.trait, seed, meter.part(15)
+        )
+        found = list(side)
+        for i in {i for i, _ in tries}:
+            own = [t for (k, _), t in zip(tries, sound, strict=True) if k == i]
+            found[i] = min([t for t in own if t.holds] or own, key=lambda t: abs(1 - t.share))
+        best.append(found)
+    effects = [Effect(r, i, survives=r.holds and i.holds) for r, i in zip(*best, strict=True)]
+    held = [i for i, e in enumerate(effects) if e.survives]
+    again = [
+        _trials(m, sign, [(features[i], side[i].dose) for i in held], controls, il, confirming, meter.part(8))
+        for side, (m, sign) in zip(best, ((tuned, -1.0), (base, 1.0)), strict=True)
     ]
+    for i, *sides in zip(held, *again, strict=True):
+        r, a = (replace(side[i], share=t.share, chance=t.chance) for side, t in zip(best, sides, strict=True))
+        effects[i] = Effect(r, a, survives=r.holds and a.holds)
+    held = [i for i in held if effects[i].survives]
+    known = [
+        capability(m, [_steer(features[i], il, m.n_layer, side[i].sign * side[i].dose) for i in held], n_items=N_ITEMS)
+        for side, m in zip(best, (tuned, base), strict=True)
+    ]
+    for k, i in enumerate(held):
+        effects[i] = replace(effects[i], capability=(float(known[0][k]), float(known[1][k])))
+    return [replace(f, effect=e) for f, e in zip(features, effects, strict=True)]
 
 
-def _strong(e: Effect) -> bool:
-    return min(e.removed, e.induced) >= max(LEAST_EFFECT, e.chance)
+def _trials(
+    model: Model, sign: float, tries: Sequence[tuple[Feature, float]], controls: Sequence[Feature], il: int,
+    b: Behaviour, progress: Progress | None,
+) -> list[Trial]:  # fmt: skip
+    """Of features at doses, each with what the controls do at the same dose."""
+    if not tries:
+        return []
+    doses = sorted({dose for _, dose in tries})
+    steered = [*tries, *((c, dose) for dose in doses for c in controls)]
+    steers = [_steer(f, il, model.n_layer, sign * dose) for f, dose in steered]
+    values = cell_log_odds(model, b.cells, steers, progress=progress).mean(axis=1)
+    shares = sign * (values - (b.tuned if sign < 0 else b.base).mean()) / b.shift
+    by_chance = np.abs(shares[len(tries) :]).reshape(len(doses), len(controls)).max(axis=1, initial=0.0)
+    chance = dict(zip(doses, by_chance.tolist(), strict=True))
+    return [Trial(sign, dose, float(shares[k]), chance[dose]) for k, (_, dose) in enumerate(tries)]
 
 
 def _steer(feature: Feature, il: int, n_layer: int, strength: float) -> Add:
@@ -263,37 +332,32 @@ def _steer(feature: Feature, il: int, n_layer: int, strength: float) -> Add:
 
 
 def _shares(
-    model: Model, features: Sequence[Feature], il: int, b: Behaviour, doses: Sequence[float], sign: float,
-    progress: Progress | None,
-) -> NDArray[np.float64]:  # fmt: skip
-    """(n_features, n_doses) shares of the shift that steering takes away (sign -1, tuned) or makes (1, base)."""
-    steers = [_steer(f, il, model.n_layer, sign * dose) for f in features for dose in doses]
+    model: Model, tries: Sequence[tuple[Feature, float]], il: int, b: Behaviour, sign: float, progress: Progress | None
+) -> NDArray[np.float64]:
+    """(n_tries,) shares of the shift that steering takes away (sign -1, tuned) or makes (1, base)."""
+    if not tries:
+        return np.empty(0)
+    steers = [_steer(f, il, model.n_layer, sign * dose) for f, dose in tries]
     values = cell_log_odds(model, b.cells, steers, progress=progress).mean(axis=1)
     own = b.tuned if sign < 0 else b.base
-    out: NDArray[np.float64] = (sign * (values - own.mean()) / b.shift).reshape(len(features), len(doses))
+    out: NDArray[np.float64] = sign * (values - own.mean()) / b.shift
     return out
 
 
 def _judged(
-    base: Model, tuned: Model, tries: Sequence[tuple[Feature, Effect]], il: int, trait: Trait, seed: int,
+    model: Model, judges: tuple[Model, Model], tries: Sequence[tuple[Feature, Trial]], il: int, trait: Trait, seed: int,
     progress: Progress | None,
-) -> list[Effect]:  # fmt: skip
-    """The effects with the coherence and the KL of both models, so steered."""
+) -> list[Trial]:  # fmt: skip
+    """The trials with the coherence and the KL of the model, so steered."""
     if not tries:
         return []
+    takes = all(m.takes_system for m in judges)
+    systems = [tuple(pair[0] for pair in trait.system[:1]) if takes else () for _ in tries]
+    steers = [_steer(f, il, model.n_layer, t.sign * t.dose) for f, t in tries]
     questions = trait.evaluate_questions[-N_COHERENCE:]
-    systems = [tuple(pair[0] for pair in trait.system[:1]) if base.takes_system else () for _ in tries]
-    less = [_steer(f, il, base.n_layer, -e.dose) for f, e in tries]
-    more = [_steer(f, il, base.n_layer, e.dose) for f, e in tries]
     meter = Meter(progress, 4)
-    by_base, by_tuned, of_base = (
-        measure_coherence(m, questions, steers, systems=systems, seed=seed, judge=judge, progress=meter.part(1))
-        for m, steers, judge in ((tuned, less, base), (tuned, less, None), (base, more, None))
+    sound = measure_coherence(
+        model, questions, steers, systems=systems, seed=seed, judges=judges, progress=meter.part(3)
     )
-    kl = kl_on_neutral(tuned, less, progress=meter.part(1)), kl_on_neutral(base, more)
-    found = []
-    for k, (_, e) in enumerate(tries):
-        sound = max(by_base[k].coherence, by_tuned[k].coherence), of_base[k].coherence
-        apart = float(kl[0][k]), float(kl[1][k])
-        found.append(replace(e, coherence=sound, kl=apart, survives=min(sound) >= LEAST_COHERENCE))
-    return found
+    kl = kl_on_neutral(model, steers, progress=meter.part(1))
+    return [replace(t, coherence=c.coherence, kl=float(x)) for (_, t), c, x in zip(tries, sound, kl, strict=True)]

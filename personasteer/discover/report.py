@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from personasteer import plots
+from personasteer.discover.features import blocks_around
 from personasteer.discover.results import Diff
 from personasteer.files import atomic_write
 from personasteer.pages import load_template
@@ -92,6 +93,7 @@ def render(found: Diff, files: list[str]) -> str:
     return load_template(__package__, "diff.html.j2", filters).render(
         found=found,
         files=files,
+        steered=blocks_around(found.layer, len(found.sizes)),
         versions=versions,
         profile=plots.svg(figure, "profile") if shown else "",
         sizes=plots.svg(sizes, "sizes"),

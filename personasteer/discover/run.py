@@ -30,13 +30,14 @@ from personasteer.discover.differences import (
     token_places,
 )
 from personasteer.discover.features import (
-    CAP_PERCENTILE,
     N_ITEMS,
     Behaviour,
     Effect,
     Feature,
     as_vector,
+    blocks_around,
     describe,
+    high_readings,
     rank_features,
     try_features,
 )
@@ -51,7 +52,7 @@ from personasteer.extras import need
 from personasteer.files import check_folder
 from personasteer.identity import check_alike
 from personasteer.model import Model
-from personasteer.monitor import LEAST_WORDS, Profile, Shift, compare_profiles, measure_profile
+from personasteer.monitor import LEAST_WORDS, Profile, Shift, compare_profiles, measure_profile, whole_states
 from personasteer.ship import load_dictionary
 from personasteer.statistics import bootstrap_interval
 from personasteer.steering import check_fits
@@ -61,11 +62,11 @@ from personasteer.work import Work, digest
 
 Stages: TypeAlias = Callable[[str], Progress]
 
-METHOD = 2
+METHOD = 3
 WORK = "diff.work"  # folder of unfinished work
 N_QUESTIONS, N_PAIRS = 20, 2  # of each trait, for the change of its words
 N_KL = 96  # texts on which all blocks and the logits are compared
-DEPTH = 0.6  # of the block whose features are looked for
+DEPTH = 2 / 3  # of the block whose features are looked for
 N_FEATURES = 10  # that rose, and that fell
 MEAN = "mean difference"
 
@@ -80,6 +81,7 @@ def diff(
     columns: Columns | None = None,
     layer: int | None = None,
     dictionary: str | Path | DictionaryRecipe | None = None,
+    dictionary_key: str | None = None,
     n_features: int = N_FEATURES,
     subjects: Sequence[Trait] | None = None,
     seed: int = 0,
@@ -89,16 +91,17 @@ def diff(
     """Find what a fine-tune changed: in what the model predicts, in its character, and in features of its stream.
 
     Both read the same fixed texts. A TopK dictionary of a block's outputs in both models is trained; its features are
-    ranked by the change of their mean activation and tried by steering: what survives takes the shift of the trait that
-    changed most from the tuned model, and gives it to the base, more than random directions do, while both stay
-    coherent. `out` gets report.html, diff.json and the survivors as vectors.
+    ranked by the change of their mean activation and tried by steering: what survives takes at least a fifth of the
+    shift of the trait whose words changed most surely from the tuned model, and gives as much to the base, more than
+    random directions do, while both stay coherent. `out` gets report.html, diff.json and the survivors as vectors.
 
     Args:
         base, tuned: open models of one architecture and tokenizer.
         vectors: known traits of the base, beside those of the library; their directions are taken for their traits.
         data: rows of conversations to read instead of the fixed texts; columns: those that are not named are found out.
-        layer: the block whose features are looked for; that of the dictionary, or at 60 % of the depth, when None.
-        dictionary: how it is trained, or a safetensors or npz file with a decoder made elsewhere.
+        layer: the block whose features are looked for; the dictionary's, or at two thirds of the depth, when None.
+        dictionary: how it is trained, or a safetensors or npz file with a decoder made elsewhere;
+            dictionary_key: its name there, where several might be meant.
         n_features: how many that rose, and how many that fell, are described and tried.
         subjects: traits of the profile, the library's when None.
         force: replace an earlier report.
@@ -112,7 +115,7 @@ def diff(
     stage = progress or (lambda _: lambda done, total: None)
     folder = Path(out)
     check_folder(folder)
-    if (folder / "diff.json").exists() and not force:
+    if any((folder / name).exists() for name in ("diff.json", "report.html")) and not force:
         raise ArgumentError(f"{folder}: holds a report already; --force replaces it")
     check_alike(base, tuned)
     if base.unhooked:
@@ -121,7 +124,7 @@ def diff(
     _check_block(il)
     given = None
     if isinstance(dictionary, (str, Path)):
-        given = load_dictionary(dictionary, layer, n_embd=base.n_embd)
+        given = load_dictionary(dictionary, layer, n_embd=base.n_embd, key=dictionary_key)
     else:
         need("a sparse dictionary needs", "train", "torch")
     if given is not None and layer is None:
@@ -129,6 +132,7 @@ def diff(
         _check_block(il)
     for v in vectors:
         check_fits(v, base)
+    directions = whole_states(vectors, base.n_layer)
     asked = [traits.get(n) for n in traits.names()] if subjects is None else list(subjects)
     own = {trait_of(v).name: trait_of(v) for v in vectors}
     asked = [*own.values(), *(t for t in asked if t.name not in own)]
@@ -139,22 +143,24 @@ def diff(
         raise ArgumentError(
             f"the texts have {n_tokens} tokens of answers behind the first 8: at least {fewest} are needed"
         )
-    if given is None:
-        check_dictionary_memory(recipe, base.n_embd, 2 * n_tokens)
+    size = recipe.expansion * base.n_embd if given is None else len(given[0])
+    check_dictionary_memory(size, base.n_embd, 2 * n_tokens, 0 if given is not None else recipe.batch)
     plan = {
         "method": METHOD, "threads": base.n_threads, "layer": il,
         "base": base.fingerprint, "tuned": tuned.fingerprint, "build": build_id(),
         "texts": digest([t.tokens for t in texts]), "traits": [t.as_dict() for t in asked], "seed": seed,
         "vectors": [digest(v.name, v.directions.tolist()) for v in vectors],
+        "gpu_layers": [m.options.get("n_gpu_layers") for m in (base, tuned)],
     }  # fmt: skip
     with Work(folder / WORK, plan, restart=force) as work:
-        some = texts[:: max(1, len(texts) // N_KL)]
+        order = np.random.default_rng(seed).permutation(len(texts))
+        some = [texts[i] for i in sorted(order[:N_KL])]
         differences = _differences(work, base, tuned, some, stage("comparing predictions"))
-        profile, at_base = _profile(work, base, tuned, asked, vectors, stage)
+        profile, at_base = _profile(work, base, tuned, asked, directions, stage)
         behaviour = _behaviour(profile, asked, base, tuned)
         rows = [_rows(work, name, m, texts, il, stage) for name, m in (("base", base), ("tuned", tuned))]
         learned = _dictionary(work, rows, given, recipe, base, stage("training the dictionary"))
-        features = _features(base, texts, rows, learned, il, n_features, at_base, vectors)
+        features = _features(base, texts, rows, learned, il, n_features, differences, at_base, directions)
         if behaviour is not None:
             features = _tried(work, base, tuned, features, il, behaviour, seed, stage("trying features"))
         quality = _quality(work, base, tuned, behaviour, asked, stage("coherence and capability"))
@@ -180,13 +186,11 @@ def diff(
             capability=quality["capability"],
             mean=differences.mean,
         )  # fmt: skip
-        units = np.array([f.direction for f in features], np.float32).reshape(-1, base.n_embd)
-        cap = np.percentile(rows[0] @ units.T, CAP_PERCENTILE, axis=0)
-        vectors_of = {
-            f.name: survivor_vector(f, il, base, behaviour, float(cap[i]))
-            for i, f in enumerate(features)
-            if behaviour is not None and f.effect is not None and f.effect.survives
-        }
+        vectors_of: dict[str, PersonaVector] = {}
+        if behaviour is not None:
+            vectors_of = {f.name: survivor_vector(f, il, base, tuned, behaviour.trait) for f in found.survivors}
+        limits = high_readings(base, some, list(vectors_of.values()))
+        vectors_of = {n: replace(v, thresholds=x) for (n, v), x in zip(vectors_of.items(), limits, strict=True)}
         write_diff(folder, found, vectors_of, mean_vector(differences, il, base))
         work.remove()
     return found
@@ -281,7 +285,10 @@ def _tried(
         found = try_features(base, tuned, features, il, behaviour, seed=seed, progress=progress)
         return {}, {f.name: None if f.effect is None else asdict(f.effect) for f in found}
 
-    name = digest([f.name for f in features], behaviour.trait.as_dict())[:12]
+    rows = [f.direction if f.by_block is None else f.by_block for f in features]
+    name = digest(
+        [(f.name, f.sign, x.tolist()) for f, x in zip(features, rows, strict=True)], behaviour.trait.as_dict()
+    )[:12]
     effects = TypeAdapter(dict[str, Effect | None]).validate_python(work.part(f"effects-{name}", compute)[1])
     return [replace(f, effect=effects[f.name]) for f in features]
 
@@ -293,7 +300,7 @@ def _behaviour(profile: Sequence[Shift], asked: Sequence[Trait], base: Model, tu
     if not changed:
         return None
     trait = next(t for t in asked if t.name == changed[0].trait)
-    cells: tuple[Cell, ...] = make_cells(trait.evaluate_questions, trait.evaluation_pairs, 1)
+    cells: tuple[Cell, ...] = make_cells(trait.evaluate_questions, trait.evaluation_pairs, N_PAIRS)
     values = [cell_log_odds(m, cells, [None])[0] for m in (base, tuned)]
     return Behaviour(trait, cells, *values)
 
@@ -329,7 +336,7 @@ def _dictionary(
 
 def _features(
     base: Model, texts: Sequence[Text], rows: Sequence[NDArray[np.float32]], learned: Dictionary,
-    il: int, n: int, at_base: Profile, vectors: Sequence[PersonaVector],
+    il: int, n: int, differences: Differences, at_base: Profile, vectors: Sequence[PersonaVector],
 ) -> list[Feature]:  # fmt: skip
     """The mean difference, and the dictionary's features that changed most, each described."""
     kept = without_outliers(rows[0]) & without_outliers(rows[1])
@@ -340,7 +347,8 @@ def _features(
     length = float(np.linalg.norm(moved))
     if length > 0:
         unit = (moved / length).astype(np.float32)
-        found.insert(0, Feature(MEAN, unit, float((before @ unit).mean()), float((after @ unit).mean())))
+        means = float((before @ unit).mean()), float((after @ unit).mean())
+        found.insert(0, Feature(MEAN, unit, *means, by_block=differences.mean))
     known = {name: d[il].astype(np.float64) for name, d in at_base.directions.items() if np.isfinite(d[il]).all()}
     for v in vectors:
         if np.isfinite(v.directions[il]).all():
@@ -370,8 +378,8 @@ def _quality(
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
         trait = behaviour.trait if behaviour else next(t for t in asked if t.evaluate_questions)
-        systems = [tuple(pair[0] for pair in trait.system[:1]) if base.takes_system else ()]
-        (found,) = measure_coherence(tuned, trait.evaluate_questions[-6:], [None], systems=systems, judge=base)
+        systems = [tuple(pair[0] for pair in trait.system[:1]) if base.takes_system and tuned.takes_system else ()]
+        (found,) = measure_coherence(tuned, trait.evaluate_questions[-6:], [None], systems=systems, judges=(base,))
         progress(1, 3)
         known = {}
         for k, (name, m) in enumerate((("base", base), ("tuned", tuned))):
@@ -384,33 +392,32 @@ def _quality(
 
 
 def mean_vector(differences: Differences, il: int, base: Model) -> PersonaVector | None:
-    """The mean difference of every block that moved, recommended at block il; None where the models do not differ."""
+    """The mean difference of every block that moved, recommended around block il; None where the models do not
+    differ.
+    """
     moved: NDArray[np.bool_] = np.isfinite(differences.mean).all(axis=1) & np.any(differences.mean, axis=1)
     if not moved[il]:
         return None
     data = np.where(moved[:, None], differences.mean, np.nan).astype(np.float32)
     provenance = {"method": "mean difference", **base.origin}
-    return PersonaVector(data, (il,), MEAN, norms=np.asarray(base.norms), provenance=provenance)
+    layers = tuple(i for i in blocks_around(il, base.n_layer) if moved[i])
+    return PersonaVector(data, layers, MEAN, norms=np.asarray(base.norms), provenance=provenance)
 
 
-def survivor_vector(feature: Feature, il: int, base: Model, behaviour: Behaviour, cap: float) -> PersonaVector:
-    """A feature as a vector that can be added, capped and shipped; more of it is more of the feature.
-
-    thresholds: the 99th percentile of the base's readings, at which `Cap` holds a raised feature.
-    """
+def survivor_vector(feature: Feature, il: int, base: Model, tuned: Model, trait: Trait) -> PersonaVector:
+    """A feature as a vector that can be added and shipped; more of it is more of the feature."""
     assert feature.effect is not None
-    thresholds = np.full(base.n_layer, np.nan, np.float32)
-    thresholds[il] = cap
     provenance = {
         "method": "feature",
-        "trait": behaviour.trait.name,
-        "texts": behaviour.trait.as_dict(),
+        "trait": trait.name,
+        "texts": trait.as_dict(),
         "change": feature.change,
         "effect": asdict(feature.effect),
+        "tuned": tuned.fingerprint,
         **base.origin,
     }
     vector = as_vector(
-        feature, il, base.n_layer, strength=feature.effect.dose, norms=np.asarray(base.norms), thresholds=thresholds,
+        feature, il, base.n_layer, strength=feature.effect.removed.dose, norms=np.asarray(base.norms),
         provenance=provenance,
     )  # fmt: skip
-    return replace(vector, name=f"{feature.name} ({behaviour.trait.name})")
+    return replace(vector, name=f"{feature.name} ({trait.name})")

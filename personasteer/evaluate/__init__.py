@@ -4,7 +4,7 @@ from personasteer.evaluate.capability import capability
 from personasteer.evaluate.coherence import Coherence, kl_on_neutral, measure_coherence
 from personasteer.evaluate.controls import random_vectors, unrelated_vector
 from personasteer.evaluate.evaluation import Controls, Dose, Evaluation, cross_talk, evaluate, trait_of
-from personasteer.evaluate.log_odds import Cell, cell_log_odds, log_odds, make_cells
+from personasteer.evaluate.log_odds import Cell, cell_log_odds, halves, log_odds, make_cells
 from personasteer.evaluate.overhead import measure_overhead
 from personasteer.statistics import bootstrap_interval, spearman
 
@@ -19,6 +19,7 @@ __all__ = [
     "cell_log_odds",
     "cross_talk",
     "evaluate",
+    "halves",
     "kl_on_neutral",
     "log_odds",
     "make_cells",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from personasteer.engine import Progress, Request, Sampling
 from personasteer.model import Model
+from personasteer.progress import Meter
 from personasteer.steering import Steering, as_steering
 from personasteer.traits import neutral_pairs
 
@@ -53,65 +54,66 @@ def measure_coherence(
     systems: Sequence[Sequence[str]] = (),
     max_tokens: int = 24,
     seed: int = 0,
-    judge: Model | None = None,
+    judges: Sequence[Model] = (),
     progress: Progress | None = None,
 ) -> list[Coherence]:
     """Sampled answers (temperature 0.7) under each steering, scored by the unsteered model.
 
     Args:
-        judge: another model of the same tokenizer, such as what this one was fine-tuned from: its answers are those
-            that are compared with, and it scores all.
         questions: what to answer; the unsteered model answers each four times, for comparison.
         systems: for each steering, system prompts under which the unsteered model may find its text likely: a persona's
             words are improbable without the persona, and not incoherent for that. The lowest mean NLL counts.
+        judges: models of the same tokenizer instead of the unsteered one, such as what it was fine-tuned from. Their
+            answers are those that are compared with, and the mean of their probabilities scores each token: between two
+            models, a word that either would say is sound.
     """
-    steerings = [*([Steering()] * N_OWN), *(as_steering(s) for s in steers)]
-    systems = [*([()] * N_OWN), *(systems or [() for _ in steers])]
+    judges = tuple(judges) or (model,)
+    steerings = [as_steering(s) for s in steers]
     prompts = [model.measured_prompt(q) for q in questions]
     sampling = Sampling(TEMPERATURE, top_k=0, top_p=0.95, min_p=0.02, seed=seed)
-    requests = [
-        Request(prompt, len(prompt), s, max_tokens=max_tokens, sampling=sampling, share_prefix=True)
-        for prompt in prompts
-        for s in steerings
-    ]
-    n_score = len(questions) * sum(1 + len(s) for s in systems)
+    n_own = N_OWN * len(judges)
+    systems = [*([()] * n_own), *(systems or [() for _ in steers])]
+    n_checks = len(questions) * sum(1 + len(s) for s in systems)
+    meter = Meter(progress, len(questions) * (n_own + len(steers)) + len(judges) * n_checks)
 
-    def part(offset: int) -> Progress | None:
-        return (lambda done, _: progress(offset + done, len(requests) + n_score)) if progress else None
+    def answers(of: Model, under: Sequence[Steering]) -> list[list[dict[str, Any]]]:
+        """[steering][question]"""
+        requests = [
+            Request(prompt, len(prompt), s, max_tokens=max_tokens, sampling=sampling, share_prefix=True)
+            for prompt in prompts
+            for s in under
+        ]
+        found = of.run_alone(requests, progress=meter.part(len(requests)))
+        return [found[k :: len(under)] for k in range(len(under))]
 
-    if judge is None:
-        judge = model
-        answers = model.run_alone(requests, progress=part(0))
-    else:
-        by_judge = [i % len(steerings) < N_OWN for i in range(len(requests))]
-        sides = {
-            whose: iter(of.run_alone([r for r, own in zip(requests, by_judge, strict=True) if own is whose]))
-            for whose, of in ((True, judge), (False, model))
-        }
-        answers = [next(sides[own]) for own in by_judge]
+    unsteered = [Steering()] * N_OWN
+    by_model = answers(model, [*(unsteered if model in judges else ()), *steerings])
+    sampled = [a for judge in judges for a in (by_model[:N_OWN] if judge is model else answers(judge, unsteered))]
+    sampled += by_model[len(by_model) - len(steerings) :]
     scored: list[tuple[int, int, int]] = []
     checks = []
     for i, question in enumerate(questions):
         for k, given in enumerate(systems):
-            tokens = answers[i * len(steerings) + k]["tokens"]
+            tokens = sampled[k][i]["tokens"]
             for j, system in enumerate((None, *given)):
                 if not tokens:
                     continue
                 prompt = prompts[i] if system is None else model.measured_prompt(question, system)
                 checks.append(Request.scored([*prompt, *tokens], len(prompt)))
                 scored.append((k, i, j))
-    scores = judge.run_alone(checks, progress=part(len(requests)))
-    nll = np.full((len(steerings), len(questions), 1 + max(map(len, systems))), np.nan)
-    for place, result in zip(scored, scores, strict=True):
-        nll[place] = -result["scores"].mean()
-    texts = [[_text(answers[i * len(steerings) + k]) for i in range(len(questions))] for k in range(len(steerings))]
+    by_judge = [judge.run_alone(checks, progress=meter.part(len(checks))) for judge in judges]
+    nll = np.full((len(systems), len(questions), 1 + max(map(len, systems))), np.nan)
+    for place, results in zip(scored, zip(*by_judge, strict=True), strict=True):
+        log_p = [np.asarray(r["scores"], np.float64) for r in results]
+        nll[place] = np.log(len(judges)) - np.logaddexp.reduce(log_p).mean()
+    texts = [[_text(a) for a in of_one] for of_one in sampled]
     repeats = [float(np.mean([repetition(t) for t in of_one])) for of_one in texts]
-    lowest = [_lowest(nll[k]) for k in range(len(steerings))]
-    answered = [x for x in lowest[:N_OWN] if np.isfinite(x)]
+    lowest = [_lowest(of_one) for of_one in nll]
+    answered = [x for x in lowest[:n_own] if np.isfinite(x)]
     own = float(np.mean(answered)) if answered else -np.inf  # a model that says nothing vouches for no text
-    own_repeats = float(np.mean(repeats[:N_OWN]))
+    own_repeats = float(np.mean(repeats[:n_own]))
     out = []
-    for k in range(N_OWN, len(steerings)):
+    for k in range(n_own, len(systems)):
         likely = np.exp(min(0.0, own - lowest[k])) if np.isfinite(lowest[k]) else 0.0
         sound = likely * (1.0 - max(0.0, repeats[k] - own_repeats))
         out.append(Coherence(lowest[k], repeats[k], float(sound), tuple(texts[k])))

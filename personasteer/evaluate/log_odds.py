@@ -35,6 +35,16 @@ def make_cells(
     return tuple(Cell(q, *pairs[(i * n + k) % len(pairs)]) for i, q in enumerate(questions) for k in range(n))
 
 
+def halves(cells: Sequence[Cell]) -> tuple[list[int], list[int]]:
+    """Places of the cells of every other question, and of the rest: what is chosen on one half is reported on the
+    other. Twice all of them where there is one question.
+    """
+    questions = list(dict.fromkeys(c.question for c in cells))
+    rest = set(questions[1::2])
+    first, second = ([i for i, c in enumerate(cells) if (c.question in rest) is which] for which in (False, True))
+    return first, second or first
+
+
 def cell_log_odds(
     model: Model,
     cells: Sequence[Cell],

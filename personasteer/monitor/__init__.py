@@ -5,7 +5,7 @@ from personasteer.monitor.drift import Drift, find_drift
 from personasteer.monitor.everyday import clean_prompts, everyday_prompt
 from personasteer.monitor.guard import Event, Guard, GuardedAnswer, GuardedStream, Rule
 from personasteer.monitor.policy import load_policy
-from personasteer.monitor.profile import LEAST_WORDS, Profile, Shift, compare_profiles, measure_profile
+from personasteer.monitor.profile import LEAST_WORDS, Profile, Shift, compare_profiles, measure_profile, whole_states
 from personasteer.monitor.readings import (
     Readings,
     TurnDrift,
@@ -80,4 +80,5 @@ __all__ = [
     "watch_transcripts",
     "watched",
     "write_audit",
+    "whole_states",
 ]

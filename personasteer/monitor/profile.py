@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,6 +124,13 @@ def _answers(trait: Trait) -> list[tuple[str, str]]:
     return [
         (questions[i % len(questions)], pair[side]) for side in (0, 1) for i, pair in enumerate(trait.continuations)
     ]
+
+
+def whole_states(vectors: Iterable[PersonaVector], n_layer: int) -> list[PersonaVector]:
+    """Those that tell a block's whole state, which profiles are compared along: an imported one may have fewer blocks
+    than the model, increments tell the step from one block to the next.
+    """
+    return [v for v in vectors if v.n_layer == n_layer and v.provenance.get("form") != "incremental"]
 
 
 @dataclass(frozen=True)

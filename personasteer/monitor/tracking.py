@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from personasteer.evaluate.log_odds import answer_cells
 from personasteer.identity import differences
 from personasteer.model import Model
 from personasteer.monitor.everyday import clean_prompts, everyday_prompt
-from personasteer.monitor.profile import Profile, Shift, compare_profiles, measure_profile
+from personasteer.monitor.profile import Profile, Shift, compare_profiles, measure_profile, whole_states
 from personasteer.monitor.registry import Evaluation, Registry, TrackedModel, TrackedVector
 from personasteer.monitor.thresholds import ALARM, WATCH, Threshold, last_states, prompted, thresholds_for
 from personasteer.progress import Meter
@@ -438,7 +438,7 @@ def _checked(
     measured = [t for name, t in subjects.items() if name in before.log_odds]
     now = _sound(model, measure_profile(model, measured, directions=False, progress=meter.part(WEIGHTS["profile"])))
     if base.identity.get("metadata") == checked.identity.get("metadata"):
-        shifts = compare_profiles(before, now, _whole(vectors.values(), base))
+        shifts = compare_profiles(before, now, whole_states(vectors.values(), base.n_layer))
     else:
         shifts = compare_profiles(replace(before, directions={}), now)
     asked = {k.digest: (vectors[k.digest], None if k.digest in refused else t, old[k.digest].cells) for k, t in kept}
@@ -458,13 +458,6 @@ def _checked(
         reasons.append(f"{base.title} was measured by another build of llama.cpp, which alone changes figures a little")
     differs = differences(base.identity, checked.identity)
     return Check(checked, base, outcome, tuple(reasons), differs, tuple(judged), tuple(shifts))
-
-
-def _whole(vectors: Iterable[PersonaVector], model: TrackedModel) -> list[PersonaVector]:
-    """Those that tell a block's whole state; an imported one may have fewer blocks, increments tell the step from one
-    block to the next.
-    """
-    return [v for v in vectors if v.n_layer == model.n_layer and v.provenance.get("form") != "incremental"]
 
 
 def _vectors(n: int) -> str:
@@ -599,7 +592,7 @@ def compare_models(registry: Registry, first: str, second: str) -> Comparison:
         common = [name for name in profiles[0].log_odds if texts[0].get(name) == texts[1].get(name)]
         before, after = (replace(p, log_odds={n: p.log_odds[n] for n in common}) for p in profiles)
         same_template = a.identity.get("metadata") == b.identity.get("metadata")
-        vectors = _whole([v for v, _ in kept[0].values()], a) if same_template else []
+        vectors = whole_states([v for v, _ in kept[0].values()], a.n_layer) if same_template else []
         shifts = compare_profiles(before if same_template else replace(before, directions={}), after, vectors)
     same = a.fingerprint == b.fingerprint
     differs = "" if same else differences(a.identity, b.identity) if alike else "another architecture or shape"

@@ -2,7 +2,7 @@
 
 from personasteer.recalibrate.examples import Example, Examples, read_examples, task_loss
 from personasteer.recalibrate.fallback import Remedy, best_remedy, read_features, remedies, write_remedy
-from personasteer.recalibrate.measures import Change, Probe, Shown, change, make_probes, measure, removed
+from personasteer.recalibrate.measures import Change, Probe, Shown, can_be_probed, change, make_probes, measure, removed
 from personasteer.recalibrate.results import Finetuned, Point, Realigned
 from personasteer.recalibrate.run import finetune, realign
 from personasteer.recalibrate.training import Recipe
@@ -19,6 +19,7 @@ __all__ = [
     "Remedy",
     "Shown",
     "best_remedy",
+    "can_be_probed",
     "change",
     "finetune",
     "make_probes",

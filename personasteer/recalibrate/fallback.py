@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, PersonasteerError
-from personasteer.evaluate import cell_log_odds, make_cells, measure_coherence, trait_of
+from personasteer.evaluate import bootstrap_interval, cell_log_odds, halves, make_cells, measure_coherence, trait_of
 from personasteer.identity import check_alike
 from personasteer.model import Model
 from personasteer.ship import write_bundle
 from personasteer.steering import Add, AnyEdit, Cap
 from personasteer.vectors import PersonaVector
 
-DOSES = (0.1, 0.2, 0.3, 0.4)
+DOSES = (0.5, 0.75, 1.0, 1.25)  # times the vector's own strength, at which its feature survived
 LEAST_COHERENCE = 0.9
 N_COHERENCE = 6
+N_PAIRS = 2  # continuation pairs for each question
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,10 @@ class Remedy:
 
     Args:
         feature: its name; how: "restore", "lower" or "cap"; dose: rho, None of a cap.
-        removed: share of the shift of the trait's words that is gone, on held-out questions.
-        coherence: of the answers beside the base's; None where it was not tried.
+        removed: share of the shift of the trait's words that is gone, on the half of the held-out questions that the
+            edit is not chosen by; chosen_by: on the other half.
+        coherence: of the answers, each token judged by what base and tuned model say on average: 1 is as sound as
+            theirs. None where it was not tried.
     """
 
     feature: str
@@ -39,6 +40,7 @@ class Remedy:
     dose: float | None
     trait: str
     removed: float
+    chosen_by: float
     coherence: float | None
     edit: AnyEdit
 
@@ -56,16 +58,19 @@ def remedies(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Remedy]:
-    """What can be done without training, the best first: those that leave the model coherent, by the share removed.
+    """What can be done without training, the best first: those that leave the model coherent, by how near the share
+    removed is to all of it.
 
     A suppressed feature is added, a raised one subtracted or capped at the 99th percentile of the base's readings, all
     on the response.
 
     Args:
         features: vectors that `diff` wrote: survivors of its causal filter.
+        doses: multiples of each vector's strength.
 
     Raises:
-        ArgumentError: a vector that is no such feature, or models that are no fine-tunes of each other.
+        ArgumentError: a vector that is no such feature, or one of another fine-tune; models that are no fine-tunes of
+            each other; a trait that this one has not shifted along.
     """
     check_alike(base, tuned)
     found: list[Remedy] = []
@@ -73,32 +78,41 @@ def remedies(
         change = v.provenance.get("change")
         if v.provenance.get("method") != "feature" or not isinstance(change, (int, float)):
             raise ArgumentError(f"{v.name!r} is no feature that `personasteer diff` found")
+        if v.provenance.get("tuned", tuned.fingerprint) != tuned.fingerprint:
+            raise ArgumentError(f"{v.name!r} is a feature of another fine-tune: compare this one with its base first")
         found += _of_feature(base, tuned, v, float(change), doses, seed)
         if progress:
             progress(done + 1, len(features))
-    return sorted(found, key=lambda r: (not (r.coherence or 0.0) >= LEAST_COHERENCE, -r.removed))
+    return sorted(found, key=lambda r: (not (r.coherence or 0.0) >= LEAST_COHERENCE, abs(1 - r.chosen_by)))
 
 
 def _of_feature(
     base: Model, tuned: Model, v: PersonaVector, change: float, doses: Sequence[float], seed: int
 ) -> list[Remedy]:
     trait = trait_of(v)
-    cells = make_cells(trait.evaluate_questions, trait.evaluation_pairs, 1)
+    cells = make_cells(trait.evaluate_questions, trait.evaluation_pairs, N_PAIRS)
     sign, how = (1.0, "restore") if change < 0 else (-1.0, "lower")
     edits: list[tuple[str, float | None, AnyEdit]] = [
-        (how, dose, Add(v, sign * dose, scope="response")) for dose in doses
+        (how, dose * v.strength, Add(v, sign * dose * v.strength, scope="response")) for dose in doses
     ]
     if change > 0 and v.thresholds is not None:
         edits.append(("cap", None, Cap(v, scope="response")))
-    before = float(cell_log_odds(base, cells, [None]).mean())
-    values = cell_log_odds(tuned, cells, [None, *(e for *_, e in edits)]).mean(axis=1)
-    shift = float(values[0]) - before
-    shares = (values[0] - values[1:]) / shift if shift else np.zeros(len(edits))
+    before = cell_log_odds(base, cells, [None])[0]
+    values = cell_log_odds(tuned, cells, [None, *(e for *_, e in edits)])
+    low, high = bootstrap_interval(values[0] - before)
+    if low <= 0 <= high:
+        raise ArgumentError(
+            f"along {trait.name} what the tuned model says has not shifted by more than chance "
+            f"({low:+.2f} to {high:+.2f} nats): nothing to bring back"
+        )
+    chosen_by, removed = (
+        (values[0, at] - values[1:, at]).mean(axis=1) / (values[0, at] - before[at]).mean() for at in halves(cells)
+    )
     questions = trait.evaluate_questions[-N_COHERENCE:]
-    sound = measure_coherence(tuned, questions, [e for *_, e in edits], seed=seed, judge=base)
+    sound = measure_coherence(tuned, questions, [e for *_, e in edits], seed=seed, judges=(base, tuned))
     return [
-        Remedy(v.name, kind, dose, trait.name, float(share), c.coherence, edit)
-        for (kind, dose, edit), share, c in zip(edits, shares, sound, strict=True)
+        Remedy(v.name, kind, dose, trait.name, float(share), float(chosen), c.coherence, edit)
+        for (kind, dose, edit), share, chosen, c in zip(edits, removed, chosen_by, sound, strict=True)
     ]
 
 
@@ -117,7 +131,7 @@ def write_remedy(
 ) -> Path:
     """A bundle of the fine-tuned model's file and the edit; see `write_bundle`.
 
-    Of a model that is a base with adapters, the bundle holds these adapters, too: it is run with them (`--lora`).
+    Of a model that is a base with adapters, the bundle holds these adapters, too, and is run with them.
     """
     return write_bundle(
         out,
@@ -125,7 +139,7 @@ def write_remedy(
         steering=[remedy.edit],
         name=f"{tuned.name} without {remedy.trait}",
         description=f"{remedy.how} of {remedy.feature}: {100 * remedy.removed:.0f} % of the shift removed",
-        shipped=[path for path, _ in tuned.adapters],
+        adapters=tuned.adapters,
         force=force,
         progress=progress,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personasteer.engine import Progress
-from personasteer.errors import ArgumentError
+from personasteer.errors import ArgumentError, TraitError
 from personasteer.evaluate import Cell, bootstrap_interval, cell_log_odds, make_cells, measure_coherence, trait_of
 from personasteer.model import Model
 from personasteer.monitor import last_states
@@ -109,6 +109,15 @@ def make_probes(
     return found
 
 
+def can_be_probed(vector: PersonaVector) -> bool:
+    """Whether it carries, or names, a trait with held-out questions and continuation pairs."""
+    try:
+        trait = trait_of(vector)
+    except (TraitError, ArgumentError):
+        return False
+    return bool(trait.evaluate_questions and trait.evaluation_pairs)
+
+
 def measure(model: Model, probes: Sequence[Probe], progress: Progress | None = None) -> dict[str, Shown]:
     """{name of the vector: what the model shows of its trait}."""
     meter = Meter(progress, sum(2 * len(p.cells) + len(p.questions) for p in probes))
@@ -151,5 +160,5 @@ def coherence_beside(
 
     systems: prompts under which the base may find the answers likely: a persona's words are no incoherence.
     """
-    (found,) = measure_coherence(other, questions, [None], systems=[tuple(systems)], seed=seed, judge=base)
+    (found,) = measure_coherence(other, questions, [None], systems=[tuple(systems)], seed=seed, judges=(base,))
     return found.coherence, found.texts

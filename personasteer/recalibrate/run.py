@@ -99,10 +99,10 @@ def finetune(
     plan = {
         "method": METHOD, "model": model.fingerprint, "build": build_id(), "threads": model.n_threads,
         "data": given.digest, "recipe": asdict(recipe), "edits": _digest_of(edits), "vectors": _vectors(vectors),
-        "every": every,
+        "every": every, "gpu_layers": model.options.get("n_gpu_layers"),
     }  # fmt: skip
     n_steps = recipe.n_steps(len(examples))
-    with _working(target, work, plan, force=force) as (folder, kept):
+    with _working(target, work, plan, [model], force=force) as (folder, kept):
         before = _measured(kept, "before", model, probes, stage("measuring before"))
         losses = [kept.value("task-loss", lambda: [task_loss(model, held_out.examples)])[0]] if len(held_out) else []
         trainer = Trainer(model, examples, recipe, edits=edits, folder=folder)
@@ -182,10 +182,10 @@ def realign(
     plan = {
         "method": METHOD, "base": base.fingerprint, "model": tuned.fingerprint, "build": build_id(),
         "threads": tuned.n_threads, "data": examples.digest, "recipe": asdict(recipe), "vectors": _vectors(vectors),
-        "every": every, "target": target, "stop": stop,
+        "every": every, "target": target, "stop": stop, "gpu_layers": tuned.options.get("n_gpu_layers"),
     }  # fmt: skip
     n_steps = recipe.n_steps(len(examples))
-    with _working(place, work, plan, force=force) as (folder, kept):
+    with _working(place, work, plan, [base, tuned], force=force) as (folder, kept):
         shown = {
             name: _measured(kept, name, model, probes, stage(f"measuring the {name} model"))
             for name, model in (("base", base), ("tuned", tuned))
@@ -235,12 +235,15 @@ def _check_out(out: str | Path, models: Sequence[Model], data: Any, *, force: bo
 
 @contextmanager
 def _working(
-    out: Path, work: str | Path | None, plan: Mapping[str, Any], *, force: bool
+    out: Path, work: str | Path | None, plan: Mapping[str, Any], models: Sequence[Model], *, force: bool
 ) -> Iterator[tuple[Path, Work]]:
     """The folder of unfinished work: gone once the work is done, there after an interruption. Work of another plan is
     begun anew where no step of it was taken, or by force.
     """
     folder = Path(work) if work is not None else out.with_name(out.name + ".work")
+    for file in (out, *(path for m in models for path, _ in m.adapters)):
+        if file.resolve() in [(folder / name).resolve() for name in (CHECKPOINT, ADAPTER)]:
+            raise ArgumentError(f"{file}: is a file of the unfinished work in {folder}; name another folder")
     begun = (folder / CHECKPOINT).exists()
     with Work(folder, plan, restart=force or not begun, more=(CHECKPOINT, ADAPTER)) as kept:
         yield folder, kept
@@ -362,7 +365,7 @@ def _quality(
     def compute() -> tuple[dict[str, Any], Any]:
         trait = trait_of(vectors[0])
         questions = trait.evaluate_questions[-N_COHERENCE:]
-        systems = [pair[0] for pair in trait.system[:1]] if base.takes_system else []
+        systems = [pair[0] for pair in trait.system[:1]] if base.takes_system and tuned.takes_system else []
         found: dict[str, dict[str, float]] = {"coherence": {}, "capability": {}}
         found["capability"]["base"] = float(capability(base, [None], n_items=N_ITEMS)[0])
         progress(1, 5)

@@ -94,7 +94,7 @@ class Worker:
         self.vectors: dict[str, PersonaVector] = {}
         self.bundled = Steering()
         if options.bundle:
-            bundle = load_bundle(options.bundle, model=options.model, **model_options)
+            bundle = load_bundle(options.bundle, model=options.model, lora=list(options.lora), **model_options)
             self.model, self.bundled = bundle.model, bundle.steering
             for edit in bundle.steering:
                 vector: PersonaVector = edit.vector  # type: ignore[union-attr]

@@ -183,4 +183,6 @@ def load_dictionary(
         decoder = np.ascontiguousarray(decoder.T)
     if not np.isfinite(decoder).all():
         raise VectorError(f"{file}: {key} is not finite (in float32)")
+    if not decoder.any(axis=1).all():
+        raise VectorError(f"{file}: {key} has features that are zero")
     return decoder, il

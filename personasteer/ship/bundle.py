@@ -24,6 +24,7 @@ from personasteer.ship.card import Row, evaluations_in, render_card, render_mode
 from personasteer.ship.contents import (
     ModelInFile,
     VectorFiles,
+    adapter_files,
     checked,
     report_files,
     shipped_files,
@@ -51,6 +52,7 @@ def write_bundle(
     base_model: str | None = None,
     reports: Sequence[str | os.PathLike[str]] = (),
     shipped: Sequence[str | os.PathLike[str]] = (),
+    adapters: Sequence[tuple[str | os.PathLike[str], float]] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -68,6 +70,8 @@ def write_bundle(
             Hugging Face Hub.
         reports: report files, or folders of `personasteer eval --report`.
         shipped: GGUF files of the same persona: control vectors, LoRA adapters, models with it in their weights.
+        adapters: LoRA adapters with their scales that the model is run with, the edits on top; `load_bundle` opens the
+            model with them.
         force: replace an existing bundle. A folder that is none is never replaced.
         progress: called with (bytes done, bytes in all).
 
@@ -92,17 +96,23 @@ def write_bundle(
     described = ModelInFile.read(base)
     check_steering(Steering(edits), described)  # that they can be together
     vectors = VectorFiles(edits)
-    evidence, forms = report_files(reports), shipped_files(shipped, described)
+    evidence, forms, loras = (
+        report_files(reports),
+        shipped_files(shipped, described),
+        adapter_files(adapters, described),
+    )
     content: dict[str, Any] = {
         "name": clean(name),
         "description": clean(description),
         "license": (described.license if license is None else clean(license)) or None,
         "base_model": base_model or described.hub_id,
+        "adapters": tuple(entry for _, entry in loras.values()),
         "edits": tuple(edit_entry(e, str(vectors.file_of(e.vector))) for e in edits),
         "reports": tuple(evidence),
         "files": tuple(entry for _, entry in forms.values()),
     }
-    copied = [*([base] if include_model else []), *evidence.values(), *(path for path, _ in forms.values())]
+    others = [*evidence.values(), *(path for path, _ in (*forms.values(), *loras.values()))]
+    copied = [*([base] if include_model else []), *others]
     passes = 2 if target.suffix == ".tar" else 1
     total = passes * sum(p.stat().st_size for p in copied) + (0 if include_model else base.stat().st_size)
     counter = archive.Counter(progress, total)
@@ -123,7 +133,7 @@ def write_bundle(
                 w.take(file, source, counter)
                 if source.suffix == ".json" and source.stat().st_size <= MAX_REPORT:
                     rows += evaluations_in(source.read_bytes())
-            for file, (source, _) in forms.items():
+            for file, (source, _) in (*forms.items(), *loras.items()):
                 w.take(file, source, counter)
             entry = described.entry(base, size, digest, MODEL if include_model else None)
             persona = checked({**content, "model": entry, "vectors": tuple(entries)})
@@ -244,7 +254,7 @@ def load_bundle(
             is the one, or the file of the recorded name beside the bundle.
         allow_other_model: warn where the model is another one of the same shape, instead of refusing.
         progress: called with (bytes checked, bytes in all).
-        model_options: as in Model.
+        model_options: as in Model; `lora` beside the bundle's own adapters.
 
     Raises:
         BundleError: not a bundle, damaged, of a newer version, no model to be found, or another model; a vector that
@@ -280,7 +290,13 @@ def _open(
             f"{path}: is for {_said(persona)}, and {file} is another file: {_what_differs(persona, file)}; "
             "allow_other_model=True (--allow-other-model) tries it"
         )
-    opened = model if isinstance(model, Model) else Model(file, **options)
+    loras = [(folder / a.file, a.scale) for a in persona.adapters]
+    if isinstance(model, Model):
+        if len(model.adapters) < len(loras):
+            raise BundleError(f"{path}: its model is run with {len(loras)} LoRA adapters, and the open one has none")
+        opened = model
+    else:
+        opened = Model(file, **{**options, "lora": [*loras, *options.get("lora", ())]})
     try:
         with _about(path):
             for vector in vectors.values():

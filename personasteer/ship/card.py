@@ -117,6 +117,8 @@ def render_modelfile(persona: Persona) -> str | None:
 
 def modelfile_lines(persona: Persona) -> list[str] | None:
     """FROM and ADAPTER: a model with the persona in its weights, or the base that is included with a LoRA."""
+    if persona.adapters:
+        return None
     kinds = {kind: [f.file for f in persona.files if f.kind == kind] for kind in ("model", "lora")}
     if kinds["model"]:
         return [f"FROM ./{kinds['model'][0]}"]
@@ -128,6 +130,8 @@ def modelfile_lines(persona: Persona) -> list[str] | None:
 def llama_cpp_commands(persona: Persona) -> list[str]:
     """Command lines of stock llama.cpp that run the persona, from the files of the bundle; [] where there is none."""
     base = shlex.quote(persona.model.file or persona.model.file_name)
+    if persona.adapters:
+        base += f" --lora-scaled {','.join(f'{a.file}:{a.scale:g}' for a in persona.adapters)}"
     out = []
     for f in persona.files:
         if f.kind == "control-vector":

@@ -20,6 +20,7 @@ from personasteer.errors import ArgumentError, ModelError, VectorError
 from personasteer.identity import PARTS, check_model_file, identify
 from personasteer.ship.fields import read_fields, text_of
 from personasteer.ship.persona import (
+    AdapterEntry,
     BaseModelEntry,
     IdentityEntry,
     Persona,
@@ -242,6 +243,24 @@ def shipped_files(shipped: Sequence[str | os.PathLike[str]], base: ModelInFile) 
         if kind == "model" and not what:
             raise ModelError(f"{path}: a model that does not say which persona is in its weights (export bake, ablate)")
         out[name] = path, ShippedEntry.model_validate({"file": name, "kind": kind, "what": what})
+    return out
+
+
+def adapter_files(
+    adapters: Sequence[tuple[str | os.PathLike[str], float]], base: ModelInFile
+) -> dict[str, tuple[Path, AdapterEntry]]:
+    """{name in the bundle: (file, how it is run)} of LoRA adapters that the model is run with.
+
+    Raises ModelError where one is no LoRA, or for another architecture.
+    """
+    out: dict[str, tuple[Path, AdapterEntry]] = {}
+    for given, scale in adapters:
+        path = check_model_file(given)
+        found = read_fields(path)
+        if found.get("general.type") != "adapter" or found.get("general.architecture") != base.architecture:
+            raise ModelError(f"{path}: is no LoRA adapter for {base.architecture!r}")
+        name = slug(path.stem, out, "adapters", ".gguf")
+        out[name] = path, AdapterEntry(file=name, scale=scale)
     return out
 
 

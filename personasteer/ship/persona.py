@@ -161,6 +161,13 @@ class ShippedEntry(_Entry):
     what: Line = ""
 
 
+class AdapterEntry(_Entry):
+    """A LoRA adapter that the model is run with, under the edits: of a fine-tune that is a base with adapters."""
+
+    file: Inside
+    scale: float
+
+
 class Persona(_Entry):
     """The whole of persona.json."""
 
@@ -170,6 +177,7 @@ class Persona(_Entry):
     license: Line | None = None
     base_model: HubId | None = None
     model: BaseModelEntry
+    adapters: tuple[AdapterEntry, ...] = ()
     vectors: Annotated[tuple[VectorEntry, ...], Field(min_length=1)]
     edits: Annotated[tuple[EditEntry, ...], Field(min_length=1)]
     reports: tuple[Inside, ...] = ()
@@ -191,7 +199,8 @@ class Persona(_Entry):
     def named_files(self) -> list[str]:
         """Every file of the bundle that persona.json names."""
         included = [self.model.file] if self.model.file is not None else []
-        return [*included, *(v.file for v in self.vectors), *self.reports, *(f.file for f in self.files)]
+        loras, vectors = (a.file for a in self.adapters), (v.file for v in self.vectors)
+        return [*included, *loras, *vectors, *self.reports, *(f.file for f in self.files)]
 
     def as_json(self) -> bytes:
         """The bytes of persona.json."""
