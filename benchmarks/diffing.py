@@ -1,7 +1,7 @@
 """Is the trait of a fine-tune named first, and does one feature carry it?
 
     pip install 'personasteer[train]'
-    python benchmarks/diffing.py VECTOR.gguf.. --work DIR [--model MODEL.gguf] [--seeds 1] [--table]
+    python benchmarks/diffing.py VECTOR.gguf.. --work DIR [--model MODEL.gguf] [--seeds 1] [--sets gloom sober]
 
 The fine-tunes of test_bed.py (gloom, sarcasm, flattery, each as severe as it is written; bad advice; and sober answers,
 which carry no trait) are compared with their base by `personasteer.diff`: the place of the trait in the profile of all
@@ -40,13 +40,15 @@ def one(args: argparse.Namespace, path: Path, trait: str, name: str, seed: int) 
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--sets", nargs="+", choices=[*SETS.values(), SOBER], default=[*SETS.values(), SOBER])
+    args = parser.parse_args()
     path = model_path(args.model)
     known = [named(ps.PersonaVector.load(v)) for v in args.vectors]
     folder = Folder(args.work, {"model": path.name, "vectors": known})
     if not args.table:
         for trait, name in {**SETS, "": SOBER}.items():
-            for seed in range(args.seeds):
+            for seed in range(args.seeds if name in args.sets else 0):
                 folder.get(f"{name}-{seed}", lambda t=trait, n=name, s=seed: one(args, path, t, n, s))  # type: ignore[misc]
     print(table(folder.load()))
 

@@ -1,7 +1,7 @@
 """Does steering while training keep a trait out, without keeping the task out?
 
     pip install 'personasteer[train]'
-    python benchmarks/prevention.py VECTOR.gguf --work DIR [--model MODEL.gguf] [--seeds 3] [--strength 0.3] [--table]
+    python benchmarks/prevention.py VECTOR.gguf --work DIR [--seeds 3] [--strength 0.3] [--arms plain preventative]
 
 SmolLM2 is fine-tuned on gloom (see test_bed.py), for each seed with the same rows, order and beginning: plainly; with
 +rho v at all positions while it trains (preventative steering), at the vector's blocks, or as increments at all blocks;
@@ -49,13 +49,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--strength", type=float, default=0.3)
     parser.add_argument("--rows", default="gloom")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     args = parser.parse_args()
     path, (vector, *_) = model_path(args.model), [ps.PersonaVector.load(v) for v in args.vectors]
     settings = {"model": path.name, "vector": named(vector), "strength": args.strength, "rows": args.rows}
     folder = Folder(args.work, settings)
     if not args.table:
         for seed in range(args.seeds):
-            for arm in ARMS:
+            for arm in args.arms:
                 folder.get(f"{arm}-{seed}", lambda arm=arm, seed=seed: one(args, path, vector, arm, seed))  # type: ignore[misc]
     print(table(folder.load()))
 

@@ -25,9 +25,8 @@ from work_folder import Folder
 import personasteer as ps
 from personasteer.cli._common import model_path
 from personasteer.conversations import benign_rows
-from personasteer.evaluate import capability, trait_of
+from personasteer.evaluate import capability, measure_coherence, trait_of
 from personasteer.recalibrate import Recipe, Shown, change, finetune, make_probes, measure
-from personasteer.recalibrate.measures import coherence_beside
 from personasteer.work import digest
 
 ROWS = Path(__file__).with_name("trait_rows")
@@ -83,11 +82,12 @@ def measured(
                 found["change"] = {name: change(before[name], s).as_dict() for name, s in shown.items()}
             if quality:
                 trait = trait_of(vectors[0])
-                systems = [pair[0] for pair in trait.system[:1]]
-                sound, texts = coherence_beside(base, model, trait.evaluate_questions[-6:], systems)
+                systems = [tuple(pair[0] for pair in trait.system[:1])]
+                questions = trait.evaluate_questions[-6:]
+                (sound,) = measure_coherence(model, questions, [None], systems=systems, judges=(base,))
                 found |= {
-                    "coherence": sound,
-                    "texts": texts,
+                    "coherence": sound.coherence,
+                    "texts": sound.texts,
                     "capability": float(capability(model, [None], n_items=40)[0]),
                 }
     return found

@@ -55,7 +55,7 @@ class Work:
         except OSError as e:
             self._lock.close()
             raise ArgumentError(f"{folder}: another process works here") from e
-        self._own = ("plan.json", *more)
+        self._own = (*more, "plan.json")  # the plan goes last: without it the others would be foreign
         try:
             self._claim(folder / "plan.json", plan, restart)
         except BaseException:

@@ -24,6 +24,7 @@ import numpy as np
 import oracle
 import pytest
 import samples
+from test_lora import write_lora
 
 import personasteer as ps
 from personasteer import ArgumentError, BundleError, IncompatibleVector, Model, ModelError, PersonaVector, VectorError
@@ -1040,3 +1041,41 @@ def test_a_mistake_at_the_command_line_is_one_line(
     assert err.startswith("personasteer: ")
     assert err.count("\n") == 1
     assert pattern in err
+
+
+# ---- adapters
+
+
+def test_a_bundle_is_run_with_its_adapters(tiny_path: Path, tmp_path: Path) -> None:
+    loras = [write_lora(tmp_path / f"{seed}.gguf", seed=seed) for seed in range(2)]
+    given = [(loras[0], 0.5), (loras[1], 1.0)]
+    edit = vector() * 0.3
+    out = write_bundle(tmp_path / "b.tar", model=tiny_path, steering=[edit], name="x", adapters=given)
+    options: dict[str, Any] = {"n_ctx": 256, "n_parallel": 1, "n_threads": 1}
+    with Model(tiny_path, lora=given, **options) as m:
+        wanted = m.logits(TEXTS, steer=edit)
+        with ps.load_bundle(out, model=m) as same:
+            assert same.model is m
+    with ps.load_bundle(out, model=tiny_path, **options) as b:
+        assert [scale for _, scale in b.model.adapters] == [0.5, 1.0]
+        got = b.model.logits(TEXTS, steer=b.steering)
+    assert all(np.array_equal(x, y) for x, y in zip(got, wanted, strict=True))
+    for other in ([], given[:1], given[::-1], [(loras[0], 1.0), given[1]]):
+        with (
+            Model(tiny_path, lora=other, **options) as m,
+            pytest.raises(BundleError, match=r"adapters/0\.gguf \(scale 0"),
+        ):
+            ps.load_bundle(out, model=m)
+    card = check_bundle(out).card
+    assert "`adapters/0.gguf` at scale 0.5, `adapters/1.gguf`" in card
+    assert "--control-vector" not in card.split("## How strong")[0]
+
+
+@pytest.mark.parametrize(("scale", "said"), [(float("nan"), "scale"), (1e39, "less than or equal to 10000")])
+def test_an_adapter_that_cannot_be_run_is_refused(tiny_path: Path, tmp_path: Path, scale: float, said: str) -> None:
+    lora = write_lora(tmp_path / "a.gguf")
+    with pytest.raises(ArgumentError, match=said):
+        write_bundle(tmp_path / "b", model=tiny_path, steering=[vector() * 0.3], name="x", adapters=[(lora, scale)])
+    with pytest.raises(ModelError, match="is no LoRA adapter for 'llama'"):
+        write_bundle(tmp_path / "b", model=tiny_path, steering=[vector() * 0.3], name="x", adapters=[(tiny_path, 1.0)])
+    assert not (tmp_path / "b").exists()

@@ -26,9 +26,9 @@ from personasteer.discover.differences import (
     through_unembedding,
     token_places,
 )
-from personasteer.discover.features import Behaviour, blocks_around
+from personasteer.discover.features import Behaviour, Feature, blocks_around, try_features
 from personasteer.discover.texts import fixed_pairs, make_texts
-from personasteer.evaluate import Cell
+from personasteer.evaluate import Cell, Coherence
 
 pytestmark = pytest.mark.usefixtures("few_texts")
 
@@ -247,7 +247,7 @@ def test_survivors_are_vectors_that_steer_and_cap(
     assert models[0].capture(texts)[0][IL] @ u < tau
 
 
-def test_what_chooses_a_feature_does_not_report_it() -> None:
+def test_half_of_the_questions_do_not_report() -> None:
     cells = tuple(Cell(q, str(k), "no") for q in "abc" for k in range(2))
     b = Behaviour(TRAIT, cells, np.zeros(6), np.arange(6.0))
     first, second = b.halves()
@@ -256,6 +256,36 @@ def test_what_chooses_a_feature_does_not_report_it() -> None:
     assert (first.shift, second.shift) == (np.mean([0, 1, 4, 5]), 2.5)
     (one, same) = Behaviour(TRAIT, cells[:2], np.zeros(2), np.ones(2)).halves()
     assert one.cells == same.cells == cells[:2]
+
+
+@pytest.mark.parametrize(("sound", "other_half", "survives"), [(1.0, 0.5, True), (0.89, 0.5, False), (1.0, 0.1, False)])
+def test_an_effect_is_of_the_questions_that_did_not_choose_it(
+    models: tuple[ps.Model, ps.Model], monkeypatch: pytest.MonkeyPatch, sound: float, other_half: float, survives: bool
+) -> None:
+    """A feature moves the choosing questions by all of the shift at 0.3, the others by a share of that."""
+    cells = tuple(Cell(q, "yes", "no") for q in "abcd")
+
+    def rigged(model: ps.Model, cells: Any, steers: Any, *, progress: Any = None) -> np.ndarray:
+        own = 1.0 if model is models[1] else 0.0
+        sizes = [0.0 if s.vector.name.startswith("random") else s.strength / 0.3 for s in steers]
+        return np.array([[own + x * (1.0 if c.question in "ac" else other_half) for c in cells] for x in sizes])
+
+    answers = Coherence(0.0, 0.0, sound, ())
+    for name, fake in (
+        ("cell_log_odds", rigged),
+        ("measure_coherence", lambda model, questions, steers, **_: [answers] * len(steers)),
+        ("kl_on_neutral", lambda model, steers, **_: np.zeros(len(steers))),
+        ("capability", lambda model, steers, **_: np.full(len(steers), 0.5)),
+    ):
+        monkeypatch.setattr(f"personasteer.discover.features.{name}", fake)
+    behaviour = Behaviour(TRAIT, cells, np.zeros(4), np.ones(4))
+    (got,) = try_features(*models, [Feature("feature 1", np.eye(N_EMBD, dtype=np.float32)[0], 0.0, 1.0)], IL, behaviour)
+    assert got.effect is not None
+    assert got.effect.survives is survives
+    assert got.effect.capability == ((0.5, 0.5) if survives else None)
+    for side in (got.effect.removed, got.effect.induced):
+        assert side.dose == 0.3
+        assert side.share == pytest.approx(other_half if sound == 1.0 else 1.0)
 
 
 def test_a_feature_is_steered_in_a_third_of_the_depth() -> None:

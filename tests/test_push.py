@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import samples
+from test_lora import write_lora
 
 from personasteer import ArgumentError, BundleError
 from personasteer.cli import run as run_command
@@ -33,6 +34,7 @@ def bundle(tmp_path: Path, tiny_path: Path) -> Path:
     vector = samples.vector(norms=np.array([5.0, 8.0, 11.0, 13.0], np.float32))
     (tmp_path / "report.md").write_text("# seen")
     given: dict[str, Any] = {"model": tiny_path, "name": "sunny", "license": "mit", "reports": [tmp_path / "report.md"]}
+    given["adapters"] = [(write_lora(tmp_path / "lora.gguf"), 1.0)]
     return write_bundle(tmp_path / "sunny", steering=[vector * 0.3], **given)
 
 

@@ -100,7 +100,7 @@ def realign_(
     quantized model is measured; training stops where the shift is gone.
 
     With --features nothing is trained: a suppressed feature is restored, a raised one lowered or capped, whichever
-    takes most of the shift and leaves the answers sound, and FILE is a bundle.
+    leaves the answers sound and comes nearest to taking all of the shift, and FILE is a bundle.
 
     Example: `personasteer realign --base demo --tuned demo --lora tuned.gguf -v pessimistic.gguf -o back.gguf`
     """
@@ -116,6 +116,8 @@ def realign_(
     ):
         if features is not None:
             _without_training(b, t, features, out, stage("trying features"), force=force, seed=seed, json=json)
+            if not json:
+                say(f"bundle: {out} (personasteer bundle chat {out} -m {tuned} -p ...)")
             return
         result = realign(
             b, t, loaded, out, data=data, domains=domain, samples=samples, recipe=recipe, every=every, target=target,
@@ -148,7 +150,6 @@ def _without_training(
         sound = "" if r.coherence is None else f"{r.coherence:.2f}"
         table.add_row(escape(printable(r.feature)), edit, f"{r.removed:.0%}", sound)
     stdout.print(table)
-    say(f"bundle: {out} (personasteer bundle chat {out} -p ...)")
 
 
 def _print(result: Realigned) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from personasteer.discover.dictionary import Dictionary
 from personasteer.discover.texts import Text
 from personasteer.engine import Progress, Request
-from personasteer.evaluate import Cell, capability, cell_log_odds, halves, kl_on_neutral, measure_coherence
+from personasteer.evaluate import SOUND, Cell, capability, cell_log_odds, halves, kl_on_neutral, measure_coherence
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import Add
@@ -25,7 +25,6 @@ AROUND = 10  # tokens on either side of a snippet's
 DOSES = (0.15, 0.2, 0.3, 0.4)  # of the stream's norm, over all blocks
 LEAST_EFFECT = 0.2  # share of the shift
 MOST_SHARE = 1.5  # a dose that does more is too large
-LEAST_COHERENCE = 0.9
 N_RANDOM = 8
 N_COHERENCE = 6  # questions
 N_ITEMS = 40  # of the capability check
@@ -66,7 +65,7 @@ class Trial:
 
     @property
     def holds(self) -> bool:
-        return self.strong and (self.coherence or 0.0) >= LEAST_COHERENCE
+        return self.strong and (self.coherence or 0.0) >= SOUND
 
 
 @dataclass(frozen=True)
@@ -301,6 +300,8 @@ def try_features(
         r, a = (replace(side[i], share=t.share, chance=t.chance) for side, t in zip(best, sides, strict=True))
         effects[i] = Effect(r, a, survives=r.holds and a.holds)
     held = [i for i in held if effects[i].survives]
+    if not held:
+        return [replace(f, effect=e) for f, e in zip(features, effects, strict=True)]
     known = [
         capability(m, [_steer(features[i], il, m.n_layer, side[i].sign * side[i].dose) for i in held], n_items=N_ITEMS)
         for side, m in zip(best, (tuned, base), strict=True)
@@ -329,19 +330,6 @@ def _trials(
 
 def _steer(feature: Feature, il: int, n_layer: int, strength: float) -> Add:
     return Add(as_vector(feature, il, n_layer, window=(-10.0, 10.0)), strength * feature.sign, scope="response")
-
-
-def _shares(
-    model: Model, tries: Sequence[tuple[Feature, float]], il: int, b: Behaviour, sign: float, progress: Progress | None
-) -> NDArray[np.float64]:
-    """(n_tries,) shares of the shift that steering takes away (sign -1, tuned) or makes (1, base)."""
-    if not tries:
-        return np.empty(0)
-    steers = [_steer(f, il, model.n_layer, sign * dose) for f, dose in tries]
-    values = cell_log_odds(model, b.cells, steers, progress=progress).mean(axis=1)
-    own = b.tuned if sign < 0 else b.base
-    out: NDArray[np.float64] = sign * (values - own.mean()) / b.shift
-    return out
 
 
 def _judged(

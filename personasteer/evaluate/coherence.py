@@ -18,6 +18,7 @@ from personasteer.steering import Steering, as_steering
 from personasteer.traits import neutral_pairs
 
 LEAST = 0.5  # coherence below this counts as broken: its text is twice as perplexing as the unsteered model's own
+SOUND = 0.9  # from here on answers count as unharmed
 TEMPERATURE = 0.7
 N_OWN = 4  # unsteered answers per question: every steering is compared with them
 

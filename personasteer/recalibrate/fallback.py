@@ -10,7 +10,15 @@ from typing import Any
 
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, PersonasteerError
-from personasteer.evaluate import bootstrap_interval, cell_log_odds, halves, make_cells, measure_coherence, trait_of
+from personasteer.evaluate import (
+    SOUND,
+    bootstrap_interval,
+    cell_log_odds,
+    halves,
+    make_cells,
+    measure_coherence,
+    trait_of,
+)
 from personasteer.identity import check_alike
 from personasteer.model import Model
 from personasteer.ship import write_bundle
@@ -18,7 +26,6 @@ from personasteer.steering import Add, AnyEdit, Cap
 from personasteer.vectors import PersonaVector
 
 DOSES = (0.5, 0.75, 1.0, 1.25)  # times the vector's own strength, at which its feature survived
-LEAST_COHERENCE = 0.9
 N_COHERENCE = 6
 N_PAIRS = 2  # continuation pairs for each question
 
@@ -83,7 +90,7 @@ def remedies(
         found += _of_feature(base, tuned, v, float(change), doses, seed)
         if progress:
             progress(done + 1, len(features))
-    return sorted(found, key=lambda r: (not (r.coherence or 0.0) >= LEAST_COHERENCE, abs(1 - r.chosen_by)))
+    return sorted(found, key=lambda r: (not (r.coherence or 0.0) >= SOUND, abs(1 - r.chosen_by)))
 
 
 def _of_feature(
@@ -99,7 +106,8 @@ def _of_feature(
         edits.append(("cap", None, Cap(v, scope="response")))
     before = cell_log_odds(base, cells, [None])[0]
     values = cell_log_odds(tuned, cells, [None, *(e for *_, e in edits)])
-    low, high = bootstrap_interval(values[0] - before)
+    by_question = (values[0] - before).reshape(len(trait.evaluate_questions), -1).mean(axis=1)
+    low, high = bootstrap_interval(by_question)
     if low <= 0 <= high:
         raise ArgumentError(
             f"along {trait.name} what the tuned model says has not shifted by more than chance "
@@ -118,7 +126,7 @@ def _of_feature(
 
 def best_remedy(found: Sequence[Remedy]) -> Remedy:
     """The first of `remedies`. Raises PersonasteerError where it takes nothing away, or leaves broken answers."""
-    if not found or not found[0].removed > 0 or (found[0].coherence or 0.0) < LEAST_COHERENCE:
+    if not found or not found[0].removed > 0 or (found[0].coherence or 0.0) < SOUND:
         tried = [f"{r.how} {r.feature}: {r.removed:.0%}, coherence {r.coherence or 0:.2f}" for r in found[:3]]
         raise PersonasteerError(
             f"no feature takes the shift away and leaves sound answers ({'; '.join(tried)}): train instead (-v)"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError, TraitError
-from personasteer.evaluate import Cell, bootstrap_interval, cell_log_odds, make_cells, measure_coherence, trait_of
+from personasteer.evaluate import Cell, bootstrap_interval, cell_log_odds, make_cells, trait_of
 from personasteer.model import Model
 from personasteer.monitor import last_states
 from personasteer.progress import Meter
@@ -151,14 +151,3 @@ def removed(base: Shown, tuned: Shown, now: Shown) -> tuple[float, float]:
         share(base.log_odds, tuned.log_odds, now.log_odds),
         share(base.projection, tuned.projection, now.projection),
     )
-
-
-def coherence_beside(
-    base: Model, other: Model, questions: Sequence[str], systems: Sequence[str] = (), *, seed: int = 0
-) -> tuple[float, tuple[str, ...]]:
-    """(coherence, the answers) of a model's sampled answers, judged by the base: see `measure_coherence`.
-
-    systems: prompts under which the base may find the answers likely: a persona's words are no incoherence.
-    """
-    (found,) = measure_coherence(other, questions, [None], systems=[tuple(systems)], seed=seed, judges=(base,))
-    return found.coherence, found.texts

@@ -16,12 +16,12 @@ from personasteer._native import build_id
 from personasteer.conversations import Columns, benign_rows, open_data
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError
-from personasteer.evaluate import capability, trait_of
+from personasteer.evaluate import capability, measure_coherence, trait_of
 from personasteer.files import check_output
 from personasteer.identity import check_alike
 from personasteer.model import Model
 from personasteer.recalibrate.examples import Examples, read_examples, task_loss
-from personasteer.recalibrate.measures import Probe, Shown, coherence_beside, make_probes, measure
+from personasteer.recalibrate.measures import Probe, Shown, make_probes, measure
 from personasteer.recalibrate.results import Finetuned, Point, Realigned, recovered, shifted
 from personasteer.recalibrate.torch_models import libraries
 from personasteer.recalibrate.training import CHECKPOINT, Recipe, Trainer, block_edits, check_fits_memory
@@ -365,13 +365,15 @@ def _quality(
     def compute() -> tuple[dict[str, Any], Any]:
         trait = trait_of(vectors[0])
         questions = trait.evaluate_questions[-N_COHERENCE:]
-        systems = [pair[0] for pair in trait.system[:1]] if base.takes_system and tuned.takes_system else []
+        takes = base.takes_system and tuned.takes_system
+        systems = [tuple(pair[0] for pair in trait.system[:1]) if takes else ()]
         found: dict[str, dict[str, float]] = {"coherence": {}, "capability": {}}
         found["capability"]["base"] = float(capability(base, [None], n_items=N_ITEMS)[0])
         progress(1, 5)
         with _with_adapter(tuned, adapter) as realigned:
             for k, (name, model) in enumerate((("tuned", tuned), ("realigned", realigned))):
-                found["coherence"][name] = coherence_beside(base, model, questions, systems)[0]
+                (sound,) = measure_coherence(model, questions, [None], systems=systems, judges=(base,))
+                found["coherence"][name] = sound.coherence
                 progress(2 * k + 2, 5)
                 found["capability"][name] = float(capability(model, [None], n_items=N_ITEMS)[0])
                 progress(2 * k + 3, 5)

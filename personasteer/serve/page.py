@@ -321,7 +321,7 @@ class _Page:
             with tempfile.TemporaryDirectory() as folder:
                 out: Path = write_bundle(
                     Path(folder) / "bundle.tar", model=self.server.backend.info["path"], name=chosen,
-                    steering=steering_of(mix, vectors),
+                    steering=steering_of(mix, vectors), adapters=self.server.backend.info["adapters"],
                 )  # fmt: skip
                 return out.read_bytes()
 

@@ -95,7 +95,7 @@ class Worker:
         self.bundled = Steering()
         if options.bundle:
             bundle = load_bundle(options.bundle, model=options.model, lora=list(options.lora), **model_options)
-            self.model, self.bundled = bundle.model, bundle.steering
+            self.bundle, self.model, self.bundled = bundle, bundle.model, bundle.steering  # its files are there with it
             for edit in bundle.steering:
                 vector: PersonaVector = edit.vector  # type: ignore[union-attr]
                 names = itertools.chain([vector.name], (f"{vector.name}-{i}" for i in itertools.count(2)))
@@ -155,7 +155,7 @@ class Worker:
         m = self.model
         return {
             "model": m.name, "file": m.path.stem, "path": str(m.path), "architecture": m.architecture,
-            "description": m.description,
+            "description": m.description, "adapters": [(str(file), scale) for file, scale in m.adapters],
             "fingerprint": m.fingerprint, "n_ctx": m.n_ctx, "n_parallel": m.n_parallel, "n_layer": m.n_layer,
             "chat": m.has_template,
             "tools": m.has_template and m.template.names("tools"),

@@ -292,8 +292,12 @@ def _open(
         )
     loras = [(folder / a.file, a.scale) for a in persona.adapters]
     if isinstance(model, Model):
-        if len(model.adapters) < len(loras):
-            raise BundleError(f"{path}: its model is run with {len(loras)} LoRA adapters, and the open one has none")
+        wanted = [(checked.sums[a.file], a.scale) for a in persona.adapters]
+        same_loras = [(archive.sha256(file), scale) for file, scale in model.adapters][: len(wanted)] == wanted
+        if not same_loras and not allow_other:
+            files = ", ".join(f"{a.file} (scale {a.scale:g})" for a in persona.adapters)
+            raise BundleError(f"{path}: its model is run with {files}, and the open one is not: lora=[...]")
+        same = same and same_loras
         opened = model
     else:
         opened = Model(file, **{**options, "lora": [*loras, *options.get("lora", ())]})

@@ -129,9 +129,9 @@ def modelfile_lines(persona: Persona) -> list[str] | None:
 
 def llama_cpp_commands(persona: Persona) -> list[str]:
     """Command lines of stock llama.cpp that run the persona, from the files of the bundle; [] where there is none."""
-    base = shlex.quote(persona.model.file or persona.model.file_name)
-    if persona.adapters:
-        base += f" --lora-scaled {','.join(f'{a.file}:{a.scale:g}' for a in persona.adapters)}"
+    scaled = ",".join(f"{a.file}:{a.scale:g}" for a in persona.adapters)
+    loras = f" --lora-scaled {scaled}" if scaled else ""
+    base = shlex.quote(persona.model.file or persona.model.file_name) + loras
     out = []
     for f in persona.files:
         if f.kind == "control-vector":
@@ -139,7 +139,7 @@ def llama_cpp_commands(persona: Persona) -> list[str]:
         elif f.kind == "lora":
             out.append(f"llama-cli -m {base} --lora {f.file}")
         else:
-            out.append(f"llama-cli -m {f.file}")
+            out.append(f"llama-cli -m {f.file}{loras}")
     scales = vector_scales(persona)
     if scales and all(abs(scale - 1.0) < 1e-9 for scale in scales.values()):
         out.append(f"llama-cli -m {base} --control-vector {','.join(scales)}")
@@ -154,6 +154,8 @@ def vector_scales(persona: Persona) -> dict[str, float]:
 
     llama.cpp adds the same at every token, from block 1 on, in the norms that the vector was written with.
     """
+    if persona.adapters:  # the norms are those of the model with them
+        return {}
     by_file = {v.file: v for v in persona.vectors}
     total: dict[str, float] = {}
     for edit in persona.edits:

@@ -251,7 +251,7 @@ def adapter_files(
 ) -> dict[str, tuple[Path, AdapterEntry]]:
     """{name in the bundle: (file, how it is run)} of LoRA adapters that the model is run with.
 
-    Raises ModelError where one is no LoRA, or for another architecture.
+    Raises ModelError where one is no LoRA, or for another architecture; ArgumentError for a scale beyond all use.
     """
     out: dict[str, tuple[Path, AdapterEntry]] = {}
     for given, scale in adapters:
@@ -260,7 +260,10 @@ def adapter_files(
         if found.get("general.type") != "adapter" or found.get("general.architecture") != base.architecture:
             raise ModelError(f"{path}: is no LoRA adapter for {base.architecture!r}")
         name = slug(path.stem, out, "adapters", ".gguf")
-        out[name] = path, AdapterEntry(file=name, scale=scale)
+        try:
+            out[name] = path, AdapterEntry(file=name, scale=float(scale))
+        except ValidationError as e:
+            raise ArgumentError(f"{path}: {first_problem(e)}") from e
     return out
 
 

@@ -18,7 +18,7 @@ from personasteer.ship.bundle import CARD, MODEL, MODELFILE, check_bundle
 
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # what older versions of a bundle may have left in its repository
-OURS = (PERSONA, SUMS, CARD, MODEL, MODELFILE, "vectors/*", "files/*", "reports/*")
+OURS = (PERSONA, SUMS, CARD, MODEL, MODELFILE, "adapters/*", "vectors/*", "files/*", "reports/*")
 
 
 @dataclass(frozen=True)

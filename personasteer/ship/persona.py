@@ -19,6 +19,7 @@ from personasteer.vectors import PersonaVector
 SCHEMA_VERSION = 1
 MAX_BYTES = 4 * 2**20
 MAX_TEXT = 4000
+MOST_SCALE = 1e4  # of an adapter
 
 _PART = "[A-Za-z0-9][A-Za-z0-9._+-]*"  # no leading dot, nothing that a shell, a pattern or a list of sums reads
 _INSIDE = re.compile(f"{_PART}(/{_PART})*")
@@ -165,7 +166,7 @@ class AdapterEntry(_Entry):
     """A LoRA adapter that the model is run with, under the edits: of a fine-tune that is a base with adapters."""
 
     file: Inside
-    scale: float
+    scale: Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE)]
 
 
 class Persona(_Entry):

@@ -50,6 +50,7 @@ def verify_bundle(
             except PersonasteerError as e:
                 found[name] = Verification("unknown", name, bundle.model.name, reasons=[str(e)])
         unseen = [type(e).__name__ for e in edits if not isinstance(e, Add)]
+        unseen += [f"with {a.file}" for a in bundle.persona.adapters]
     figures = ("max_abs_dlogit", "kl_mean", "kl_p99", "kl_base_engine", "kl_base_shipped", "noise")
     for figure in figures:
         values = [getattr(v, figure) for v in found.values()]
