@@ -28,7 +28,7 @@ from personasteer.discover.differences import (
 )
 from personasteer.discover.features import Behaviour, Feature, blocks_around, try_features
 from personasteer.discover.texts import fixed_pairs, make_texts
-from personasteer.evaluate import Cell, Coherence
+from personasteer.evaluate import Coherence, halves
 
 pytestmark = pytest.mark.usefixtures("few_texts")
 
@@ -247,23 +247,12 @@ def test_survivors_are_vectors_that_steer_and_cap(
     assert models[0].capture(texts)[0][IL] @ u < tau
 
 
-def test_half_of_the_questions_do_not_report() -> None:
-    cells = tuple(Cell(q, str(k), "no") for q in "abc" for k in range(2))
-    b = Behaviour(TRAIT, cells, np.zeros(6), np.arange(6.0))
-    first, second = b.halves()
-    assert [c.question for c in first.cells] == ["a", "a", "c", "c"]
-    assert [c.question for c in second.cells] == ["b", "b"]
-    assert (first.shift, second.shift) == (np.mean([0, 1, 4, 5]), 2.5)
-    (one, same) = Behaviour(TRAIT, cells[:2], np.zeros(2), np.ones(2)).halves()
-    assert one.cells == same.cells == cells[:2]
-
-
 @pytest.mark.parametrize(("sound", "other_half", "survives"), [(1.0, 0.5, True), (0.89, 0.5, False), (1.0, 0.1, False)])
 def test_an_effect_is_of_the_questions_that_did_not_choose_it(
     models: tuple[ps.Model, ps.Model], monkeypatch: pytest.MonkeyPatch, sound: float, other_half: float, survives: bool
 ) -> None:
     """A feature moves the choosing questions by all of the shift at 0.3, the others by a share of that."""
-    cells = tuple(Cell(q, "yes", "no") for q in "abcd")
+    first, rest = halves("abcd", [("yes", "no")], 1)
 
     def rigged(model: ps.Model, cells: Any, steers: Any, *, progress: Any = None) -> np.ndarray:
         own = 1.0 if model is models[1] else 0.0
@@ -278,8 +267,9 @@ def test_an_effect_is_of_the_questions_that_did_not_choose_it(
         ("capability", lambda model, steers, **_: np.full(len(steers), 0.5)),
     ):
         monkeypatch.setattr(f"personasteer.discover.features.{name}", fake)
-    behaviour = Behaviour(TRAIT, cells, np.zeros(4), np.ones(4))
-    (got,) = try_features(*models, [Feature("feature 1", np.eye(N_EMBD, dtype=np.float32)[0], 0.0, 1.0)], IL, behaviour)
+    behaviours = [Behaviour(TRAIT, cells, np.zeros(2), np.ones(2)) for cells in (first, rest)]
+    feature = Feature("feature 1", np.eye(N_EMBD, dtype=np.float32)[0], 0.0, 1.0)
+    (got,) = try_features(*models, [feature], IL, *behaviours)
     assert got.effect is not None
     assert got.effect.survives is survives
     assert got.effect.capability == ((0.5, 0.5) if survives else None)

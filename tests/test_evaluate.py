@@ -327,6 +327,15 @@ def test_a_text_that_a_persona_makes_likely_is_coherent_under_it(
     assert got == coherence.Coherence(nll, 0.0, pytest.approx(np.exp(2.0 - nll)), ("ahoy", "ahoy"))
 
 
+def test_halves_have_other_questions_and_the_same_pairs() -> None:
+    pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")]
+    first, rest = ev.halves([f"q{i}" for i in range(5)], pairs, 2)
+    assert [c.question for c in first] == ["q0", "q0", "q2", "q2", "q4", "q4"]
+    assert [c.question for c in rest] == ["q1", "q1", "q3", "q3"]
+    assert {(c.trait, c.anti) for c in first} == {(c.trait, c.anti) for c in rest} == set(pairs)
+    assert ev.halves(["q0"], pairs, 1)[0] == ev.halves(["q0"], pairs, 1)[1]
+
+
 def test_two_judges_share_the_judgement_of_each_token(
     model: ps.Model, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,9 +106,9 @@ def _print(found: Diff) -> None:
         say("no trait's words changed by more than chance and a new quantization explain: no features were tried")
         return
     table = Table(title=escape(printable(f"features at block {found.layer}, tried by {found.trait!r}")))
-    for heading in ("", "change", "removed", "coherent", "induced", "coherent", "survives"):
+    for heading in ("", "change", "removed", "induced", "coherent", "survives"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for f in found.features[: 2 * SHOWN]:
+    for f in sorted(found.features, key=lambda f: not (f.effect and f.effect.survives))[: 2 * SHOWN]:
         table.add_row(*_cells(f))
     stdout.print(table)
 
@@ -117,7 +117,9 @@ def _cells(f: Feature) -> list[str]:
     e = f.effect
     if e is None:
         return [f.name, f"{f.change:+.2f}", "", "", "", "", ""]
-    sides: list[str] = []
-    for t in (e.removed, e.induced):
-        sides += [f"{t.share:.0%} at {t.dose:g}", "" if t.coherence is None else f"{t.coherence:.2f}"]
-    return [f.name, f"{f.change:+.2f}", *sides, "yes" if e.survives else "no"]
+    sides = (e.removed, e.induced)
+    sound = [t.coherence for t in sides if t.coherence is not None]
+    return [
+        f.name, f"{f.change:+.2f}", *(f"{t.share:.0%} at {t.dose:g}" for t in sides),
+        f"{min(sound):.2f}" if len(sound) == len(sides) else "", "yes" if e.survives else "no",
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from personasteer.discover.dictionary import Dictionary
 from personasteer.discover.texts import Text
 from personasteer.engine import Progress, Request
-from personasteer.evaluate import SOUND, Cell, capability, cell_log_odds, halves, kl_on_neutral, measure_coherence
+from personasteer.evaluate import SOUND, Cell, capability, cell_log_odds, kl_on_neutral, measure_coherence
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import Add
@@ -22,13 +22,13 @@ from personasteer.vectors import PersonaVector
 
 N_SNIPPETS = 6
 AROUND = 10  # tokens on either side of a snippet's
-DOSES = (0.15, 0.2, 0.3, 0.4)  # of the stream's norm, over all blocks
+DOSES = (0.1, 0.2, 0.25, 0.3, 0.4)  # of the stream's norm, over all blocks
 LEAST_EFFECT = 0.2  # share of the shift
 MOST_SHARE = 1.5  # a dose that does more is too large
 N_RANDOM = 8
-N_COHERENCE = 6  # questions
+N_COHERENCE = 8  # questions
 N_ITEMS = 40  # of the capability check
-N_TRIED = 6  # features whose coherence is measured: those with the largest effect
+N_TRIED = 5  # features whose coherence is measured: those with the largest effect
 CAP_PERCENTILE = 99.0  # of the base's readings: where a cap on a raised feature lies
 
 
@@ -217,14 +217,6 @@ class Behaviour:
     def shift(self) -> float:
         return float((self.tuned - self.base).mean())
 
-    def halves(self) -> tuple[Behaviour, Behaviour]:
-        """Of every other question, and of the rest."""
-        first, second = (
-            replace(self, cells=tuple(self.cells[i] for i in at), base=self.base[at], tuned=self.tuned[at])
-            for at in halves(self.cells)
-        )
-        return first, second
-
 
 def blocks_around(il: int, n_layer: int) -> tuple[int, ...]:
     """Where a feature of block il is steered: a third of the depth, in whose middle it is, without the ends.
@@ -251,7 +243,8 @@ def try_features(
     tuned: Model,
     features: Sequence[Feature],
     il: int,
-    behaviour: Behaviour,
+    choosing: Behaviour,
+    confirming: Behaviour,
     *,
     doses: Sequence[float] = DOSES,
     n_random: int = N_RANDOM,
@@ -262,53 +255,61 @@ def try_features(
     is nearest to all of the shift.
 
     All steering is on the response. All are tried at one dose; those with the largest effects, and the random
-    directions, at the others, too, and for coherence. Half of the questions choose features and doses; the effects of
-    what survives are of the other half.
+    directions, at the others, too, and for coherence.
+
+    Args:
+        choosing: by which features and doses are chosen; confirming: on other questions, of which the effects of what
+            survives are told.
     """
-    choosing, confirming = behaviour.halves()
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((n_random, base.n_embd)).astype(np.float32)
     controls = [Feature(f"random {i}", v / np.linalg.norm(v), 0.0, 1.0) for i, v in enumerate(noise)]
+    sides = ((tuned, -1.0), (base, 1.0))
     meter = Meter(progress, 100)
+
+    def trials(
+        model: Model, sign: float, tries: Sequence[tuple[int, float]], cells: Behaviour, share: int
+    ) -> list[Trial]:
+        asked = [(features[i], dose) for i, dose in tries]
+        return _trials(model, sign, asked, controls, il, cells, meter.part(share))
+
     probe = doses[(len(doses) - 1) // 2]
-    everything = [(f, probe) for f in features]
-    first = [_trials(m, s, everything, controls, il, choosing, meter.part(10)) for m, s in ((tuned, -1.0), (base, 1.0))]
+    first = [trials(m, sign, [(i, probe) for i in range(len(features))], choosing, 10) for m, sign in sides]
     order = sorted(range(len(features)), key=lambda i: -min(side[i].share for side in first))
     strong = sorted(order[:N_TRIED])
     others = [(i, dose) for i in strong for dose in doses if dose != probe]
-    asked = [(features[i], dose) for i, dose in others]
     best: list[list[Trial]] = []
-    for side, (m, sign) in zip(first, ((tuned, -1.0), (base, 1.0)), strict=True):
-        more = _trials(m, sign, asked, controls, il, choosing, meter.part(15))
-        tries = [(i, t) for (i, _), t in zip(others, more, strict=True)] + [(i, side[i]) for i in strong]
+    for found, (m, sign) in zip(first, sides, strict=True):
+        more = trials(m, sign, others, choosing, 15)
+        tries = [(i, t) for (i, _), t in zip(others, more, strict=True)] + [(i, found[i]) for i in strong]
         tries = [(i, t) for i, t in tries if t.strong and t.share <= MOST_SHARE]
-        sound = _judged(
-            m, (base, tuned), [(features[i], t) for i, t in tries], il, behaviour.trait, seed, meter.part(15)
-        )
-        found = list(side)
-        for i in {i for i, _ in tries}:
-            own = [t for (k, _), t in zip(tries, sound, strict=True) if k == i]
-            found[i] = min([t for t in own if t.holds] or own, key=lambda t: abs(1 - t.share))
-        best.append(found)
-    effects = [Effect(r, i, survives=r.holds and i.holds) for r, i in zip(*best, strict=True)]
-    held = [i for i, e in enumerate(effects) if e.survives]
-    again = [
-        _trials(m, sign, [(features[i], side[i].dose) for i in held], controls, il, confirming, meter.part(8))
-        for side, (m, sign) in zip(best, ((tuned, -1.0), (base, 1.0)), strict=True)
-    ]
-    for i, *sides in zip(held, *again, strict=True):
-        r, a = (replace(side[i], share=t.share, chance=t.chance) for side, t in zip(best, sides, strict=True))
-        effects[i] = Effect(r, a, survives=r.holds and a.holds)
-    held = [i for i in held if effects[i].survives]
-    if not held:
-        return [replace(f, effect=e) for f, e in zip(features, effects, strict=True)]
+        asked = [(features[i], t) for i, t in tries]
+        judged = _judged(m, (base, tuned), asked, il, choosing.trait, seed, meter.part(15))
+        of_feature: dict[int, list[Trial]] = {}
+        for (i, _), t in zip(tries, judged, strict=True):
+            of_feature.setdefault(i, []).append(t)
+        best.append([_nearest(of_feature.get(i, [t])) for i, t in enumerate(found)])
+    held = [i for i, both in enumerate(zip(*best, strict=True)) if all(t.holds for t in both)]
+    for mine, (m, sign) in zip(best, sides, strict=True):
+        again = trials(m, sign, [(i, mine[i].dose) for i in held], confirming, 8)
+        for i, t in zip(held, again, strict=True):
+            mine[i] = replace(mine[i], share=t.share, chance=t.chance)
+    held = [i for i in held if all(mine[i].holds for mine in best)]
     known = [
-        capability(m, [_steer(features[i], il, m.n_layer, side[i].sign * side[i].dose) for i in held], n_items=N_ITEMS)
-        for side, m in zip(best, (tuned, base), strict=True)
+        capability(m, [_steer(features[i], il, m.n_layer, sign * mine[i].dose) for i in held], n_items=N_ITEMS)
+        for mine, (m, sign) in zip(best, sides, strict=True)
+        if held
     ]
-    for k, i in enumerate(held):
-        effects[i] = replace(effects[i], capability=(float(known[0][k]), float(known[1][k])))
-    return [replace(f, effect=e) for f, e in zip(features, effects, strict=True)]
+    capable = {i: (float(known[0][k]), float(known[1][k])) for k, i in enumerate(held)}
+    return [
+        replace(f, effect=Effect(removed, induced, capable.get(i), i in capable))
+        for i, (f, removed, induced) in enumerate(zip(features, *best, strict=True))
+    ]
+
+
+def _nearest(trials: Sequence[Trial]) -> Trial:
+    """Of those that hold, or of all, the one whose share is nearest to all of the shift."""
+    return min([t for t in trials if t.holds] or trials, key=lambda t: abs(1 - t.share))
 
 
 def _trials(

@@ -46,8 +46,7 @@ from personasteer.discover.results import Diff
 from personasteer.discover.texts import Text, fixed_pairs, make_texts
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError
-from personasteer.evaluate import capability, cell_log_odds, make_cells, measure_coherence, trait_of
-from personasteer.evaluate.log_odds import Cell
+from personasteer.evaluate import capability, cell_log_odds, halves, measure_coherence, trait_of
 from personasteer.extras import need
 from personasteer.files import check_folder
 from personasteer.identity import check_alike
@@ -157,13 +156,14 @@ def diff(
         some = [texts[i] for i in sorted(order[:N_KL])]
         differences = _differences(work, base, tuned, some, stage("comparing predictions"))
         profile, at_base = _profile(work, base, tuned, asked, directions, stage)
-        behaviour = _behaviour(profile, asked, base, tuned)
+        tried_by = _behaviours(profile, asked, base, tuned)
         rows = [_rows(work, name, m, texts, il, stage) for name, m in (("base", base), ("tuned", tuned))]
         learned = _dictionary(work, rows, given, recipe, base, stage("training the dictionary"))
         features = _features(base, texts, rows, learned, il, n_features, differences, at_base, directions)
-        if behaviour is not None:
-            features = _tried(work, base, tuned, features, il, behaviour, seed, stage("trying features"))
-        quality = _quality(work, base, tuned, behaviour, asked, stage("coherence and capability"))
+        trait = tried_by[0].trait if tried_by else None
+        if tried_by:
+            features = _tried(work, base, tuned, features, il, *tried_by, seed, stage("trying features"))
+        quality = _quality(work, base, tuned, trait, asked, stage("coherence and capability"))
         low, high = bootstrap_interval(differences.kl)
         found = Diff(
             base=_named(base),
@@ -176,8 +176,8 @@ def diff(
             ranks=tuple(differences.rank(i) for i in range(base.n_layer)),
             early_tokens=tuple(through_unembedding(base, differences.early[[il]])[0]),
             profile=tuple(profile),
-            trait=behaviour.trait.name if behaviour else "",
-            shift=behaviour.shift if behaviour else None,
+            trait=trait.name if trait else "",
+            shift=float(np.mean([b.shift for b in tried_by])) if tried_by else None,
             features=tuple(features),
             unexplained=learned.unexplained,
             dead=learned.dead,
@@ -187,8 +187,8 @@ def diff(
             mean=differences.mean,
         )  # fmt: skip
         vectors_of: dict[str, PersonaVector] = {}
-        if behaviour is not None:
-            vectors_of = {f.name: survivor_vector(f, il, base, tuned, behaviour.trait) for f in found.survivors}
+        if trait is not None:
+            vectors_of = {f.name: survivor_vector(f, il, base, tuned, trait) for f in found.survivors}
         limits = high_readings(base, some, list(vectors_of.values()))
         vectors_of = {n: replace(v, thresholds=x) for (n, v), x in zip(vectors_of.items(), limits, strict=True)}
         write_diff(folder, found, vectors_of, mean_vector(differences, il, base))
@@ -276,33 +276,37 @@ def _sureness(shift: Shift) -> float:
 
 
 def _tried(
-    work: Work, base: Model, tuned: Model, features: Sequence[Feature], il: int, behaviour: Behaviour, seed: int,
-    progress: Progress | None,
+    work: Work, base: Model, tuned: Model, features: Sequence[Feature], il: int, choosing: Behaviour,
+    confirming: Behaviour, seed: int, progress: Progress | None,
 ) -> list[Feature]:  # fmt: skip
     """With their effects, which are kept."""
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-        found = try_features(base, tuned, features, il, behaviour, seed=seed, progress=progress)
+        found = try_features(base, tuned, features, il, choosing, confirming, seed=seed, progress=progress)
         return {}, {f.name: None if f.effect is None else asdict(f.effect) for f in found}
 
     rows = [f.direction if f.by_block is None else f.by_block for f in features]
     name = digest(
-        [(f.name, f.sign, x.tolist()) for f, x in zip(features, rows, strict=True)], behaviour.trait.as_dict()
+        [(f.name, f.sign, x.tolist()) for f, x in zip(features, rows, strict=True)], choosing.trait.as_dict()
     )[:12]
     effects = TypeAdapter(dict[str, Effect | None]).validate_python(work.part(f"effects-{name}", compute)[1])
     return [replace(f, effect=effects[f.name]) for f in features]
 
 
-def _behaviour(profile: Sequence[Shift], asked: Sequence[Trait], base: Model, tuned: Model) -> Behaviour | None:
-    """Of the trait whose words changed most surely, where any did; on all its held-out questions."""
+def _behaviours(
+    profile: Sequence[Shift], asked: Sequence[Trait], base: Model, tuned: Model
+) -> tuple[Behaviour, Behaviour] | None:
+    """Of the trait whose words changed most surely, if any did: on half of its held-out questions, and on the rest."""
     changed = [s for s in profile if s.delta is not None and abs(s.delta) >= LEAST_WORDS]
     changed = [s for s in changed if not (s.low or 0.0) <= 0 <= (s.high or 0.0)]
     if not changed:
         return None
     trait = next(t for t in asked if t.name == changed[0].trait)
-    cells: tuple[Cell, ...] = make_cells(trait.evaluate_questions, trait.evaluation_pairs, N_PAIRS)
-    values = [cell_log_odds(m, cells, [None])[0] for m in (base, tuned)]
-    return Behaviour(trait, cells, *values)
+    first, rest = (
+        Behaviour(trait, cells, *(cell_log_odds(m, cells, [None])[0] for m in (base, tuned)))
+        for cells in halves(trait.evaluate_questions, trait.evaluation_pairs, N_PAIRS)
+    )
+    return first, rest
 
 
 def _rows(work: Work, name: str, model: Model, texts: Sequence[Text], il: int, stage: Stages) -> NDArray[np.float32]:
@@ -372,14 +376,14 @@ def _activations(d: Dictionary, feature: Feature, rows: NDArray[np.float32]) -> 
 
 
 def _quality(
-    work: Work, base: Model, tuned: Model, behaviour: Behaviour | None, asked: Sequence[Trait], progress: Progress
+    work: Work, base: Model, tuned: Model, trait: Trait | None, asked: Sequence[Trait], progress: Progress
 ) -> dict[str, Any]:
     """How sound the tuned model's answers are beside the base's, and what both know."""
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
-        trait = behaviour.trait if behaviour else next(t for t in asked if t.evaluate_questions)
-        systems = [tuple(pair[0] for pair in trait.system[:1]) if base.takes_system and tuned.takes_system else ()]
-        (found,) = measure_coherence(tuned, trait.evaluate_questions[-6:], [None], systems=systems, judges=(base,))
+        shown = trait or next(t for t in asked if t.evaluate_questions)
+        systems = [tuple(pair[0] for pair in shown.system[:1]) if base.takes_system and tuned.takes_system else ()]
+        (found,) = measure_coherence(tuned, shown.evaluate_questions[-6:], [None], systems=systems, judges=(base,))
         progress(1, 3)
         known = {}
         for k, (name, m) in enumerate((("base", base), ("tuned", tuned))):

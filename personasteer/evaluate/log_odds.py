@@ -35,14 +35,14 @@ def make_cells(
     return tuple(Cell(q, *pairs[(i * n + k) % len(pairs)]) for i, q in enumerate(questions) for k in range(n))
 
 
-def halves(cells: Sequence[Cell]) -> tuple[list[int], list[int]]:
-    """Places of the cells of every other question, and of the rest: what is chosen on one half is reported on the
-    other. Twice all of them where there is one question.
+def halves(
+    questions: Sequence[str], pairs: Sequence[tuple[str, str]], n_pairs: int
+) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
+    """Cells of every other question, and of the rest, each half with pairs from the first one on: what is chosen on one
+    is reported on the other. Twice the same where there is one question.
     """
-    questions = list(dict.fromkeys(c.question for c in cells))
-    rest = set(questions[1::2])
-    first, second = ([i for i, c in enumerate(cells) if (c.question in rest) is which] for which in (False, True))
-    return first, second or first
+    first, rest = questions[::2], questions[1::2] or questions
+    return make_cells(first, pairs, n_pairs), make_cells(rest, pairs, n_pairs)
 
 
 def cell_log_odds(

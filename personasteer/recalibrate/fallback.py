@@ -15,7 +15,6 @@ from personasteer.evaluate import (
     bootstrap_interval,
     cell_log_odds,
     halves,
-    make_cells,
     measure_coherence,
     trait_of,
 )
@@ -97,7 +96,8 @@ def _of_feature(
     base: Model, tuned: Model, v: PersonaVector, change: float, doses: Sequence[float], seed: int
 ) -> list[Remedy]:
     trait = trait_of(v)
-    cells = make_cells(trait.evaluate_questions, trait.evaluation_pairs, N_PAIRS)
+    both = halves(trait.evaluate_questions, trait.evaluation_pairs, N_PAIRS)
+    cells = [cell for half in both for cell in half]
     sign, how = (1.0, "restore") if change < 0 else (-1.0, "lower")
     edits: list[tuple[str, float | None, AnyEdit]] = [
         (how, dose * v.strength, Add(v, sign * dose * v.strength, scope="response")) for dose in doses
@@ -106,15 +106,16 @@ def _of_feature(
         edits.append(("cap", None, Cap(v, scope="response")))
     before = cell_log_odds(base, cells, [None])[0]
     values = cell_log_odds(tuned, cells, [None, *(e for *_, e in edits)])
-    by_question = (values[0] - before).reshape(len(trait.evaluate_questions), -1).mean(axis=1)
-    low, high = bootstrap_interval(by_question)
+    n_questions = len({c.question for c in both[0]}) + len({c.question for c in both[1]})
+    low, high = bootstrap_interval((values[0] - before).reshape(n_questions, -1).mean(axis=1))
     if low <= 0 <= high:
         raise ArgumentError(
             f"along {trait.name} what the tuned model says has not shifted by more than chance "
             f"({low:+.2f} to {high:+.2f} nats): nothing to bring back"
         )
     chosen_by, removed = (
-        (values[0, at] - values[1:, at]).mean(axis=1) / (values[0, at] - before[at]).mean() for at in halves(cells)
+        (values[0, at] - values[1:, at]).mean(axis=1) / (values[0, at] - before[at]).mean()
+        for at in (slice(len(both[0])), slice(len(both[0]), None))
     )
     questions = trait.evaluate_questions[-N_COHERENCE:]
     sound = measure_coherence(tuned, questions, [e for *_, e in edits], seed=seed, judges=(base, tuned))
