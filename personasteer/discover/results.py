@@ -19,7 +19,9 @@ class Diff:
 
     Args:
         base, tuned: names of the models; layer: the block whose features these are.
-        kl: mean KL(base || tuned) of the next token on fixed texts, in nats, with its interval.
+        n_texts, n_tokens: texts, and their answers' tokens, that features are looked for in; n_compared: texts of these
+            on which all blocks and the predictions are compared.
+        kl: mean KL(base || tuned) of the next token, in nats, with its interval.
         sizes: (n_layer,) ||mean change|| / m_il of each block's output; ranks: at each block (participation ratio,
             directions that hold 90 %) of the texts' changes.
         early_tokens: what the change on the first five tokens of answers makes likelier, through the unembedding.
@@ -36,6 +38,7 @@ class Diff:
     layer: int
     n_texts: int
     n_tokens: int
+    n_compared: int
     kl: tuple[float, float, float]
     sizes: NDArray[np.float64]
     ranks: tuple[tuple[float, int], ...]
@@ -64,6 +67,7 @@ class Diff:
             "layer": self.layer,
             "texts": self.n_texts,
             "tokens": self.n_tokens,
+            "compared": self.n_compared,
             "kl": dict(zip(("mean", "low", "high"), self.kl, strict=True)),
             "sizes": [None if not np.isfinite(x) else float(x) for x in self.sizes],
             "ranks": [{"participation": p, "for_90_percent": n} for p, n in self.ranks],

@@ -171,6 +171,7 @@ def diff(
             layer=il,
             n_texts=len(texts),
             n_tokens=len(rows[0]),
+            n_compared=len(some),
             kl=(float(differences.kl.mean()), low, high),
             sizes=differences.sizes,
             ranks=tuple(differences.rank(i) for i in range(base.n_layer)),
