@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from personasteer.discover.dictionary import Dictionary
 from personasteer.discover.texts import Text
 from personasteer.engine import Progress, Request
-from personasteer.evaluate import SOUND, Cell, capability, cell_log_odds, kl_on_neutral, measure_coherence
+from personasteer.evaluate import (
+    SOUND,
+    Cell,
+    capability,
+    cell_log_odds,
+    kl_on_neutral,
+    measure_coherence,
+    persona_systems,
+)
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import Add
@@ -340,8 +348,7 @@ def _judged(
     """The trials with the coherence and the KL of the model, so steered."""
     if not tries:
         return []
-    takes = all(m.takes_system for m in judges)
-    systems = [tuple(pair[0] for pair in trait.system[:1]) if takes else () for _ in tries]
+    systems = [persona_systems(trait, judges)] * len(tries)
     steers = [_steer(f, il, model.n_layer, t.sign * t.dose) for f, t in tries]
     questions = trait.evaluate_questions[-N_COHERENCE:]
     meter = Meter(progress, 4)

@@ -46,7 +46,7 @@ from personasteer.discover.results import Diff
 from personasteer.discover.texts import Text, fixed_pairs, make_texts
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError
-from personasteer.evaluate import capability, cell_log_odds, halves, measure_coherence, trait_of
+from personasteer.evaluate import capability, cell_log_odds, halves, measure_coherence, persona_systems, trait_of
 from personasteer.extras import need
 from personasteer.files import check_folder
 from personasteer.identity import check_alike
@@ -383,7 +383,7 @@ def _quality(
 
     def compute() -> tuple[dict[str, NDArray[Any]], Any]:
         shown = trait or next(t for t in asked if t.evaluate_questions)
-        systems = [tuple(pair[0] for pair in shown.system[:1]) if base.takes_system and tuned.takes_system else ()]
+        systems = [persona_systems(shown, (base, tuned))]
         (found,) = measure_coherence(tuned, shown.evaluate_questions[-6:], [None], systems=systems, judges=(base,))
         progress(1, 3)
         known = {}

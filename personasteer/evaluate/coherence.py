@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from personasteer.engine import Progress, Request, Sampling
 from personasteer.model import Model
 from personasteer.progress import Meter
 from personasteer.steering import Steering, as_steering
-from personasteer.traits import neutral_pairs
+from personasteer.traits import Trait, neutral_pairs
 
 LEAST = 0.5  # coherence below this counts as broken: its text is twice as perplexing as the unsteered model's own
 SOUND = 0.9  # from here on answers count as unharmed
@@ -36,6 +36,11 @@ class Coherence:
     repetition: float
     coherence: float
     texts: tuple[str, ...]
+
+
+def persona_systems(trait: Trait, models: Iterable[Model]) -> tuple[str, ...]:
+    """What `measure_coherence` takes as a steering's system prompts: the trait's first, where all models take one."""
+    return tuple(pair[0] for pair in trait.system[:1]) if all(m.takes_system for m in models) else ()
 
 
 def repetition(text: str) -> float:

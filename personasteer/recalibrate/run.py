@@ -16,7 +16,7 @@ from personasteer._native import build_id
 from personasteer.conversations import Columns, benign_rows, open_data
 from personasteer.engine import Progress
 from personasteer.errors import ArgumentError
-from personasteer.evaluate import capability, measure_coherence, trait_of
+from personasteer.evaluate import capability, measure_coherence, persona_systems, trait_of
 from personasteer.files import check_output
 from personasteer.identity import check_alike
 from personasteer.model import Model
@@ -365,8 +365,7 @@ def _quality(
     def compute() -> tuple[dict[str, Any], Any]:
         trait = trait_of(vectors[0])
         questions = trait.evaluate_questions[-N_COHERENCE:]
-        takes = base.takes_system and tuned.takes_system
-        systems = [tuple(pair[0] for pair in trait.system[:1]) if takes else ()]
+        systems = [persona_systems(trait, (base, tuned))]
         found: dict[str, dict[str, float]] = {"coherence": {}, "capability": {}}
         found["capability"]["base"] = float(capability(base, [None], n_items=N_ITEMS)[0])
         progress(1, 5)
