@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import pty
 import re
 import subprocess
@@ -293,9 +292,8 @@ def main() -> None:
     if args.repeng_child:
         repeng_child(args.model, args.repeng_child, args.threads)
         return
-    from overhead import cpu_name
-
     import personasteer as ps
+    from personasteer.evaluate.overhead import machine
     from personasteer.model import demo_model_path
 
     path = args.model or str(demo_model_path())
@@ -342,12 +340,7 @@ def main() -> None:
         f"{model.name} ({model.description}), {N_PAIRS} pairs, {args.rounds} rounds, {model.n_threads} threads. ",
         end="",
     )
-    print(f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, ", end="")
-    print(
-        ", ".join(
-            [f"llama-cpp-python {version('llama-cpp-python')}", f"personasteer {version('personasteer')}", *peers]
-        )
-    )
+    print(", ".join([machine(), *peers]))
     print("\n| what | loading, s | computing, s (median, min ... max) | times ours |\n| --- | --- | --- | --- |")
     ours = float(np.median([s for _, s in seconds["personasteer"]]))
     for name, times in seconds.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -468,6 +469,44 @@ def intervals(
     axes.spines[["top", "right", "left"]].set_visible(False)
     if len(series) > 1 or any(band is not None for band in bands):
         figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8.5)
+    return figure
+
+
+def ratios(
+    labels: Sequence[str],
+    panels: Mapping[str, Sequence[tuple[float, float, float]]],
+    expected: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    title: str,
+) -> Figure:
+    """Ratios with their intervals, a row for each label, a panel for each of `panels`, one next to the other.
+
+    Args:
+        panels: {name: (ratio, low, high) of each row}.
+        expected: {name: what is expected of each row}, drawn as a bar across it where it is not 1.
+    """
+    n = len(labels)
+    figure = Figure(figsize=(8.4, 1.5 + 0.26 * n), dpi=150, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(all_axes, panels.items(), strict=True):
+        for row, (value, low, high) in enumerate(values):
+            axes.plot((low, high), (row, row), color=SERIES[1], linewidth=1.8, solid_capstyle="butt")
+            axes.plot(value, row, "o", color=SERIES[1], markersize=4.5, label="measured, 95 %" if row == 0 else None)
+        wanted = [(row, x) for row, x in enumerate(expected[name]) if x != 1]
+        axes.plot([x for _, x in wanted], [r for r, _ in wanted], "|", color=SERIES[0], markersize=11, label="expected")
+        axes.axvline(1, color="0.3", linewidth=0.8, zorder=0)
+        axes.set_title(name, fontsize=10)
+        axes.set_yticks(range(n), list(labels), parse_math=False, fontsize=8.5)
+        axes.set_ylim(n - 0.4, -0.6)
+        axes.tick_params(axis="x", labelsize=8.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color=MUTED, linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, 105)), fontsize=8, parse_math=False)
+    all_axes[-1].legend(frameon=False, fontsize=8, loc="best")
     return figure
 
 

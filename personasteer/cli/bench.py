@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Column, Table
 
+from personasteer import plots
 from personasteer.cli._common import (
     GpuOption,
     JsonOption,
@@ -14,12 +17,26 @@ from personasteer.cli._common import (
     open_model,
     print_json,
     stages,
+    stderr,
     stdout,
 )
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.overhead import as_json, measure_overhead
+from personasteer.evaluate.overhead import (
+    LEAST_PAIRS,
+    PHASES,
+    SHAPES,
+    OverheadRow,
+    about,
+    as_json,
+    as_markdown,
+    measure_overhead,
+    modes_of,
+    shape_within,
+)
+from personasteer.files import atomic_write, check_output
 
 TOPICS = ("overhead",)
+MEASURED = {"operators": ("add", "cap"), "ks": (1, 8), "beside": ("readings", "capture", "personas x16")}
 
 
 def register(app: typer.Typer) -> None:
@@ -27,38 +44,78 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    topic: Annotated[str, typer.Argument(help="overhead")],
+    topic: Annotated[str, typer.Argument(help="overhead")] = "overhead",
     model: ModelOption = "demo",
-    pairs: Annotated[int, typer.Option("--pairs", help="Interleaved pairs of runs per row.", min=2)] = 30,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prefill.", min=4)] = 128,
-    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Tokens decoded one by one.", min=2)] = 12,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long, once the model is loaded.", min=1)] = 60,
+    pairs: Annotated[
+        int | None, typer.Option("--pairs", help="Interleaved pairs of runs per row, however long they take.", min=2)
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", help="Length of the prefill; by the time when not given.", min=4)
+    ] = None,
+    decode_tokens: Annotated[
+        int | None, typer.Option("--decode-tokens", help="Tokens decoded one by one; likewise.", min=2)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a figure of the ratios.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
     json: JsonOption = False,
 ) -> None:
     """Measure what steering and capture cost on this machine, against the same llama.cpp without the hook.
 
-    Example: `personasteer bench overhead -m demo --json`
+    Example: `personasteer bench overhead -m demo --plot overhead.png --markdown`
     """
     if topic not in TOPICS:
         raise ArgumentError(f"unknown benchmark {topic!r}; known: {', '.join(TOPICS)}")
-    n_ctx = prompt_tokens + decode_tokens + 8
+    if json and markdown:
+        raise ArgumentError("--json and --markdown are two forms of the same table: give one")
+    if plot is not None:
+        check_output(plot)
+    n_ctx = (prompt_tokens or SHAPES[0][0]) + (decode_tokens or SHAPES[0][1]) + 8
     with (
         open_model(model, n_ctx=n_ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers) as m,
         stages() as stage,
     ):
+        fitting = SHAPES[0] if pairs else shape_within(m, seconds, modes_of(m, **MEASURED))
+        shape = prompt_tokens or fitting[0], decode_tokens or fitting[1]
         rows = measure_overhead(
             m,
-            ks=(1, 8),
-            pairs=pairs,
-            prompt_tokens=prompt_tokens,
-            decode_tokens=decode_tokens,
+            **MEASURED,
+            pairs=pairs or 100,
+            seconds=None if pairs else seconds,
+            prompt_tokens=shape[0],
+            decode_tokens=shape[1],
             progress=stage("measuring"),
         )
+        what = about(m, rows, *shape)
+    if plot is not None:
+        atomic_write(plot, plots.png(_figure(rows, what)))
     if json:
-        print_json(as_json(rows))
-        return
-    columns = ("phase", "mode", "K", "ratio", "95 % interval", "min … max", "tokens/s", "MiB")
+        print_json({**as_json(rows), "about": what})
+    elif markdown:
+        print(f"{what}\n\n{as_markdown(rows)}")
+    else:
+        _print(rows, what)
+    if (n := min(r.pairs for r in rows)) < LEAST_PAIRS * 2:
+        stderr.print(f"{n} pairs a row: the intervals are wide (--seconds or --pairs for more)")
+
+
+def _figure(rows: list[OverheadRow], what: str) -> Figure:
+    of = {phase: [r for r in rows if r.phase == phase] for phase in PHASES}
+    return plots.ratios(
+        [f"{r.mode}, K = {r.k}" if r.k else r.mode for r in of[PHASES[0]]],
+        {phase: [(r.ratio_median, r.ratio_low, r.ratio_high) for r in of[phase]] for phase in PHASES},
+        {phase: [r.expected for r in of[phase]] for phase in PHASES},
+        xlabel="time with over time without",
+        title=what,
+    )
+
+
+def _print(rows: list[OverheadRow], what: str) -> None:
+    columns = ("phase", "mode", "K", "ratio", "95 % interval", "tokens/s", "MiB")
     table = Table(*(Column(c, no_wrap=True) for c in columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for r in rows:
         table.add_row(
@@ -67,8 +124,11 @@ def bench(
             str(r.k or ""),
             f"{r.ratio_median:.3f}",
             f"{r.ratio_low:.3f} … {r.ratio_high:.3f}",
-            f"{r.ratio_min:.3f} … {r.ratio_max:.3f}",
             f"{r.tokens_per_second:.0f}",
             f"{r.hook_mib:.1f}",
         )
     stdout.print(table)
+    stdout.print(
+        f'{what} The ratio is the time with over the time without; "off" is a second run without: the noise.',
+        highlight=False,
+    )
