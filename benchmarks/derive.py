@@ -16,21 +16,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
-import pty
-import re
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import other_tools
 
 N_PAIRS = 200
 TEMPLATE = "Question: {question}\n\nInstruction: Answer like {persona}, whatever you are asked.\n\nAnswer: {answer}"
@@ -124,143 +116,6 @@ def breakdown(contrast: Callable[[], Any], model: Any, texts: Sequence[str]) -> 
     )
 
 
-# -- peers
-
-
-def cvector_generator(binary: str, model: str, pairs: Sequence[tuple[str, str]], method: str, n_threads: int) -> Any:
-    """(seconds to load, seconds after, directions by block)."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("positive.txt", "negative.txt", "out.gguf")]
-        for file, texts in zip(files, zip(*pairs, strict=True), strict=False):
-            file.write_text("".join(t.replace("\n", "\\n") + "\n" for t in texts))
-        master, slave = pty.openpty()  # lines come as they are printed
-        command = [
-            binary, "-m", model, "--positive-file", files[0], "--negative-file", files[1], "-o", files[2],
-            "--method", method, "-t", str(n_threads), "-ngl", "0",
-        ]  # fmt: skip
-        start = time.perf_counter()
-        process = subprocess.Popen([str(c) for c in command], stdout=slave, stderr=subprocess.DEVNULL)
-        os.close(slave)
-        loaded = None
-        seen = b""
-        while True:
-            try:
-                some = os.read(master, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not some:
-                break
-            seen = (seen + some)[-70000:]
-            if loaded is None and b"n_total_tokens" in seen:
-                loaded = time.perf_counter()
-        code = process.wait()
-        end = time.perf_counter()
-        os.close(master)
-        if code != 0 or loaded is None:
-            raise SystemExit(f"{binary} ended with {code}:\n{seen[-2000:].decode(errors='replace')}")
-        tensors = gguf.GGUFReader(files[2]).tensors
-        directions = {int(t.name.split(".")[1]) - 1: np.array(t.data) for t in tensors if "direction" in t.name}
-    return loaded - start, end - loaded, directions
-
-
-def transformers_model(path: str) -> tuple[Any, Any]:
-    """The llama of a GGUF file as a float32 LlamaForCausalLM, and its tokenizer."""
-    import torch
-    import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    reader = gguf.GGUFReader(path)
-    values = {k.removeprefix("llama."): f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF")}
-    heads = {"attn_q": values["attention.head_count"], "attn_k": values["attention.head_count_kv"]}
-    config = transformers.LlamaConfig(
-        vocab_size=len(values["tokenizer.ggml.tokens"]),
-        hidden_size=values["embedding_length"],
-        intermediate_size=values["feed_forward_length"],
-        num_hidden_layers=values["block_count"],
-        num_attention_heads=heads["attn_q"],
-        num_key_value_heads=heads["attn_k"],
-        max_position_embeddings=values["context_length"],
-        rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10000.0)},
-        tie_word_embeddings=all(t.name != "output.weight" for t in reader.tensors),
-    )
-    theirs = {
-        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-        "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    state = {}
-    for t in reader.tensors:
-        block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", t.name)
-        name = block[2] if block else t.name.removesuffix(".weight")
-        weights = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32)
-        if name in heads:  # llama.cpp rotates neighbouring numbers of a head, transformers the two halves
-            rows, columns = weights.shape
-            n = heads[name]
-            weights = weights.reshape(n, rows // n // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        where = f"model.layers.{block[1]}.{theirs[name]}" if block else theirs[name]
-        state[f"{where}.weight"] = torch.tensor(weights)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = transformers.LlamaForCausalLM(config).to(torch.float32).eval()
-    model.load_state_dict(state, strict=True)
-
-    tokens = values["tokenizer.ggml.tokens"]
-    merges = [tuple(m.split(" ")) for m in values["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = values["tokenizer.ggml.token_type"]
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds, strict=True) if k == 3])
-    pad = tokens[values["tokenizer.ggml.padding_token_id"]]
-    return model, transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        padding_side="right",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def repeng_child(path: str, out: str, n_threads: int) -> None:
-    """In a process of its own: times as JSON, directions and token ids into files beside it."""
-    start = time.perf_counter()
-    import torch
-
-    torch.set_num_threads(n_threads)
-    if not hasattr(np, "float_"):  # repeng 0.4 names a type that NumPy 2 no longer has
-        np.float_ = np.float64  # type: ignore[attr-defined]
-    import repeng
-
-    model, tokenizer = transformers_model(path)
-    pairs = make_pairs()
-    loaded = time.perf_counter()
-    dataset = [repeng.DatasetEntry(positive, negative) for positive, negative in pairs]
-    vector = repeng.ControlVector.train(model, tokenizer, dataset)
-    end = time.perf_counter()
-    Path(out).write_text(
-        json.dumps(
-            {
-                "load": loaded - start,
-                "seconds": end - loaded,
-                "tokens": [tokenizer(t)["input_ids"] for pair in pairs for t in pair],
-                "directions": {il: d.tolist() for il, d in vector.directions.items()},
-            }
-        )
-    )
-
-
-def run_repeng(path: str, n_threads: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, __file__, path, "--repeng-child", str(out), "--threads", str(n_threads)]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        found: dict[str, Any] = json.loads(out.read_text())
-    return found
-
-
 # -- the comparison
 
 
@@ -287,11 +142,7 @@ def main() -> None:
     parser.add_argument("--repeng", action="store_true", help="needs repeng, torch and transformers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of all; the physical cores without")
-    parser.add_argument("--repeng-child", metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.repeng_child:
-        repeng_child(args.model, args.repeng_child, args.threads)
-        return
     import personasteer as ps
     from personasteer.evaluate.overhead import machine
     from personasteer.model import demo_model_path
@@ -318,14 +169,14 @@ def main() -> None:
         seconds.setdefault("personasteer", []).append((load, time.perf_counter() - start))
         if args.cvector_generator:
             for method in ("mean", "pca"):
-                *times, directions[method] = cvector_generator(
+                *times, directions[method] = other_tools.cvector_generator(
                     args.cvector_generator, path, pairs, method, model.n_threads
                 )
                 seconds.setdefault(f"cvector-generator, {method}", []).append((times[0], times[1]))
         if args.repeng:
-            found = run_repeng(path, model.n_threads)
+            found = other_tools.repeng(path, pairs, model.n_threads)
             seconds.setdefault("repeng, PCA", []).append((found["load"], found["seconds"]))
-            directions["repeng"] = {int(il): np.array(d) for il, d in found["directions"].items()}
+            directions["repeng"] = found["directions"]
             repeng_tokens = found["tokens"]
     assert vector is not None
 

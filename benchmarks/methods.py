@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from work_folder import claim
 
 import personasteer as ps
 from personasteer import traits
-from personasteer.derive import elicit, from_elicited, select
+from personasteer.derive import Elicited, Selection, elicit, from_elicited, select
 from personasteer.derive.calibration import selection_cells, sweep
 from personasteer.derive.judge import LogOddsJudge
 from personasteer.evaluate import bootstrap_interval, cell_log_odds, kl_on_neutral, make_cells, measure_coherence
@@ -77,14 +77,27 @@ def equal_kl(
     return rho, kl
 
 
-def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[str, Any]:
-    """All methods on one trait; what is reported of it."""
+Made = Iterator[tuple[str, ps.PersonaVector]]
+
+
+def by_method(model: ps.Model, trait: Trait, found: Elicited, selection: Selection, layers: tuple[int, ...]) -> Made:
+    """A vector of the same answers for each of METHODS."""
+    for name, options in METHODS.items():
+        yield name, from_elicited(model, trait, found, selection, layers=layers, **options)
+
+
+def compare(
+    model: ps.Model, trait: Trait, n_questions: int = N_DERIVE, make: Callable[..., Made] = by_method
+) -> dict[str, Any]:
+    """Vectors for one trait at equal KL; what is reported of it.
+
+    make: yields (name, vector) from what `by_method` takes; the others are compared with the first.
+    """
     result: dict[str, Any] = {"trait": trait.name, "model": model.name, "target_kl": TARGET_KL}
     found = elicit(model, trait, n_questions=n_questions, max_tokens=ANSWER_TOKENS, seed=0)
     selection = select(found, trait)
     result["elicitation"] = selection.summary()
     systems = trait.system[0] if model.takes_system else None
-    vectors: dict[str, ps.PersonaVector] = {}
     try:
         first, table = sweep(
             model,
@@ -92,14 +105,13 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
             selection_cells(model, trait, found, selection.kept)[::2],
             systems=systems,
         )
-        for name, options in METHODS.items():
-            vectors[name] = from_elicited(model, trait, found, selection, layers=first.layers, **options)
+        vectors = dict(make(model, trait, found, selection, first.layers))
     except ps.ElicitationError as e:
-        failed = list(METHODS)[len(vectors)] if vectors else ""
-        return result | {"rejected": f"{failed}: {e}" if failed else str(e)}
+        return result | {"rejected": str(e)}
     result |= {"layers": list(first.layers), "sweep": table}
+    reference = next(iter(vectors.values()))
 
-    arms = [(name, sign) for name in METHODS for sign in SIGNS]
+    arms = [(name, sign) for name in vectors for sign in SIGNS]
 
     def steered(k: int, rho: float) -> Any:
         name, sign = arms[k]
@@ -128,13 +140,10 @@ def compare(model: ps.Model, trait: Trait, n_questions: int = N_DERIVE) -> dict[
     result["methods"] = {}
     chosen = list(first.layers)
     for name, vector in vectors.items():
-        assert vector.aurocs is not None
-        assert vector.reliability is not None
-        row: dict[str, Any] = {
-            "cosine": float(np.mean(vector.cosine(vectors[REFERENCE])[chosen])),
-            "auroc": float(np.mean(vector.aurocs[chosen])),
-            "split_half": float(np.mean(vector.reliability[chosen])),
-        }
+        row: dict[str, Any] = {"cosine": float(np.mean(vector.cosine(reference)[chosen]))}
+        for figure, values in (("auroc", vector.aurocs), ("split_half", vector.reliability)):
+            if values is not None:
+                row[figure] = float(np.mean(values[chosen]))
         for sign in SIGNS:
             k = arms.index((name, sign))
             change = odds[1 + k] - odds[0]
@@ -187,7 +196,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
                 f"{low['rho']:.2f} / {high['rho']:.2f}",
                 *(" / ".join(_kl(end["kl"], r["target_kl"]) for end in (low, high)),),
                 *(_with_interval(end) for end in (low, high)),
-                f"{_effect(row).mean():.2f}",
+                f"{effect(row).mean():.2f}",
                 f"{low['coherence']:.2f} / {high['coherence']:.2f}",
                 " / ".join("" if end.get("judged") is None else f"{end['judged']:.0f}" for end in (low, high)),
                 f"{low['lexicon']:.2f} / {high['lexicon']:.2f}",
@@ -209,13 +218,13 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     for name in METHODS if measured else ():
         rows = [r["methods"][name] for r in measured]
         mean, low, high = difference(rows, [r["methods"][REFERENCE] for r in measured])
-        wins = sum(max(r["methods"], key=lambda m: float(_effect(r["methods"][m]).mean())) == name for r in measured)
+        wins = sum(max(r["methods"], key=lambda m: float(effect(r["methods"][m]).mean())) == name for r in measured)
         out.append(
-            f"| {name} | {np.mean([_effect(row).mean() for row in rows]):.3f} | {mean:+.3f} | {low:+.3f} … {high:+.3f} "
+            f"| {name} | {np.mean([effect(row).mean() for row in rows]):.3f} | {mean:+.3f} | {low:+.3f} … {high:+.3f} "
             f"| {wins} of {len(measured)} | "
             + " | ".join(f"{np.mean([row[key] for row in rows]):.3f}" for key in ("cosine", "auroc", "split_half"))
             + f" | {np.mean([min(row[sign]['coherence'] for sign in SIGNS) for row in rows]):.2f}"
-            + f" | {_apart(rows, 'judged'):+.0f} | {_apart(rows, 'lexicon'):+.2f} |"
+            + f" | {apart(rows, 'judged'):+.0f} | {apart(rows, 'lexicon'):+.2f} |"
         )
     off = [
         f"{r['trait']}, {name}"
@@ -237,18 +246,18 @@ def difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]])
     the same for both methods.
     """
     rng = np.random.default_rng(0)
-    changes = [_effect(row) - _effect(other) for row, other in zip(rows, others, strict=True)]
+    changes = [effect(row) - effect(other) for row, other in zip(rows, others, strict=True)]
     draws = [c[rng.integers(0, len(c), (2000, len(c)))].mean(1) for c in changes]
     low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
     return float(np.mean([c.mean() for c in changes])), float(low), float(high)
 
 
-def _effect(row: dict[str, Any]) -> np.ndarray:
+def effect(row: dict[str, Any]) -> np.ndarray:
     """By question."""
     return (np.array(row["plus"]["by_question"]) - np.array(row["minus"]["by_question"])) / 2
 
 
-def _apart(rows: Sequence[dict[str, Any]], figure: str) -> float:
+def apart(rows: Sequence[dict[str, Any]], figure: str) -> float:
     """Mean difference of a figure of free answers between the two signs."""
     known = [(row["minus"].get(figure), row["plus"].get(figure)) for row in rows]
     return float(np.mean([b - a for a, b in known if a is not None and b is not None] or [np.nan]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -19,7 +20,8 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 class PlainContext:
     """A model and a context without any hook."""
 
-    def __init__(self, path: str, *, n_ctx: int, n_parallel: int, n_threads: int) -> None:
+    def __init__(self, path: str, *, n_ctx: int, n_parallel: int, n_threads: int, callback: Any = None) -> None:
+        """callback: cb_eval, a function of ctypes (tensor, ask, user data) -> bool."""
         llama_cpp.llama_log_set(_quiet, None)
         model_params = llama_cpp.llama_model_default_params()
         model_params.use_extra_bufts = extra_buffers_work()
@@ -31,6 +33,9 @@ class PlainContext:
         params.n_outputs_max = max(64, n_parallel)
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = params.swa_full = params.no_perf = True
+        self._callback = callback  # lives as long as the context
+        if callback is not None:
+            params.cb_eval = ctypes.cast(callback, llama_cpp.ggml_backend_sched_eval_callback)
         self.handle = llama_cpp.llama_init_from_model(self.model, params)
         self.n_embd = llama_cpp.llama_model_n_embd(self.model)
         self.n_layer = llama_cpp.llama_model_n_layer(self.model)

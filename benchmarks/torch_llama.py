@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from requantize import weights_of
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 
 def unpermute(weights: np.ndarray, n_head: int) -> np.ndarray:
@@ -18,7 +19,7 @@ def unpermute(weights: np.ndarray, n_head: int) -> np.ndarray:
     return weights.reshape(n_head, rows // n_head // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def as_transformers(path: Path) -> Any:
+def as_transformers(path: Path, *, attention: str = "eager") -> Any:
     """The llama of a GGUF file as a float32 LlamaForCausalLM, with its weights dequantized."""
     reader = gguf.GGUFReader(path)
     values = {name.removeprefix("llama."): f.contents() for name, f in reader.fields.items() if "llama." in name}
@@ -35,7 +36,7 @@ def as_transformers(path: Path) -> Any:
         rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
         rope_parameters={"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10000.0)},
         tie_word_embeddings="output.weight" not in weights,
-        attn_implementation="eager",
+        attn_implementation=attention,
     )
     names = {
         "model.embed_tokens": "token_embd",
@@ -61,6 +62,27 @@ def as_transformers(path: Path) -> Any:
     model = transformers.LlamaForCausalLM(config).to(torch.float32).eval()
     model.load_state_dict(state, strict=True)
     return model
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The byte-pair tokenizer of a GGUF file, as transformers has it."""
+    reader = gguf.GGUFReader(path)
+    values = {key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type")}
+    tokens = values["tokens"]
+    merges = [tuple(m.split(" ")) for m in values["merges"]]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [t for t, kind in zip(tokens, values["token_type"], strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in control])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=tokens[reader.fields["tokenizer.ggml.padding_token_id"].contents()],
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -280,7 +280,7 @@ class Runner:
                 model=model._native,
                 n_ctx=n_each + shape[1] + 1,
                 n_parallel=mode.n_sequences,
-                n_batch=max(512, self.n_tokens["prefill"]),
+                n_batch=max(512, self.n_tokens["prefill"] if mode.n_sequences > 1 else 0),
                 n_threads=model.n_threads,
                 n_outputs=64,
                 hook=mode.hook,
@@ -292,8 +292,8 @@ class Runner:
             Request(
                 [int(t) for t in rng.integers(0, model.n_vocab, n_each)],
                 n_each,
-                Steering([vectors[i] * DOSE, Cap(vectors[N_PERSONAS + i])])
-                if mode.name == "personas x16"
+                Steering([vectors[i] * DOSE, Cap(vectors[len(vectors) // 2 + i])])
+                if mode.name.startswith("personas")
                 else _steering(mode, vectors),
                 max_tokens=shape[1],
                 sampling=Sampling(temperature=0),
@@ -325,12 +325,21 @@ class Runner:
         first, *later = watched.marks
         return {"prefill": first - start, "decode": (later[-1] - first) / len(later)}
 
+    def begin(self) -> tuple[int, Compiled | None]:
+        """Submit the first request to the emptied session: its number, and what it was compiled to with the hook."""
+        self.session.reset()
+        r = self.requests[0]
+        if not self.mode.hook:
+            plain = {"tokens": r.tokens, "max_tokens": r.max_tokens, "ignore_end": True}
+            return self.session.submit(**plain, **r.sampling.arguments(0)), None
+        self.session.set_taps()
+        compiled = Compiled(r, self.model)
+        return self.session.submit(**compiled.arguments(0)), compiled
+
     def _run_live(self, session: Any) -> None:
         """As engine.run, with a look at the readings after each decode, as an observer of a session takes it."""
-        session.reset()
-        session.set_taps()
-        compiled = Compiled(self.requests[0], self.model)
-        request_id = session.submit(**compiled.arguments(0))
+        request_id, compiled = self.begin()
+        assert compiled is not None
         n_seen = 0
 
         def look() -> None:
@@ -376,8 +385,8 @@ def expected(model: Model, mode: Mode, phase: str) -> float:
     """1 + what a mode adds over what the model does, at the model's own speed: bytes of vectors over bytes of weights
     for a decode, multiply-adds over multiply-adds for a prompt.
     """
-    rows = {"add": 1, "turn": 1, "readings": mode.k, "live": mode.k, "personas x16": 3}.get(
-        mode.name, 2 * mode.k
+    rows = {"add": 1, "turn": 1, "readings": mode.k, "live": mode.k, "personas": 3}.get(
+        mode.name.split()[0], 2 * mode.k
     )  # vectors a block
     floats = rows * len(range(model.n_layer) if mode.layers is None else mode.layers) * model.n_embd
     if phase == "prefill":
