@@ -27,15 +27,18 @@ void bind_model(py::module_ & m) {
         .def("errors", [](const kept_log & s) { return py::bytes(s.log ? s.log->errors() : ""); });
 
     py::class_<model, std::shared_ptr<model>>(m, "Model", "A loaded GGUF file.")
-        .def(py::init([](const std::string & path, int n_gpu_layers, bool use_mmap, bool use_extra_bufts) {
+        .def(py::init([](const std::string & path, int n_gpu_layers, bool use_mmap, bool use_extra_bufts,
+                         const std::vector<std::string> & rpc) {
                  personasteer::model_params p;
                  p.n_gpu_layers = n_gpu_layers;
                  p.use_mmap = use_mmap;
                  p.use_extra_bufts = use_extra_bufts;
+                 p.rpc = rpc;
                  const py::gil_scoped_release release;
                  return std::make_shared<model>(path, p);
              }),
-             "path"_a, "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_extra_bufts"_a = true)
+             "path"_a, "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_extra_bufts"_a = true,
+             "rpc"_a = std::vector<std::string>())
         .def_static(
             "borrow", [](uintptr_t handle) { return std::make_shared<model>(reinterpret_cast<llama_model *>(handle)); },
             "handle"_a, "A llama_model of somebody else's, who keeps it alive.")

@@ -6,6 +6,44 @@
 
 namespace personasteer {
 
+namespace {
+
+// The workers' devices, then this machine's GPUs, ended by a null pointer; empty without workers: llama.cpp's choice.
+std::vector<ggml_backend_dev_t> devices_of(const std::vector<std::string> & workers) {
+    std::vector<ggml_backend_dev_t> out;
+    if (workers.empty()) {
+        return out;
+    }
+    using add_server = ggml_backend_reg_t (*)(const char *);
+    const ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    const auto add =
+        rpc ? reinterpret_cast<add_server>(ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server"))
+            : nullptr;
+    if (!add) {
+        throw model_error("this build of llama.cpp has no RPC; install one that has: CMAKE_ARGS=-DGGML_RPC=on pip "
+                          "install --no-cache-dir --force-reinstall llama-cpp-python==" PERSONASTEER_LLAMA_CPP_PYTHON);
+    }
+    for (const std::string & worker : workers) {
+        const ggml_backend_reg_t server = add(worker.c_str());
+        if (!server) {
+            throw model_error("no RPC worker answers at " + worker + " (start one: ggml-rpc-server -H HOST -p PORT)");
+        }
+        for (size_t i = 0; i < ggml_backend_reg_dev_count(server); ++i) {
+            out.push_back(ggml_backend_reg_dev_get(server, i));
+        }
+    }
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+            out.push_back(device);
+        }
+    }
+    out.push_back(nullptr);
+    return out;
+}
+
+} // namespace
+
 model::model(const std::string & path, const model_params & params) {
     llama_model_params mp = llama_model_default_params();
     mp.n_gpu_layers = params.n_gpu_layers;
@@ -13,6 +51,10 @@ model::model(const std::string & path, const model_params & params) {
     mp.use_extra_bufts = params.use_extra_bufts;
     check_model_metadata(path);
     const log_capture log;
+    std::vector<ggml_backend_dev_t> devices = devices_of(params.rpc);
+    if (!devices.empty()) {
+        mp.devices = devices.data();
+    }
     handle = llama_model_load_from_file(path.c_str(), mp);
     if (!handle) {
         const std::string why = log.errors();

@@ -11,7 +11,8 @@ namespace personasteer {
 struct model_params {
     int n_gpu_layers = 0; // -1: all
     bool use_mmap = true;
-    bool use_extra_bufts = true; // repacked CPU weights; off where ggml's AMX kernels were built wrong
+    bool use_extra_bufts = true;  // repacked CPU weights; off where ggml's AMX kernels were built wrong
+    std::vector<std::string> rpc; // host:port of llama.cpp's RPC workers that hold blocks
 };
 
 // Owns a llama_model. Thread-safe once loaded: llama.cpp's model is read-only.

@@ -14,6 +14,7 @@ void bind_attachment(py::module_ & m);
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Steering and capture inside llama.cpp's compute graph; used through the Python layer.";
+    m.attr("HAS_RPC") = llama_supports_rpc();
     m.attr("LLAMA_CPP_PYTHON") = PERSONASTEER_LLAMA_CPP_PYTHON; // the version that this was built against
 
     py::register_exception_translator([](std::exception_ptr p) {

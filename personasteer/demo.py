@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from personasteer import plots, traits
 from personasteer.derive import elicit, from_elicited, select
@@ -38,6 +40,7 @@ class DemoReport:
     answers: tuple[tuple[str, tuple[str, ...]], ...]  # held-out question, its answers at SHOWN
     vector_path: Path
     plot_path: Path
+    picture_path: Path
     seconds: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
@@ -53,6 +56,7 @@ class DemoReport:
             "per_layer": [{k: x if np.isfinite(x) else None for k, x in r.items()} for r in self.layer_rows],
             "vector": str(self.vector_path),
             "plot": str(self.plot_path),
+            "picture": str(self.picture_path),
             "seconds": dict(self.seconds),
         }
 
@@ -71,7 +75,8 @@ def run_demo(
 ) -> DemoReport:
     """Derive, answer, measure, save. Everything reported is on questions that were not used to derive.
 
-    Files in `out`: <trait>.gguf (the control vector) and <trait>.png (the dose-response).
+    Files in `out`: <trait>.gguf (the control vector), <trait>.png (the dose-response) and <trait>-answers.png (the
+    answers, each token on the colour of what the unsteered model reads there).
     """
     start = time.perf_counter()
     try:
@@ -82,8 +87,9 @@ def run_demo(
     if not trait.evaluate_questions or not trait.continuations:
         raise ArgumentError(f"trait {trait.name!r} has no held-out questions or no continuation pairs to measure with")
     vector_path, plot_path = out / f"{trait.name}.gguf", out / f"{trait.name}.png"
-    check_output(vector_path)
-    check_output(plot_path)
+    picture_path = out / f"{trait.name}-answers.png"
+    for path in (vector_path, plot_path, picture_path):
+        check_output(path)
     with Model(demo_model_path(), n_ctx=512, n_parallel=16, n_threads=n_threads, seed=seed) as model:
         model.norms  # noqa: B018 (measured here, once, so that the derive time below is derive's own)
         derive_start = time.perf_counter()
@@ -104,6 +110,7 @@ def run_demo(
             (q, tuple(" ".join(t.split()) for t in texts[i * len(SHOWN) : (i + 1) * len(SHOWN)]))
             for i, q in enumerate(questions)
         )
+        picture = plots.png(_picture(model, vector, answers))
 
         largest = max(STRENGTHS)
         controls = random_vectors(vector, n_random, seed=seed)
@@ -156,9 +163,11 @@ def run_demo(
         answers=answers,
         vector_path=vector_path,
         plot_path=plot_path,
+        picture_path=picture_path,
         seconds={},
     )
     _save_plot(report, plot_path)
+    atomic_write(picture_path, picture)
     seconds = {"derive": round(derive_seconds, 2), "total": round(time.perf_counter() - start, 2)}
     return replace(report, seconds=seconds)
 
@@ -176,6 +185,43 @@ def _layer_rows(vector: PersonaVector) -> tuple[dict[str, float], ...]:
             "split_half_cosine": float(vector.reliability[il]),
         }
         for il in range(vector.n_layer)
+    )
+
+
+def _picture(model: Model, vector: PersonaVector, answers: tuple[tuple[str, tuple[str, ...]], ...]) -> Figure:
+    """The answers on the colours of their readings: <h, v-hat> / m, mean over the blocks, of the unsteered model
+    that reads the same words, so that what is coloured is the text and not the vector that was added.
+    """
+    pieces: list[str] = []
+    readings: list[NDArray[np.float64]] = []
+    turns: list[tuple[str, int, int]] = []
+
+    def add(name: str, tokens: list[int], values: NDArray[np.float64]) -> None:
+        words = [b.decode("utf-8", "replace") for b in model.token_bytes(tokens)]
+        turns.append((name, len(pieces), len(pieces) + len(words)))
+        pieces.extend(words)
+        readings.append(values)
+
+    layers = list(vector.layers)
+    axes = vector.directions[layers] / np.linalg.norm(vector.directions[layers], axis=1, keepdims=True)
+    for question, texts in answers:
+        tokens = model.tokenize(question, add_special=False)
+        add("asked", tokens, np.full(len(tokens), np.nan))
+        for strength, text in zip(SHOWN, texts, strict=True):
+            if not text:
+                continue
+            all_tokens, n_prompt = model.pair_tokens(question, text)
+            (states,) = model.capture([(question, text)], pool="raw", span="response")
+            values = np.einsum("tle,le->tl", states[:, layers], axes) / model.norms[layers]
+            tokens = all_tokens[n_prompt : n_prompt + len(values)]
+            add(f"ρ = {strength:+.1f}" if strength else "unsteered", tokens, values.mean(axis=1))
+    return plots.reading_heat_map(
+        pieces,
+        np.concatenate(readings),
+        turns,
+        numbered=False,
+        label=f"{vector.name}, as the unsteered model reads the text",
+        title=f"“{vector.name}” on {model.name}, added at strength ρ",
     )
 
 

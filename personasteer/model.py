@@ -60,6 +60,9 @@ class Model:
         use_mmap: map the file instead of reading it.
         repack: let llama.cpp keep repacked copies of the weights for this CPU: faster, and more memory.
         lora: LoRA adapters (GGUF files) applied beside the steering: paths, or (path, scale) pairs.
+        rpc: "host:port" of llama.cpp's RPC workers (ggml-rpc-server) that hold the blocks on the GPU's side of
+            n_gpu_layers, one part each: the way past one machine's memory. llama-cpp-python has to be built with
+            GGML_RPC. llama.cpp ends the process where a worker dies while it computes.
 
     Raises:
         ModelError: no such file, not a GGUF, truncated, without a tokenizer, or of an architecture whose blocks
@@ -79,6 +82,7 @@ class Model:
         use_mmap: bool = True,
         repack: bool = True,
         lora: Sequence[Adapter] = (),
+        rpc: Sequence[str] = (),
     ) -> None:
         _check_sizes(n_ctx, n_parallel, n_batch)
         if n_threads is not None and n_threads < 1:
@@ -91,14 +95,16 @@ class Model:
             n_gpu_layers=n_gpu_layers,
             use_mmap=use_mmap,
             use_extra_bufts=repack and extra_buffers_work(),
+            rpc=_workers(rpc),
         )
+        self._remote = bool(rpc)
         for adapter, scale in adapters:
             native.add_adapter(os.fsencode(adapter), scale)
         self._start(native, adapters, n_ctx, n_parallel, n_batch, n_threads, seed)
         self.options.update({
             "n_ctx": n_ctx, "n_parallel": n_parallel, "n_batch": n_batch, "n_threads": self.n_threads,
             "n_gpu_layers": n_gpu_layers, "seed": seed, "use_mmap": use_mmap, "repack": repack,
-            "lora": [(str(adapter.resolve()), scale) for adapter, scale in adapters],
+            "lora": [(str(adapter.resolve()), scale) for adapter, scale in adapters], "rpc": list(rpc),
         })  # fmt: skip
 
     @classmethod
@@ -106,6 +112,7 @@ class Model:
         """A Model of weights that somebody else has loaded from `path`."""
         model = cls.__new__(cls)
         model.path = path
+        model._remote = False
         model._start(native, [], 512, 1, 512, n_threads, 0)
         return model
 
@@ -267,7 +274,7 @@ class Model:
 
         Raises ModelError where an edit is made and does not reach the logits.
         """
-        if self._measured().get("steerable") is True:
+        if self._measured().get("steerable") is True and not self._remote:  # other devices, other nodes of the graph
             return ""
         try:
             change = load_core().Session.self_test(model=self._native, n_threads=self.n_threads)
@@ -828,6 +835,17 @@ def _adapters(lora: Sequence[Adapter]) -> list[tuple[Path, float]]:
         if not np.isfinite(scale):
             raise ArgumentError(f"the scale of the LoRA adapter {file} must be finite, not {scale}")
     return [(identity.check_model_file(file), float(scale)) for file, scale in pairs]
+
+
+def _workers(rpc: Sequence[str]) -> list[str]:
+    """Addresses of RPC workers. llama.cpp takes what stands behind the colon for a number."""
+    if isinstance(rpc, str):
+        raise ArgumentError("rpc must be a list of addresses, such as ['192.168.0.2:50052']")
+    for address in rpc:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise ArgumentError(f"{address!r} is no address of an RPC worker: HOST:PORT is needed")
+    return list(rpc)
 
 
 def _texts(texts: Sequence[str]) -> Sequence[str]:

@@ -113,6 +113,7 @@ def reading_heat_map(
     *,
     threshold: float | None = None,
     states: Sequence[str] = (),
+    numbered: bool = True,
     label: str = "reading",
     title: str,
 ) -> Figure:
@@ -124,11 +125,12 @@ def reading_heat_map(
     Args:
         pieces, readings: (n_tokens,) the tokens' texts and readings; what is not finite has no colour.
         turns: (role, begin, end) of each turn's own tokens; without any, all tokens are shown as one text.
+        numbered: put a turn's number before its role.
         states: of each turn, what a threshold says before it: "ok", "watch", "alarm", or "".
     """
     marks = {begin - 1: state for (_, begin, _), state in zip(turns, states, strict=False) if state}
     values = np.asarray(readings, np.float64)
-    lines = _lines(pieces, turns or [("", 0, len(pieces))])
+    lines = _lines(pieces, turns or [("", 0, len(pieces))], numbered)
     left_out = max(0, len(lines) - LINES)
     if left_out:
         head, tail = lines[: LINES // 2], lines[len(lines) - LINES // 2 :]
@@ -334,11 +336,11 @@ def _escape(c: str) -> str:
 _Placed: TypeAlias = tuple[int, int, str]  # (token, column, text)
 
 
-def _lines(pieces: Sequence[str], turns: Turns) -> list[tuple[str, list[_Placed]]]:
+def _lines(pieces: Sequence[str], turns: Turns, numbered: bool) -> list[tuple[str, list[_Placed]]]:
     """(label, tokens placed) of each line: words stay whole where they fit, a turn begins a line."""
     lines: list[tuple[str, list[_Placed]]] = []
     for k, (role, begin, end) in enumerate(turns):
-        lines.append((f"{k} {_short(role, 12)}" if role else "", []))
+        lines.append(((f"{k} " if numbered and role else "") + _short(role, 12), []))
         if begin - 1 in _answers_at([(role, begin, end)]):
             lines[-1][1].append((begin - 1, 0, ANSWER))
         for word in _words(pieces, begin, end):

@@ -43,7 +43,9 @@ def test_delta_is_measured_from_strength_zero(report: DemoReport) -> None:
 def test_the_vector_and_the_plot_are_on_disk(report: DemoReport) -> None:
     assert PersonaVector.load(report.vector_path).layers == report.vector.layers
     assert report.plot_path.read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in report.vector_path.parent.iterdir()) == ["pessimistic.gguf", "pessimistic.png"]
+    assert report.picture_path.read_bytes().startswith(b"\x89PNG")
+    files = ["pessimistic-answers.png", "pessimistic.gguf", "pessimistic.png"]
+    assert sorted(p.name for p in report.vector_path.parent.iterdir()) == files
 
 
 def test_steering_up_and_down_changes_the_answers_both_ways(report: DemoReport) -> None:

@@ -68,6 +68,7 @@ def _print(report: DemoReport) -> None:
     )
     stdout.print(f"vector  {report.vector_path}", soft_wrap=True)
     stdout.print(f"plot    {report.plot_path}", soft_wrap=True)
+    stdout.print(f"answers {report.picture_path}", soft_wrap=True)
     stdout.print(
         f"derived in {report.seconds['derive']:.0f} s, all of it in {report.seconds['total']:.0f} s. Next: "
         f'personasteer chat -m demo -v {report.vector_path}:0.3 -p "How is my plan?"',
