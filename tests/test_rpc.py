@@ -15,8 +15,8 @@ from personasteer._native import load_core
 from personasteer.cli import run
 
 TEXTS = ["abcabcabd", "The rain falls.", "hello", "xyz"]
-# other kernels sum in another order; seen: 2e-6 of logits of size 1 on the tiny model
-ROUNDING = 2e-5
+# other kernels sum in another order, and keys and values are kept in 16 bits; seen: 3e-4 of the largest number
+ROUNDING = 1e-3
 
 
 def has_rpc() -> bool:
@@ -49,12 +49,21 @@ def vector(here: ps.Model) -> ps.PersonaVector:
 
 @pytest.mark.llama_cpp_programs
 def test_every_edit_reaches_blocks_on_both_workers(split: ps.Model, here: ps.Model, vector: ps.PersonaVector) -> None:
-    for edit in (vector * 0.3, ps.Cap(vector), ps.Floor(vector), ps.Ablate(vector), ps.When(vector, vector * 0.3)):
-        for il in range(here.n_layer):
-            at = ps.Steering([edit.at(il)]) if hasattr(edit, "at") else edit
-            remote, local = (m.logits(TEXTS, steer=[at] * 4) for m in (split, here))
-            for a, b in zip(remote, local, strict=True):
-                np.testing.assert_allclose(a, b, atol=ROUNDING * np.abs(b).max())
+    plain = here.logits(TEXTS)
+    for il in range(here.n_layer):
+        at = (il,)
+        for edit in (
+            ps.Add(vector, 0.3, layers=at),
+            ps.Cap(vector, -2.0, layers=at),
+            ps.Floor(vector, 2.0, layers=at),
+            ps.Ablate(vector, to=3.0, layers=at),
+            ps.When(vector, ps.Add(vector, 0.3, layers=at), threshold=-1e9, on="token"),
+        ):
+            remote, local = (m.logits(TEXTS, steer=[edit] * 4) for m in (split, here))
+            for a, b, unsteered in zip(remote, local, plain, strict=True):
+                largest = np.abs(b).max()
+                np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * largest)
+                assert np.abs(b - unsteered).max() > 10 * ROUNDING * largest
 
 
 @pytest.mark.llama_cpp_programs
@@ -62,7 +71,7 @@ def test_an_unsteered_text_beside_steered_ones_has_the_unsteered_logits_to_the_b
     split: ps.Model, vector: ps.PersonaVector
 ) -> None:
     plain = split.logits(TEXTS)
-    mixed = split.logits(TEXTS, steer=[None, vector * 0.3, vector * 0.0, ps.Cap(vector, 1e30)])
+    mixed = split.logits(TEXTS, steer=[None, vector * 0.3, vector * 0.0, ps.Cap(vector, np.full(4, 1e30))])
     for k in (0, 2, 3):
         np.testing.assert_array_equal(mixed[k], plain[k])
     assert np.abs(mixed[1] - plain[1]).max() > 1e-3
@@ -73,7 +82,7 @@ def test_the_states_that_are_captured_are_those_of_the_model_that_lies_here(spli
     for pool in ("mean", "last", "raw"):
         remote, local = (m.capture(TEXTS[:2], pool=pool, last_layer=True) for m in (split, here))
         for a, b in zip(remote, local, strict=True):
-            np.testing.assert_allclose(a, b, atol=ROUNDING * np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * np.abs(b).max())
 
 
 @pytest.mark.llama_cpp_programs
