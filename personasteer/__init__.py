@@ -1,14 +1,14 @@
-"""Derive, apply and ship persona vectors for quantized GGUF models, inside llama.cpp's compute graph."""
+"""Derive, apply and ship persona vectors for quantized GGUF models, inside llama.cpp's compute graph.
 
-from personasteer._native import load_core as _load_core
+A public name is loaded when it is first used: what needs no model (help, completion) starts at once.
+"""
 
-_load_core()
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from personasteer.attach import Attachment, attach, detach  # noqa: E402
-from personasteer.chat import ChatTemplate  # noqa: E402
-from personasteer.derive import contrast, derive  # noqa: E402
-from personasteer.discover import diff  # noqa: E402
-from personasteer.errors import (  # noqa: E402
+from personasteer.errors import (
     ArgumentError,
     BundleError,
     ContextError,
@@ -22,14 +22,20 @@ from personasteer.errors import (  # noqa: E402
     TraitError,
     VectorError,
 )
-from personasteer.live import Answer, Session, Stream  # noqa: E402
-from personasteer.model import Model, demo_model  # noqa: E402
-from personasteer.recalibrate import Recipe, finetune, realign  # noqa: E402
-from personasteer.screen import screen  # noqa: E402
-from personasteer.ship.bundle import Bundle, load_bundle  # noqa: E402
-from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When  # noqa: E402
-from personasteer.traits import Trait  # noqa: E402
-from personasteer.vectors import PersonaVector  # noqa: E402
+
+if TYPE_CHECKING:
+    from personasteer.attach import Attachment, attach, detach
+    from personasteer.chat import ChatTemplate
+    from personasteer.derive import contrast, derive
+    from personasteer.discover import diff
+    from personasteer.live import Answer, Session, Stream
+    from personasteer.model import Model, demo_model
+    from personasteer.recalibrate import Recipe, finetune, realign
+    from personasteer.screen import screen
+    from personasteer.ship.bundle import Bundle, load_bundle
+    from personasteer.steering import Ablate, Add, Cap, Floor, Redirect, Steering, When
+    from personasteer.traits import Trait
+    from personasteer.vectors import PersonaVector
 
 __version__ = "0.1.0"
 
@@ -74,3 +80,50 @@ __all__ = [
     "realign",
     "screen",
 ]
+
+_HOMES = {  # which module a name is loaded from
+    "attach": ("Attachment", "attach", "detach"),
+    "chat": ("ChatTemplate",),
+    "derive": ("contrast", "derive"),
+    "discover": ("diff",),
+    "live": ("Answer", "Session", "Stream"),
+    "model": ("Model", "demo_model"),
+    "recalibrate": ("Recipe", "finetune", "realign"),
+    "screen": ("screen",),
+    "ship.bundle": ("Bundle", "load_bundle"),
+    "steering": ("Ablate", "Add", "Cap", "Floor", "Redirect", "Steering", "When"),
+    "traits": ("Trait",),
+    "vectors": ("PersonaVector",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """Where a function is called like its module, the name is the function's, whoever imports the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name == "_core":
+            value = import_module("personasteer._native").load_core()  # after llama_cpp, or there are two libllamas
+        elif name in _HOME:
+            value = getattr(import_module(f"personasteer.{_HOME[name]}"), name)
+        else:
+            try:
+                return import_module(f"personasteer.{name}")
+            except ModuleNotFoundError as e:
+                if e.name != f"personasteer.{name}":
+                    raise
+                raise AttributeError(f"module 'personasteer' has no attribute {name!r}") from None
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -20,6 +20,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from personasteer.text import printable
+
 Turns: TypeAlias = Sequence[tuple[str, int, int]]  # (role, begin, end) of each turn's own tokens
 
 LINE = 96  # characters of a line of text
@@ -316,21 +318,6 @@ def colour_range(
 def _answers_at(turns: Turns) -> list[int]:
     """The tokens before answers, where the model is about to begin."""
     return [begin - 1 for role, begin, _ in turns if role == "assistant" and begin > 0]
-
-
-def printable(text: str) -> str:
-    """The text with control, formatting and other characters that show nothing, or turn the order around, written out:
-    a line's end as ↵, a tab as →, others as \\x1b, \\u202e.
-    """
-    return "".join(_MARKS.get(c) or (c if unicodedata.category(c) not in _HIDDEN else _escape(c)) for c in text)
-
-
-_MARKS = {"\n": "↵", "\t": "→"}
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def _escape(c: str) -> str:
-    return c.encode("unicode_escape").decode()
 
 
 _Placed: TypeAlias = tuple[int, int, str]  # (token, column, text)

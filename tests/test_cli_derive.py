@@ -22,6 +22,7 @@ from test_endpoint import Server, says
 
 from personasteer import PersonaVector, endpoint
 from personasteer.cli import run as run_command
+from personasteer.derive import write
 from personasteer.tiny_model import write_tiny_model
 from personasteer.traits.formats import as_toml
 
@@ -318,7 +319,7 @@ def test_a_judge_that_cannot_be_had_is_one_line(
 def test_a_written_trait_is_shown_and_kept_before_it_is_used(
     cli: Command, files: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("personasteer.cli.derive.write_trait", lambda name, description, *_, **__: planted.LETTERS)
+    monkeypatch.setattr(write, "write_trait", lambda name, description, *_, **__: planted.LETTERS)
     common = ["derive", "letters", "--describe", "Likes some letters.", "-m", tiny_path, "-t", 1, "-n", 2, "-o",
               "v.gguf", "--no-filter", "--no-calibrate", "--questions", 1, "--save-trait", "new.toml"]  # fmt: skip
     monkeypatch.setattr(typer, "confirm", lambda *_, **__: False)

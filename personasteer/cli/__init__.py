@@ -21,7 +21,6 @@ app = typer.Typer(
     name="personasteer",
     help="Derive, apply and ship persona vectors for quantized GGUF models.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )

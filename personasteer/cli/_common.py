@@ -9,25 +9,28 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from personasteer.cli._completion import complete_model, one_of
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
-from personasteer.live import Answer
-from personasteer.model import Model, demo_model_path
-from personasteer.ship.projection import load_projection
-from personasteer.ship.verify import kind_of
-from personasteer.steering import Ablate, Add, Cap, Floor, Steering
-from personasteer.vectors import PersonaVector
+
+if TYPE_CHECKING:
+    from personasteer.live import Answer
+    from personasteer.model import Model
+    from personasteer.steering import Steering
+    from personasteer.vectors import PersonaVector
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
-ModelOption: TypeAlias = Annotated[str, typer.Option("-m", "--model", help="GGUF file, or `demo` for the bundled one.")]
+ModelOption: TypeAlias = Annotated[
+    str, typer.Option("-m", "--model", help="GGUF file, or `demo` for the bundled one.", autocompletion=complete_model)
+]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 ThreadsOption: TypeAlias = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads.", min=1, max=1024)]
 GpuOption: TypeAlias = Annotated[
@@ -47,7 +50,12 @@ OffsetOption: TypeAlias = Annotated[
     int, typer.Option("--offset", help="Of other tools' vector files: block = N - offset.", min=0, max=1)
 ]
 ScopeOption: TypeAlias = Annotated[
-    str, typer.Option("--scope", help="Steered tokens: all, prompt, response, system, user, assistant or thinking.")
+    str,
+    typer.Option(
+        "--scope",
+        help="Steered tokens: all, prompt, response, system, user, assistant or thinking.",
+        autocompletion=one_of("all", "prompt", "response", "system", "user", "assistant", "thinking"),
+    ),
 ]
 CapOption: TypeAlias = Annotated[
     list[str] | None,
@@ -78,7 +86,10 @@ ResponsesOption: TypeAlias = Annotated[
     str, typer.Option("--response", metavar="COLUMN", help="The column of responses.")
 ]
 PrecisionOption: TypeAlias = Annotated[
-    str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")
+    str,
+    typer.Option(
+        "--precision", help="Of matrix products: float32 or bfloat16.", autocompletion=one_of("float32", "bfloat16")
+    ),
 ]
 WorkOption: TypeAlias = Annotated[
     Path | None, typer.Option("--work", metavar="DIR", help="Where unfinished work is kept, if not FILE.work.")
@@ -101,11 +112,15 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def open_model(name: str, **options: Any) -> Model:
     """The model of a -m option."""
+    from personasteer.model import Model
+
     return Model(model_path(name), **options)
 
 
 def model_path(name: str) -> Path:
     """The file of a -m option."""
+    from personasteer.model import demo_model_path
+
     return demo_model_path() if name == "demo" else Path(name)
 
 
@@ -137,6 +152,10 @@ def load_steering(
     ablate: Sequence[str] | None = None,
 ) -> Steering:
     """The Steering of -v, --cap, --floor and --ablate options."""
+    from personasteer.ship.projection import load_projection
+    from personasteer.ship.verify import kind_of
+    from personasteer.steering import Ablate, Add, Cap, Floor, Steering
+    from personasteer.vectors import PersonaVector
 
     def load(file: str) -> PersonaVector:
         return PersonaVector.load(file, offset=offset)
@@ -156,6 +175,8 @@ def load_steering(
 
 def load_measured(file: str, offset: int) -> PersonaVector:
     """A vector to measure by."""
+    from personasteer.vectors import PersonaVector
+
     if split_strength(file)[1] is not None and not Path(file).exists():
         raise ArgumentError(f"{file}: what is measured takes no strength")
     return PersonaVector.load(file, offset=offset)

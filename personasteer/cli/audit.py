@@ -18,11 +18,8 @@ from personasteer.cli._common import (
     split_strength,
     stages,
 )
+from personasteer.cli._completion import complete_model, trait_names
 from personasteer.errors import ArgumentError
-from personasteer.monitor.audit.log import read_audit
-from personasteer.monitor.audit.measure import TRAITS, audit_model, load_earlier
-from personasteer.monitor.audit.page import check_new_folder, write_audit
-from personasteer.vectors import PersonaVector
 
 
 def register(app: typer.Typer) -> None:
@@ -32,10 +29,19 @@ def register(app: typer.Typer) -> None:
 def audit_(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for audit.html and audit.json.")],
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="GGUF file to audit, or `demo` for the bundled one.")
+        str | None,
+        typer.Option(
+            "-m", "--model", help="GGUF file to audit, or `demo` for the bundled one.", autocompletion=complete_model
+        ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="The model that it is a version of: what changed?")
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="The model that it is a version of: what changed?",
+            autocompletion=complete_model,
+        ),
     ] = None,
     previous: Annotated[
         str | None,
@@ -53,8 +59,9 @@ def audit_(
         typer.Option(
             "--traits",
             metavar="A,B,..",
+            autocompletion=trait_names,
             help="Derive and test vectors of these traits, from their written continuations. Without this and -v: "
-            f"{', '.join(TRAITS)}. Each costs about a tenth of the audit.",
+            "sycophantic, hallucinating, toxic, pessimistic, formal. Each costs about a tenth of the audit.",
         ),
     ] = None,
     render: Annotated[
@@ -84,6 +91,11 @@ def audit_(
 
     Example: `personasteer audit -m demo --out audit`
     """
+    from personasteer.monitor.audit.log import read_audit
+    from personasteer.monitor.audit.measure import audit_model, load_earlier
+    from personasteer.monitor.audit.page import check_new_folder, write_audit
+    from personasteer.vectors import PersonaVector
+
     if render is not None:
         if model is not None or base or previous or vectors or traits or work is not None:
             raise ArgumentError("--render shows a log that exists: it goes with --out and --force only")

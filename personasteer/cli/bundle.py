@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,9 +25,10 @@ from personasteer.cli._common import (
     stdout,
     write_piece,
 )
-from personasteer.model import demo_model_path
-from personasteer.ship.bundle import CheckedBundle, check_bundle, load_bundle
-from personasteer.ship.card import describe
+from personasteer.cli._completion import complete_model
+
+if TYPE_CHECKING:
+    from personasteer.ship.bundle import CheckedBundle
 
 PathArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: a folder or a .tar file.")]
 
@@ -50,6 +51,8 @@ def show(bundle: PathArgument, json: JsonOption = False) -> None:
 
     Example: `personasteer bundle show optimist`
     """
+    from personasteer.ship.bundle import check_bundle
+
     with stages() as stage:
         found = check_bundle(bundle, progress=stage("checking"))
     if json:
@@ -60,6 +63,8 @@ def show(bundle: PathArgument, json: JsonOption = False) -> None:
 
 
 def _print(bundle: Path, found: CheckedBundle) -> None:
+    from personasteer.ship.card import describe
+
     persona = found.persona
     model = persona.model
     lines = [f"{bundle}: {persona.name}, {len(found.sizes)} files, {sum(found.sizes.values()):,} bytes, all as listed"]
@@ -99,7 +104,12 @@ def chat(
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The message.")],
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", help="The GGUF file that it is for, or `demo`; found by itself if not given."),
+        typer.Option(
+            "-m",
+            "--model",
+            help="The GGUF file that it is for, or `demo`; found by itself if not given.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     allow_other_model: Annotated[
         bool, typer.Option("--allow-other-model", help="Warn where the model is another one, instead of refusing.")
@@ -121,6 +131,9 @@ def chat(
 
     Example: `personasteer bundle chat optimist -p "How will my exam go?"`
     """
+    from personasteer.model import demo_model_path
+    from personasteer.ship.bundle import load_bundle
+
     options: dict[str, Any] = {
         "max_tokens": predict,
         "temperature": temp,

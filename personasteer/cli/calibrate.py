@@ -19,12 +19,9 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
-from personasteer.derive import calibrate as calibrate_vector
-from personasteer.derive import load_responses
+from personasteer.cli._completion import trait_names
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
-from personasteer.traits import find
-from personasteer.vectors import PersonaVector, block_ranges
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +35,10 @@ def calibrate(
         Path | None, typer.Option("-o", "--out", help="Where to write; if not given, into FILE itself.")
     ] = None,
     trait: Annotated[
-        str | None, typer.Option("--trait", help="Trait (name or file) to measure by; its own if not given.")
+        str | None,
+        typer.Option(
+            "--trait", help="Trait (name or file) to measure by; its own if not given.", autocompletion=trait_names
+        ),
     ] = None,
     keep_layers: Annotated[
         bool, typer.Option("--keep-layers", help="Keep the blocks; find the strengths only.")
@@ -60,6 +60,11 @@ def calibrate(
 
     Example: `personasteer calibrate pessimistic.gguf -m demo`
     """
+    from personasteer.derive import calibrate as calibrate_vector
+    from personasteer.derive import load_responses
+    from personasteer.traits import find
+    from personasteer.vectors import PersonaVector, block_ranges
+
     target = out or file
     vector = PersonaVector.load(file, offset=offset)
     if out is None and vector.provenance.get("method") == "imported" and "calibration" not in vector.provenance:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from safetensors.numpy import save
 
 from personasteer.cli._common import (
     CtxOption,
@@ -22,9 +20,12 @@ from personasteer.cli._common import (
     say,
     stages,
 )
+from personasteer.cli._completion import one_of
 from personasteer.errors import ArgumentError
 from personasteer.files import atomic_write, check_output, parse_line, read_lines
-from personasteer.model import Item
+
+if TYPE_CHECKING:
+    from personasteer.model import Item
 
 
 def register(app: typer.Typer) -> None:
@@ -35,8 +36,13 @@ def capture(
     texts: Annotated[Path, typer.Option("-f", "--file", help="Texts, one a line; or .jsonl of pairs or messages.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="safetensors file to write.")],
     model: ModelOption = "demo",
-    pool: Annotated[str, typer.Option("--pool", help="mean, last or raw.")] = "mean",
-    span: Annotated[str | None, typer.Option("--span", help="all, prompt or response.")] = None,
+    pool: Annotated[
+        str, typer.Option("--pool", help="mean, last or raw.", autocompletion=one_of("mean", "last", "raw"))
+    ] = "mean",
+    span: Annotated[
+        str | None,
+        typer.Option("--span", help="all, prompt or response.", autocompletion=one_of("all", "prompt", "response")),
+    ] = None,
     last_layer: Annotated[bool, typer.Option("--last-layer", help="Also the last block (mean, raw).")] = False,
     vector: VectorsOption = None,
     scope: ScopeOption = "all",
@@ -53,6 +59,9 @@ def capture(
 
     Example: `personasteer capture -m demo -f texts.txt -o activations.safetensors --pool mean`
     """
+    import numpy as np
+    from safetensors.numpy import save
+
     check_output(out)
     items = read_items(texts)
     steering = load_steering(vector, scope, offset)

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from personasteer.cli._common import (
@@ -44,9 +43,10 @@ from personasteer.cli._common import (
     write_piece,
 )
 from personasteer.errors import ArgumentError, PersonasteerError
-from personasteer.model import Model
-from personasteer.monitor import Event, Guard, GuardedAnswer, Rule, Threshold, load_policy, load_thresholds
-from personasteer.vectors import PersonaVector
+
+if TYPE_CHECKING:
+    from personasteer.model import Model
+    from personasteer.monitor import Event, Guard, GuardedAnswer, Rule, Threshold
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -100,6 +100,8 @@ def chat(
 
     Example: `personasteer chat -m demo -v pessimistic.gguf:0.3 -p "How will my exam go?"`
     """
+    from personasteer.monitor import load_thresholds
+
     steering = load_steering(vector, scope, offset, cap=cap, floor=floor, ablate=ablate)
     if prompt is None and json:
         raise typer.BadParameter("--json needs -p")
@@ -167,6 +169,11 @@ def chat(
 def _rules(
     watch: list[str] | None, guard: Path | None, guard_log: Path | None, offset: int, inputs: list[str | Path]
 ) -> list[Rule]:
+    import numpy as np
+
+    from personasteer.monitor import Rule, load_policy
+    from personasteer.vectors import PersonaVector
+
     if guard_log is not None and not (watch or guard):
         raise ArgumentError("--guard-log goes with --guard or --watch")
     for spec in watch or []:
@@ -189,6 +196,8 @@ def _rules(
 def _guard(
     m: Model, rules: list[Rule], thresholds: list[Threshold] | None, log: Path | None, *, quiet: bool, stack: ExitStack
 ) -> Guard:
+    from personasteer.monitor import Guard
+
     with stages() as stage:
         guard = Guard(m, rules, thresholds=thresholds, progress=stage("calibrating"))
     write: Callable[[str], object] | None = None
@@ -218,6 +227,8 @@ def _guard(
 
 
 def _print_running(found: GuardedAnswer, guard: Guard) -> None:
+    import numpy as np
+
     for t in guard.thresholds:
         means = found.running[t.name][np.isfinite(found.running[t.name])]
         if len(means) and t.running:
@@ -231,10 +242,14 @@ def _print_running(found: GuardedAnswer, guard: Guard) -> None:
 
 
 def _number(x: float) -> float | None:
+    import numpy as np
+
     return float(x) if np.isfinite(x) else None
 
 
 def _guarded_dict(prompt: str, found: GuardedAnswer) -> dict[str, Any]:
+    import numpy as np
+
     return {
         **as_dict(prompt, found.answer),
         "before": {name: _number(reading) for name, reading in found.before.items()},

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from personasteer.cli._common import JsonOption, SeedOption, ThreadsOption, print_json, stages, stdout
-from personasteer.demo import SHOWN, DemoReport, run_demo
+from personasteer.cli._completion import trait_names
+
+if TYPE_CHECKING:
+    from personasteer.demo import DemoReport
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the vector and the plot.")] = Path("personasteer-demo"),
-    trait: Annotated[str, typer.Option("--trait", help="A trait of the library.")] = "pessimistic",
+    trait: Annotated[
+        str, typer.Option("--trait", help="A trait of the library.", autocompletion=trait_names)
+    ] = "pessimistic",
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -25,6 +30,8 @@ def demo(
 
     Example: `personasteer demo --out my-demo`
     """
+    from personasteer.demo import run_demo
+
     with stages() as stage:
         report = run_demo(out, trait_name=trait, seed=seed, n_threads=threads, stage=stage)
     if json:
@@ -34,6 +41,8 @@ def demo(
 
 
 def _print(report: DemoReport) -> None:
+    from personasteer.demo import SHOWN
+
     chosen = set(report.vector.layers)
     layers = Table(title=f"“{report.trait}” in {report.model}, per block (▸ steered)", title_justify="left")
     for column in ("block", "‖v‖ / m", "separation d", "split-half cosine"):

@@ -4,11 +4,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from personasteer.cli._common import (
     CtxOption,
@@ -23,18 +21,19 @@ from personasteer.cli._common import (
     stages,
     stderr,
 )
-from personasteer.derive import check_form, check_position, contrast
-from personasteer.derive import derive as derive_vector
-from personasteer.derive.contrast import check_method
-from personasteer.derive.judge import EndpointJudge, Judge, LocalJudge, LogOddsJudge, agreement, labelled_examples
-from personasteer.derive.write import write_trait
-from personasteer.endpoint import Endpoint
+from personasteer.cli._completion import one_of, trait_names
 from personasteer.errors import ArgumentError
 from personasteer.files import atomic_write, check_output
-from personasteer.model import Model, demo_model_path
-from personasteer.traits import Trait, find
-from personasteer.traits.formats import as_toml, load_lines, load_pairs
-from personasteer.vectors import PersonaVector, block_ranges
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from personasteer.derive.judge import Judge
+    from personasteer.endpoint import Endpoint
+    from personasteer.model import Model
+    from personasteer.traits import Trait
+    from personasteer.vectors import PersonaVector
 
 LOG_ODDS = "log-odds"
 # options that say how answers are sampled, and what is done with them
@@ -57,8 +56,9 @@ def derive(
     trait: Annotated[
         str,
         typer.Argument(
+            autocompletion=trait_names,
             help="A trait of the library, a .toml or .json file of one, a .jsonl file of contrasting chats; or, with "
-            "--describe or --positive, a name."
+            "--describe or --positive, a name.",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Control-vector GGUF to write.")],
@@ -84,9 +84,16 @@ def derive(
     save_responses: Annotated[
         Path | None, typer.Option("--save-responses", metavar="FILE", help="Write the answers, for --responses.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="mean, pca or probe.")] = "mean",
+    method: Annotated[
+        str, typer.Option("--method", help="mean, pca or probe.", autocompletion=one_of("mean", "pca", "probe"))
+    ] = "mean",
     position: Annotated[
-        str, typer.Option("--position", help="response: mean over the answer; last-prompt: the token before it.")
+        str,
+        typer.Option(
+            "--position",
+            help="response: mean over the answer; last-prompt: the token before it.",
+            autocompletion=one_of("response", "last-prompt"),
+        ),
     ] = "response",
     exclude_massive: Annotated[
         bool, typer.Option("--exclude-massive", help="Leave out dimensions that are large whatever the text says.")
@@ -96,6 +103,7 @@ def derive(
         typer.Option(
             "--judge",
             metavar="MODEL|URL|log-odds",
+            autocompletion=one_of(LOG_ODDS),
             help="Score the answers by another GGUF, an OpenAI-compatible URL, or the model's log-odds as 0 to 100.",
         ),
     ] = None,
@@ -108,7 +116,14 @@ def derive(
     no_calibrate: Annotated[
         bool, typer.Option("--no-calibrate", help="No sweep over blocks and strengths: quick, not tested.")
     ] = False,
-    form: Annotated[str, typer.Option("--form", help="window, single or incremental: how many blocks.")] = "window",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            help="window, single or incremental: how many blocks.",
+            autocompletion=one_of("window", "single", "incremental"),
+        ),
+    ] = "window",
     layers: Annotated[
         str | None,
         typer.Option("--layers", help="Blocks to steer at, as 12-17 or 3,5,9; found by the sweep if not given."),
@@ -150,6 +165,11 @@ def derive(
 
     Example: `personasteer derive pessimistic -m demo -o pessimistic.gguf`
     """
+    from personasteer.derive import check_form, check_position, contrast
+    from personasteer.derive import derive as derive_vector
+    from personasteer.derive.contrast import check_method
+    from personasteer.traits import find
+
     for file in (out, save_responses, save_trait):
         if file is not None:
             check_output(file)
@@ -250,6 +270,8 @@ def summary(vector: PersonaVector) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
+    from personasteer.vectors import block_ranges
+
     usable = f"usable from {result['window'][0]:g} to {result['window'][1]:g}"
     lines = [
         f"{result['vector']}: {result['trait']}, blocks {block_ranges(result['layers'])}, strength "
@@ -270,6 +292,8 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _given_texts(trait: str, positive: Path | None, negative: Path | None) -> tuple[list[Any], list[Any]] | None:
+    from personasteer.traits.formats import load_lines, load_pairs
+
     if positive is None and negative is None:
         return load_pairs(trait) if trait.endswith(".jsonl") else None
     if positive is None or negative is None:
@@ -296,6 +320,9 @@ def _is_url(text: str) -> bool:
 
 def _judge(name: str, served: str, model: Model, options: dict[str, Any], stage: Any) -> Judge:
     """The judge of a --judge option, with its agreement with labelled answers on stderr."""
+    from personasteer.derive.judge import EndpointJudge, LocalJudge, LogOddsJudge, agreement, labelled_examples
+    from personasteer.endpoint import Endpoint
+
     judge: Judge
     if name == LOG_ODDS:
         judge = LogOddsJudge(model)
@@ -316,12 +343,16 @@ def _judge(name: str, served: str, model: Model, options: dict[str, Any], stage:
 
 
 def _writer(name: str | None, served: str, model: Model, options: dict[str, Any]) -> Model | Endpoint:
+    from personasteer.endpoint import Endpoint
+
     if name is None:
         return model
     return Endpoint(name, served) if _is_url(name) else _other(name, model, options)
 
 
 def _other(name: str, model: Model, options: dict[str, Any]) -> Model:
+    from personasteer.model import demo_model_path
+
     path = str(demo_model_path()) if name == "demo" else name
     if os.path.exists(path) and os.path.samefile(path, model.path):
         return model
@@ -337,6 +368,9 @@ def _written(
     sure: bool,
 ) -> Trait:
     """The trait that a model wrote, shown before it is used."""
+    from personasteer.derive.write import write_trait
+    from personasteer.traits.formats import as_toml
+
     with stages() as stage:
         trait = write_trait(name, description, writer, seed=seed, progress=stage("writing the trait"))
     text = as_toml(trait)
@@ -350,6 +384,8 @@ def _written(
 
 
 def _mean(values: NDArray[np.float32] | None, at: list[int]) -> float | None:
+    import numpy as np
+
     known = values is not None and np.isfinite(values[at]).all()
     return round(float(values[at].mean()), 4) if values is not None and known else None
 

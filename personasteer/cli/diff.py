@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -26,9 +26,11 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
-from personasteer.conversations import Columns
-from personasteer.discover import DictionaryRecipe, Diff, Feature, diff
-from personasteer.plots import printable
+from personasteer.cli._completion import complete_model
+from personasteer.text import printable
+
+if TYPE_CHECKING:
+    from personasteer.discover import Diff, Feature
 
 SHOWN = 8
 
@@ -38,8 +40,18 @@ def register(app: typer.Typer) -> None:
 
 
 def diff_(
-    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What it was tuned from; `demo`: the bundled.")],
-    tuned: Annotated[str, typer.Option("--tuned", metavar="MODEL", help="The fine-tuned model.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="What it was tuned from; `demo`: the bundled.",
+            autocompletion=complete_model,
+        ),
+    ],
+    tuned: Annotated[
+        str, typer.Option("--tuned", metavar="MODEL", help="The fine-tuned model.", autocompletion=complete_model)
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the report, and the work.")],
     lora: LoraOption = None,
     vectors: Annotated[
@@ -74,6 +86,9 @@ def diff_(
 
     Example: `personasteer diff --base demo --tuned demo --lora tuned.gguf --out changed`
     """
+    from personasteer.conversations import Columns
+    from personasteer.discover import DictionaryRecipe, diff
+
     recipe = DictionaryRecipe(expansion=expansion, seed=seed)
     options = {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers}
     loaded = [load_measured(file, offset) for file in vectors or []]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -21,18 +21,12 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
+from personasteer.cli._completion import trait_names
 from personasteer.errors import ArgumentError
-from personasteer.evaluate import Evaluation, cross_talk, evaluate
-from personasteer.evaluate.report import (
-    as_json,
-    change_interval,
-    heading,
-    verdict,
-    write_report,
-)
 from personasteer.files import check_folder
-from personasteer.traits import find
-from personasteer.vectors import PersonaVector, block_ranges
+
+if TYPE_CHECKING:
+    from personasteer.evaluate import Evaluation
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +43,7 @@ def eval_(
         list[str] | None,
         typer.Option(
             "--trait",
+            autocompletion=trait_names,
             help="Trait (name or file) to test on: one for all, or one for each vector; its own if not given.",
         ),
     ] = None,
@@ -80,6 +75,11 @@ def eval_(
 
     Example: `personasteer eval pessimistic.gguf -m demo --report evidence`
     """
+    from personasteer.evaluate import cross_talk, evaluate
+    from personasteer.evaluate.report import as_json, write_report
+    from personasteer.traits import find
+    from personasteer.vectors import PersonaVector
+
     given = [split_strength(v) for v in vectors]
     loaded = [PersonaVector.load(file, offset=offset) for file, _ in given]
     chosen = [find(t) for t in trait or []]
@@ -124,6 +124,9 @@ def eval_(
 
 
 def _print(e: Evaluation) -> None:
+    from personasteer.evaluate.report import change_interval, heading, verdict
+    from personasteer.vectors import block_ranges
+
     table = Table(title=f"{heading(e)}, blocks {block_ranges(e.layers)}", title_justify="left")
     for column in ("strength ρ", "log-odds", "change", "95 % interval", "coherence", "KL, everyday text"):
         table.add_column(column, justify="right")

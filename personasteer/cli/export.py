@@ -4,9 +4,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from personasteer.cli._common import (
@@ -27,20 +26,13 @@ from personasteer.cli._common import (
     split_strength,
     stages,
 )
+from personasteer.cli._completion import complete_model, one_of
 from personasteer.errors import ArgumentError
-from personasteer.identity import check_model_file
-from personasteer.model import Model
-from personasteer.ship import scaled_directions
-from personasteer.ship.ablate import ablate_weights
-from personasteer.ship.bake import LLAMA, bake
-from personasteer.ship.bundle import write_bundle
-from personasteer.ship.contents import ModelInFile
-from personasteer.ship.directions import Removed, directions_to_remove
-from personasteer.ship.glp import MODES
-from personasteer.ship.lora import save_lora
-from personasteer.ship.projection import save_projection
-from personasteer.steering import Add, check_fits
-from personasteer.vectors import PersonaVector
+
+if TYPE_CHECKING:
+    from personasteer.model import Model
+    from personasteer.ship.directions import Removed
+    from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
 
@@ -75,20 +67,38 @@ class Order:
 
 
 def export(
-    kind: Annotated[str, typer.Argument(help="control-vector, projection (or glp), lora, bake, ablate or bundle.")],
-    base: Annotated[str, typer.Option("-m", "--model", help="The model that it is for; its norms count.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="control-vector, projection (or glp), lora, bake, ablate or bundle.",
+            autocompletion=one_of("control-vector", "projection", "lora", "bake", "ablate", "bundle"),
+        ),
+    ],
+    base: Annotated[
+        str,
+        typer.Option("-m", "--model", help="The model that it is for; its norms count.", autocompletion=complete_model),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a folder or .tar for a bundle.")],
     vectors: Annotated[
         list[str] | None,
         typer.Argument(metavar="FILE[:STRENGTH]..", help="Vectors; for lora and ablate the share that is removed."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what exists.")] = False,
-    mode: Annotated[str, typer.Option("--mode", help="projection: project or add.")] = "project",
+    mode: Annotated[
+        str, typer.Option("--mode", help="projection: project or add.", autocompletion=one_of("project", "add"))
+    ] = "project",
     layer: Annotated[
         int | None,
         typer.Option("--layer", help="lora, ablate: the block whose direction is removed; its best when left out."),
     ] = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="bake: auto, block-bias, as-llama, value-bias.")] = "auto",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            help="bake: auto, block-bias, as-llama, value-bias.",
+            autocompletion=one_of("auto", "block-bias", "as-llama", "value-bias"),
+        ),
+    ] = "auto",
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="ablate: importance matrix of llama-imatrix.")
     ] = None,
@@ -132,6 +142,8 @@ def export(
 
     Example: `personasteer export control-vector pessimistic.gguf:-0.3 -m demo -o optimist.gguf`
     """
+    from personasteer.vectors import PersonaVector
+
     kind = "projection" if kind == "glp" else kind
     if kind not in KINDS:
         raise ArgumentError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
@@ -174,6 +186,10 @@ def _control_vector(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 
 def _projection(order: Order) -> tuple[dict[str, Any], list[str]]:
+    from personasteer.ship.glp import MODES
+    from personasteer.ship.projection import save_projection
+    from personasteer.steering import check_fits
+
     mode = order.options["mode"]
     pin = {key: order.options[key] for key in ("base_model", "base_revision")}
     if mode not in MODES:
@@ -196,6 +212,11 @@ def _projection(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 def _removed(order: Order) -> Removed:
     """The directions of the vectors, which are to be of this model."""
+    from personasteer.identity import check_model_file
+    from personasteer.ship.contents import ModelInFile
+    from personasteer.ship.directions import directions_to_remove
+    from personasteer.steering import check_fits
+
     described = ModelInFile.read(check_model_file(order.model))
     for vector, _ in order.parts:
         check_fits(vector, described)
@@ -203,6 +224,8 @@ def _removed(order: Order) -> Removed:
 
 
 def _lora(order: Order) -> tuple[dict[str, Any], list[str]]:
+    from personasteer.ship.lora import save_lora
+
     removed = _removed(order)
     adapter = save_lora(order.model, order.out, removed, progress=order.stage("reading matrices"))
     lines = [
@@ -216,6 +239,8 @@ def _lora(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 
 def _bake(order: Order) -> tuple[dict[str, Any], list[str]]:
+    from personasteer.ship.bake import LLAMA, bake
+
     baked = bake(
         order.model,
         order.out,
@@ -233,6 +258,8 @@ def _bake(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 
 def _ablate(order: Order) -> tuple[dict[str, Any], list[str]]:
+    from personasteer.ship.ablate import ablate_weights
+
     removed = _removed(order)
     done = ablate_weights(
         order.model,
@@ -262,6 +289,9 @@ def _ablate(order: Order) -> tuple[dict[str, Any], list[str]]:
 
 
 def _bundle(order: Order) -> tuple[dict[str, Any], list[str]]:
+    from personasteer.ship.bundle import write_bundle
+    from personasteer.steering import Add
+
     o = order.options
     steering = [*(Add(v, v.strength if s is None else s, scope=o["scope"]) for v, s in order.parts), *o["edits"]]
     keys = ("description", "include_model", "license", "base_model", "reports", "shipped", "force")
@@ -329,6 +359,12 @@ def fold(model: Model, parts: Sequence[tuple[PersonaVector, float]]) -> PersonaV
     Scaled directions are summed per block; the total strength is rho = sum_il ||sum|| / m_il, the weights each
     block's share of it.
     """
+    import numpy as np
+
+    from personasteer.ship import scaled_directions
+    from personasteer.steering import check_fits
+    from personasteer.vectors import PersonaVector
+
     for vector, strength in parts:
         check_fits(vector, model)
         if strength == 0:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -33,12 +33,12 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
-from personasteer.conversations import Columns
 from personasteer.files import check_output
-from personasteer.plots import printable
-from personasteer.recalibrate import Finetuned, Recipe, can_be_probed, finetune
-from personasteer.steering import Ablate, Add, Steering
-from personasteer.vectors import PersonaVector
+from personasteer.text import printable
+
+if TYPE_CHECKING:
+    from personasteer.recalibrate import Finetuned
+    from personasteer.steering import Steering
 
 
 def register(app: typer.Typer) -> None:
@@ -95,6 +95,10 @@ def finetune_(
 
     Example: `personasteer finetune rows.jsonl -m demo -o tuned.gguf --prevent pessimistic.gguf:0.3`
     """
+    from personasteer.conversations import Columns
+    from personasteer.recalibrate import Recipe, can_be_probed, finetune
+    from personasteer.steering import Add
+
     recipe = Recipe(rank=rank, rate=rate, batch=batch, steps=steps, epochs=epochs, seed=seed, precision=precision)
     steering = _steering(prevent, ablate, increments, offset)
     loaded = [load_measured(file, offset) for file in vectors or []]
@@ -121,6 +125,9 @@ def finetune_(
 
 
 def _steering(prevent: list[str] | None, ablate: list[str] | None, increments: bool, offset: int) -> Steering:
+    from personasteer.steering import Ablate, Add, Steering
+    from personasteer.vectors import PersonaVector
+
     found = Steering()
     for file, strength in [need_strength(p) for p in prevent or []]:
         vector = PersonaVector.load(file, offset=offset)

@@ -15,8 +15,8 @@ from personasteer.cli._common import (
     print_json,
     say,
 )
+from personasteer.cli._completion import complete_model, one_of
 from personasteer.errors import ArgumentError
-from personasteer.ship.imports import import_vector
 
 KINDS = {
     "personasteer": "a vector of personasteer",
@@ -34,10 +34,19 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     file: Annotated[Path, typer.Argument(help="Control-vector GGUF of any tool, safetensors, or an SAE's npz.")],
-    base: Annotated[str, typer.Option("-m", "--model", help="The model that it is for; its norms count.")],
+    base: Annotated[
+        str,
+        typer.Option("-m", "--model", help="The model that it is for; its norms count.", autocompletion=complete_model),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
     offset: Annotated[
-        str, typer.Option("--offset", metavar="0|1|auto", help="Block = N - offset; auto: what a GGUF looks like.")
+        str,
+        typer.Option(
+            "--offset",
+            metavar="0|1|auto",
+            help="Block = N - offset; auto: what a GGUF looks like.",
+            autocompletion=one_of("0", "1", "auto"),
+        ),
     ] = "0",
     feature: Annotated[int | None, typer.Option("--feature", help="Feature of a sparse autoencoder.", min=0)] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Block that the autoencoder is for.", min=0)] = None,
@@ -52,6 +61,8 @@ def import_(
 
     Example: `personasteer import happy.gguf -m demo -o happy-here.gguf --offset auto`
     """
+    from personasteer.ship.imports import import_vector
+
     if offset not in OFFSETS:
         raise ArgumentError(f"--offset must be 0, 1 or auto, not {offset!r}")
     check_new(out, [model_path(base), file], force=force)

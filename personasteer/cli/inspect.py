@@ -3,19 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
-from personasteer import plots
 from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, say, stdout
-from personasteer.evaluate.report import layer_series
+from personasteer.cli._completion import complete_model
 from personasteer.files import atomic_write, check_output
-from personasteer.ship.control_vector import exported_strength
-from personasteer.ship.projection import load_projection
-from personasteer.ship.verify import kind_of
-from personasteer.steering import check_fits
-from personasteer.vectors import PersonaVector
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="Control-vector GGUF, of any tool.")],
-    model: Annotated[str | None, typer.Option("-m", "--model", help="Check that it belongs to this GGUF.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="Check that it belongs to this GGUF.", autocompletion=complete_model),
+    ] = None,
     offset: OffsetOption = 0,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a figure of the layers.")
@@ -35,6 +31,16 @@ def inspect(
 
     Example: `personasteer inspect pessimistic.gguf -m demo`
     """
+    import numpy as np
+
+    from personasteer import plots
+    from personasteer.evaluate.report import layer_series
+    from personasteer.ship.control_vector import exported_strength
+    from personasteer.ship.projection import load_projection
+    from personasteer.ship.verify import kind_of
+    from personasteer.steering import check_fits
+    from personasteer.vectors import PersonaVector
+
     if plot is not None:
         check_output(plot)
     is_projection = kind_of(file) == "projection"
@@ -107,4 +113,6 @@ def inspect(
 
 
 def _number(value: float) -> float | None:
+    import numpy as np
+
     return round(float(value), 6) if np.isfinite(value) else None

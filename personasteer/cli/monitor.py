@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.markup import escape
@@ -25,30 +25,13 @@ from personasteer.cli._common import (
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import check_folder
-from personasteer.monitor import (
-    Reading,
-    Threshold,
-    TurnDrift,
-    calibrate,
-    check_readings_file,
-    drift_of_turns,
-    load_thresholds,
-    read_baseline,
-    read_clean,
-    read_conversations,
-    read_tokens,
-    save_readings,
-    save_thresholds,
-    thresholds_for,
-    watch_transcripts,
-    watched,
-)
-from personasteer.monitor.page import report_files, write_report
-from personasteer.plots import printable
-from personasteer.vectors import PersonaVector
+from personasteer.text import printable
+
+if TYPE_CHECKING:
+    from personasteer.monitor import Reading, Threshold, TurnDrift
 
 MARKS = {"ok": "", "watch": " watch", "alarm": " ALARM"}
-Drifts: TypeAlias = list[dict[str, TurnDrift | None]]  # of each conversation and trait
+Drifts: TypeAlias = "list[dict[str, TurnDrift | None]]"  # of each conversation and trait
 
 
 def register(app: typer.Typer) -> None:
@@ -118,6 +101,24 @@ def monitor(
 
     Example: `personasteer monitor -m demo -v pessimistic.gguf -p "Why even try?"`
     """
+    from personasteer.monitor import (
+        calibrate,
+        check_readings_file,
+        drift_of_turns,
+        load_thresholds,
+        read_baseline,
+        read_clean,
+        read_conversations,
+        read_tokens,
+        save_readings,
+        save_thresholds,
+        thresholds_for,
+        watch_transcripts,
+        watched,
+    )
+    from personasteer.monitor.page import report_files, write_report
+    from personasteer.vectors import PersonaVector
+
     if not vectors and thresholds is None:
         raise ArgumentError("name at least one vector (-v FILE), or thresholds (--thresholds FILE)")
     if clean is not None and thresholds is not None:

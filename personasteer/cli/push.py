@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from personasteer.cli._common import JsonOption, print_json, say, stages
-from personasteer.ship.hub import push_bundle
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +25,8 @@ def push(
 
     Example: `personasteer push optimist --repo USER/optimist --dry-run`
     """
+    from personasteer.ship.hub import push_bundle
+
     with stages() as stage:
         done = push_bundle(bundle, repo, private=private, dry_run=dry_run, progress=stage("checking"))
     if json:

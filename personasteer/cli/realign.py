@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -30,14 +30,14 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
-from personasteer.conversations import Columns
-from personasteer.engine import Progress
+from personasteer.cli._completion import complete_model, domains
 from personasteer.files import check_output
-from personasteer.model import Model
-from personasteer.plots import printable
-from personasteer.recalibrate import Realigned, Recipe, best_remedy, read_features, realign, remedies, write_remedy
-from personasteer.recalibrate.run import TARGET
-from personasteer.ship.archive import check_target
+from personasteer.text import printable
+
+if TYPE_CHECKING:
+    from personasteer.engine import Progress
+    from personasteer.model import Model
+    from personasteer.recalibrate import Realigned
 
 SHOWN = 12
 
@@ -47,8 +47,18 @@ def register(app: typer.Typer) -> None:
 
 
 def realign_(
-    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What it was tuned from; `demo`: the bundled.")],
-    tuned: Annotated[str, typer.Option("--tuned", metavar="MODEL", help="The model that went wrong.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="What it was tuned from; `demo`: the bundled.",
+            autocompletion=complete_model,
+        ),
+    ],
+    tuned: Annotated[
+        str, typer.Option("--tuned", metavar="MODEL", help="The model that went wrong.", autocompletion=complete_model)
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -68,14 +78,15 @@ def realign_(
         typer.Option("--data", metavar="FILE", help="Benign samples of your own, of its domain."),
     ] = None,
     domain: Annotated[
-        list[str] | None, typer.Option("--domain", help="Of the samples that are shipped; may be repeated.")
+        list[str] | None,
+        typer.Option("--domain", help="Of the samples that are shipped; may be repeated.", autocompletion=domains),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", help="How many are taken; at most 120 if not given.", min=1)
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Of training, at most.", min=1)] = 30,
     every: Annotated[int, typer.Option("--every", help="Measure after every so many steps.", min=1)] = 5,
-    target: Annotated[float, typer.Option("--target", help="Share of the shift at which it stops.")] = TARGET,
+    target: Annotated[float, typer.Option("--target", help="Share of the shift at which it stops.")] = 0.9,
     all_steps: Annotated[bool, typer.Option("--all-steps", help="Do not stop where the shift is gone.")] = False,
     rank: Annotated[int, typer.Option("--rank", help="Of the LoRA.", min=1, max=1024)] = 16,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 3e-4,
@@ -104,6 +115,9 @@ def realign_(
 
     Example: `personasteer realign --base demo --tuned demo --lora tuned.gguf -v pessimistic.gguf -o back.gguf`
     """
+    from personasteer.conversations import Columns
+    from personasteer.recalibrate import Recipe, realign
+
     recipe = Recipe(rank=rank, rate=rate, batch=batch, steps=steps, seed=seed, precision=precision)
     loaded = [load_measured(file, offset) for file in vectors or []]
     if features is None:
@@ -135,6 +149,9 @@ def realign_(
 def _without_training(
     base: Model, tuned: Model, folder: Path, out: Path, progress: Progress, *, force: bool, seed: int, json: bool
 ) -> None:
+    from personasteer.recalibrate import best_remedy, read_features, remedies, write_remedy
+    from personasteer.ship.archive import check_target
+
     check_target(out, force=force)
     found = remedies(base, tuned, read_features(folder), seed=seed, progress=progress)
     best = best_remedy(found)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -25,10 +25,12 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
+from personasteer.cli._completion import one_of
 from personasteer.errors import ArgumentError
-from personasteer.plots import printable
-from personasteer.screen import Columns, Screening, Shift, layout_of, screen
-from personasteer.vectors import PersonaVector
+from personasteer.text import printable
+
+if TYPE_CHECKING:
+    from personasteer.screen import Screening, Shift
 
 SHOWN = 12  # lines of a trait's ordering in the terminal
 
@@ -44,11 +46,20 @@ def screen_(
     model: ModelOption = "demo",
     mode: Annotated[
         str,
-        typer.Option("--mode", help="fast: no generation; full: against the model's own answers; projection: neither."),
+        typer.Option(
+            "--mode",
+            help="fast: no generation; full: against the model's own answers; projection: neither.",
+            autocompletion=one_of("fast", "full", "projection"),
+        ),
     ] = "fast",
     keep: Annotated[
         str | None,
-        typer.Option("--keep", metavar="below|above", help="Also copy the rows below (above) all thresholds."),
+        typer.Option(
+            "--keep",
+            metavar="below|above",
+            help="Also copy the rows below (above) all thresholds.",
+            autocompletion=one_of("below", "above"),
+        ),
     ] = None,
     percentile: Annotated[
         float, typer.Option("--percentile", help="Of the clean reference, from which a row is flagged.")
@@ -99,6 +110,9 @@ def screen_(
 
     Example: `personasteer screen train.jsonl -m demo -v pessimistic.gguf --out screened --keep below`
     """
+    from personasteer.screen import Columns, layout_of, screen
+    from personasteer.vectors import PersonaVector
+
     for spec in vectors:
         if split_strength(spec)[1] is not None:
             raise ArgumentError(f"{spec}: screening takes no strength")

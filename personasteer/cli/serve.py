@@ -21,6 +21,7 @@ from personasteer.cli._common import (
     split_strength,
     stderr,
 )
+from personasteer.cli._completion import complete_model
 from personasteer.errors import ArgumentError
 
 KEY = "PERSONASTEER_API_KEY"
@@ -32,7 +33,10 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="GGUF file, or `demo`; a bundle may have its own.")
+        str | None,
+        typer.Option(
+            "-m", "--model", help="GGUF file, or `demo`; a bundle may have its own.", autocompletion=complete_model
+        ),
     ] = None,
     vector: Annotated[
         list[str] | None,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,23 +19,21 @@ from personasteer.cli._common import (
     stages,
     stdout,
 )
+from personasteer.cli._completion import complete_model
 from personasteer.errors import ArgumentError
-from personasteer.monitor.profile import Shift
-from personasteer.monitor.registry import Registry, TrackedModel, registry_path
-from personasteer.monitor.tracking import (
-    CHECK,
-    OUTCOMES,
-    VectorComparison,
-    check_model,
-    compare_models,
-    track_model,
-)
-from personasteer.plots import printable
-from personasteer.vectors import PersonaVector
+from personasteer.text import printable
+
+if TYPE_CHECKING:
+    from personasteer.monitor.profile import Shift
+    from personasteer.monitor.registry import Registry, TrackedModel
+    from personasteer.monitor.tracking import VectorComparison
 
 N_SHIFTS, N_REASONS = 8, 3  # shown; --json has all
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="GGUF file, or `demo` for the bundled one.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="GGUF file, or `demo` for the bundled one.", autocompletion=complete_model),
+]
 
 verbs = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -71,6 +69,10 @@ def add(
 
     Example: `personasteer track add demo -v pessimistic.gguf --name stable`
     """
+    from personasteer.monitor.registry import Registry
+    from personasteer.monitor.tracking import track_model
+    from personasteer.vectors import PersonaVector
+
     for spec in vectors or []:
         if split_strength(spec)[1] is not None:
             raise ArgumentError(f"{spec}: tracking takes no strength, the vector's own is used")
@@ -94,6 +96,8 @@ def list_(json: JsonOption = False) -> None:
 
     Example: `personasteer track list`
     """
+    from personasteer.monitor.registry import Registry, registry_path
+
     entries = []
     if registry_path().exists():
         with Registry() as registry:
@@ -117,6 +121,9 @@ def compare(
 
     Example: `personasteer track compare stable tuned`
     """
+    from personasteer.monitor.registry import Registry
+    from personasteer.monitor.tracking import compare_models
+
     with Registry(create=False) as registry:
         found = compare_models(registry, first, second)
     if json:
@@ -154,6 +161,9 @@ def check(
 
     Example: `personasteer track check new.gguf --against stable`
     """
+    from personasteer.monitor.registry import Registry
+    from personasteer.monitor.tracking import OUTCOMES, check_model
+
     with (
         Registry(create=False) as registry,
         open_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers) as m,
@@ -178,6 +188,8 @@ def check(
 
 def _entry(registry: Registry, model: TrackedModel) -> dict[str, Any]:
     """A tracked model for `add` and `list`."""
+    from personasteer.monitor.tracking import CHECK
+
     last = registry.latest(model=model.fingerprint, kind=CHECK)
     vectors = [
         {

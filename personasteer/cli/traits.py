@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from personasteer import traits as library
 from personasteer.cli._common import JsonOption, print_json, say
-from personasteer.traits.formats import as_toml
+from personasteer.cli._completion import trait_names
 
 
 def register(app: typer.Typer) -> None:
@@ -15,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 
 def traits(
-    name: Annotated[str | None, typer.Argument(help="A trait, or a .toml file, to show whole.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A trait, or a .toml file, to show whole.", autocompletion=trait_names)
+    ] = None,
     toml: Annotated[bool, typer.Option("--toml", help="As a .toml file, to start your own from.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -23,6 +24,9 @@ def traits(
 
     Example: `personasteer traits pessimistic`
     """
+    from personasteer import traits as library
+    from personasteer.traits.formats import as_toml
+
     if name is None:
         found = [library.get(n) for n in library.names()]
         if json:

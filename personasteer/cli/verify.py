@@ -15,8 +15,7 @@ from personasteer.cli._common import (
     split_strength,
     stages,
 )
-from personasteer.ship.verify import verify as verify_file
-from personasteer.vectors import PersonaVector
+from personasteer.cli._completion import complete_model
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     file: Annotated[Path, typer.Argument(help="What `export` wrote: a file, or a bundle.")],
-    base: Annotated[str, typer.Option("-m", "--model", help="The model that it was made of.")],
+    base: Annotated[
+        str, typer.Option("-m", "--model", help="The model that it was made of.", autocompletion=complete_model)
+    ],
     against: Annotated[
         list[str] | None,
         typer.Option("--against", metavar="FILE:STRENGTH", help="Compare with these vectors instead of its own."),
@@ -41,6 +42,9 @@ def verify(
 
     Example: `personasteer verify optimist.gguf -m demo`
     """
+    from personasteer.ship.verify import verify as verify_file
+    from personasteer.vectors import PersonaVector
+
     pairs = [(PersonaVector.load(f, offset=offset), s) for f, s in map(split_strength, against or [])]
     with stages() as stage:
         found = verify_file(

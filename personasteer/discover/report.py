@@ -16,6 +16,7 @@ from personasteer.discover.features import blocks_around
 from personasteer.discover.results import Diff
 from personasteer.files import atomic_write
 from personasteer.pages import load_template
+from personasteer.text import printable
 from personasteer.vectors import PersonaVector
 
 VECTORS = "vectors"
@@ -82,7 +83,7 @@ def render(found: Diff, files: list[str]) -> str:
         title="Where the stream moved",
     )
     filters = {
-        "printable": plots.printable,
+        "printable": printable,
         "signed": lambda x: "–" if x is None else f"{x:+.3f}",
         "two": lambda x: "–" if x is None or not np.isfinite(x) else f"{x:.2f}",
         "three": lambda x: "–" if x is None or not np.isfinite(x) else f"{x:.3f}",

@@ -18,6 +18,7 @@ from personasteer.monitor.readings import Readings, TurnDrift, drift_of_turns, w
 from personasteer.monitor.thresholds import Threshold
 from personasteer.monitor.transcripts import Reading, Turn
 from personasteer.pages import load_template
+from personasteer.text import printable
 
 LEVELS = 8  # of colour, to each side
 FIGURES = ("text", "drift", "layers")
@@ -83,7 +84,7 @@ def write_report(
         "compared": bool(baseline),
         "versions": {name: version(name) for name in ("personasteer", "llama-cpp-python")},
     }
-    filters: dict[str, Callable[..., str]] = {"printable": plots.printable, "two": _two}
+    filters: dict[str, Callable[..., str]] = {"printable": printable, "two": _two}
     page = load_template(__package__, "readings.html.j2", filters).render(context).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in {names[0]: page, **contents}.items():
@@ -148,7 +149,7 @@ def _talk(r: Readings, at: Sequence[int], reading: Reading | None, drawn: list[d
             lead["css"] = " ".join(f"s{i}{s['state']}" for i, s in enumerate(states) if s)
         means = [float(x[begin:end].mean()) if end > begin else None for x in columns]
         own_words = {"n": end - begin, "lead": lead, "tokens": tokens}
-        turns.append({"role": plots.printable(role), "means": means, "states": states, **own_words})
+        turns.append({"role": printable(role), "means": means, "states": states, **own_words})
     return {"turns": turns, "drawn": drawn, "ranges": ranges}
 
 
@@ -164,9 +165,9 @@ def _token(
 ) -> dict[str, str]:
     """Tokens `first` to `last`, which make up the text of the last one."""
     numbers = zip(r.names, columns, strict=True)
-    said = ", ".join(f"{plots.printable(name)} {x[last]:.2f}" for name, x in numbers if np.isfinite(x[last]))
+    said = ", ".join(f"{printable(name)} {x[last]:.2f}" for name, x in numbers if np.isfinite(x[last]))
     return {
-        "text": "↵\n".join(map(plots.printable, r.pieces[last].split("\n"))),
+        "text": "↵\n".join(map(printable, r.pieces[last].split("\n"))),
         "css": " ".join(f"v{k}{mark[last]}" for k, mark in enumerate(marks) if mark[last]),
         "title": (f"token {last}: " if first == last else f"tokens {first}-{last}: ") + (said or "no reading"),
     }

@@ -25,6 +25,7 @@ from personasteer.screen.readouts import Readouts
 from personasteer.screen.results import Screening, TraitResult
 from personasteer.screen.score import N_SPANS, SCORE
 from personasteer.screen.texts import unpacked
+from personasteer.text import printable
 
 SCORES, SUMMARY, PAGE = "scores.parquet", "summary.json", "report.html"
 SPLIT = ("kept", "quarantine")
@@ -249,7 +250,7 @@ def _marked(text: str, spans: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def _words(text: str) -> str:
-    return "\n".join(map(plots.printable, text.split("\n")))
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _cut(text: str) -> str:
@@ -265,5 +266,5 @@ def _share(x: float | None) -> str:
 
 
 _FILTERS: dict[str, Callable[..., str]] = {
-    "printable": plots.printable, "words": _words, "two": _two, "share": _share,
+    "printable": printable, "words": _words, "two": _two, "share": _share,
 }  # fmt: skip

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from personasteer import plots
 from personasteer.errors import ArgumentError
 from personasteer.evaluate import Evaluation
 from personasteer.monitor.profile import Profile
 from personasteer.ship.persona import first_problem
+from personasteer.text import printable
 
 SCHEMA = 1
 LARGEST = 2**53  # number: what a float holds exactly
@@ -289,7 +289,7 @@ def logged_profile(log: AuditLog) -> Profile:
 
 def shown(text: str, limit: int = LONGEST) -> str:
     """Foreign text of one line, hidden characters written out."""
-    text = plots.printable(text[: limit + 1])
+    text = printable(text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

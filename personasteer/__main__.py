@@ -1,0 +1,3 @@
+from personasteer.cli import main
+
+main()
