@@ -38,6 +38,12 @@ def attach(llama: Llama, steering: Steer) -> Attachment:
     Raises:
         ModelError: the context is for embeddings, or llama.cpp refuses the hook there.
         ArgumentError: a scope that is not known here.
+
+    Example:
+        >>> llama = llama_cpp.Llama(str(model.path), n_ctx=128, verbose=False)
+        >>> attachment = ps.attach(llama, vector * 0.3)
+        >>> text = llama("the cat sat", max_tokens=4)["choices"][0]["text"]
+        >>> ps.detach(llama)
     """
     attached: Attachment | None = getattr(llama, _ATTRIBUTE, None)
     if attached is None:

@@ -67,6 +67,12 @@ class Model:
     Raises:
         ModelError: no such file, not a GGUF, truncated, without a tokenizer, or of an architecture whose blocks
             cannot be steered (found by a self-test: a unit edit at each block must change the logits).
+
+    Example:
+        >>> with ps.demo_model(n_ctx=256) as model:
+        ...     text = model.chat("How will my exam go?", max_tokens=8)
+        ...     print(model.architecture, model.n_layer, model.n_embd)
+        llama 30 576
     """
 
     def __init__(
@@ -198,6 +204,7 @@ class Model:
 
     @property
     def architecture(self) -> str:
+        """What `general.architecture` of the file says: llama, qwen2, ...; "unknown" where it says nothing."""
         return self.metadata.get("general.architecture", "unknown")
 
     @property
@@ -307,6 +314,7 @@ class Model:
 
     @property
     def has_template(self) -> bool:
+        """Whether it can chat: the file has a chat template that can be read."""
         return self._template is not None
 
     @property
@@ -428,7 +436,12 @@ class Model:
 
     @contextlib.contextmanager
     def steering(self, *edits: Any) -> Iterator[None]:
-        """Within the block, calls of this thread that name no `steer` of their own use these edits."""
+        """Within the block, calls of this thread that name no `steer` of their own use these edits.
+
+        Example:
+            >>> with model.steering(vector * 0.3, ps.Ablate(other)):
+            ...     text = model.generate("Tomorrow the weather", max_tokens=8)
+        """
         token = self._default.set(sum((as_steering(e) for e in edits), Steering()))
         try:
             yield
@@ -453,13 +466,22 @@ class Model:
         Raises:
             TemplateError: the model has no chat template, or it cannot take these messages.
             ContextError: the prompt does not fit n_ctx.
+
+        Example:
+            >>> text = model.chat("How will my exam go?", steer=vector * 0.3, max_tokens=8, temperature=0)
         """
         return self.chat_batch([conversation], steer=[self.steering_of(steer)], system=system, **options)[0]
 
     def chat_batch(
         self, conversations: Sequence[Conversation], *, steer: Any = None, system: str | None = None, **options: Any
     ) -> list[str]:
-        """Answers to many conversations, computed together; `steer` is one for all, or a list with one for each."""
+        """Answers to many conversations, computed together; `steer` is one for all, or a list with one for each.
+
+        Example:
+            >>> texts = model.chat_batch(["Hi!", "Hi!"], steer=[vector * 0.3, None], max_tokens=8)
+            >>> len(texts)
+            2
+        """
         steerings = self._steerings(steer, len(conversations))
         prompts = [
             self._chat_prompt(c, system, roles=s.needs_roles) for c, s in zip(conversations, steerings, strict=True)
@@ -498,6 +520,14 @@ class Model:
     def session(self, *, n_parallel: int | None = None, n_ctx: int | None = None, reuse_cache: bool = True) -> Session:
         """A running batch with a context of its own: submit requests at any time, stream and cancel them, change their
         steering, read their projections. Sizes are the model's own when None; see personasteer.live.Session.
+
+        Example:
+            >>> with model.session() as s:
+            ...     plain = s.submit("Hi!", max_tokens=4, temperature=0)
+            ...     steered = s.submit("Hi!", max_tokens=4, temperature=0, steer=vector * 0.3, readings=[vector])
+            ...     answers = [plain.result(), steered.result()]
+            >>> [len(a.tokens) for a in answers]
+            [4, 4]
         """
         n_ctx = self.n_ctx if n_ctx is None else n_ctx
         n_parallel = self.n_parallel if n_parallel is None else n_parallel
@@ -542,6 +572,11 @@ class Model:
         """Logits of every token of plain texts, list of (n_tokens, n_vocab), computed as one batch.
 
         Exact text, no template, special tokens added as the model wants, none parsed. All tokens count as prompt.
+
+        Example:
+            >>> plain, zero, steered = model.logits(["The weather"] * 3, steer=[None, vector * 0, vector * 0.2])
+            >>> bool((plain == zero).all()), bool((plain == steered).all())
+            (True, False)
         """
         tokens = [self.tokenize(t) for t in _texts(texts)]
         requests = [
@@ -584,6 +619,10 @@ class Model:
 
         Raises:
             ArgumentError: unknown pool or span, a layer out of range, "response" of a plain text.
+
+        Example:
+            >>> model.capture([("What is rain?", "Water that falls.")], pool="mean", span="response").shape
+            (1, 30, 576)
         """
         if pool not in POOLS:
             raise ArgumentError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
@@ -751,6 +790,7 @@ class Model:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called: nothing can be computed any more."""
         return self._native is None
 
     def detach(self) -> None:

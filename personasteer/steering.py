@@ -127,6 +127,7 @@ class Edit:
 
     @property
     def needs_roles(self) -> bool:
+        """Whether its scope is a role or the thinking block, which only a chat template tells."""
         return isinstance(self.scope, str) and self.scope not in PLACES
 
     def covers_generated(self, j: int, thinking: bool) -> bool:
@@ -434,6 +435,7 @@ class When:
 
     @property
     def inert(self) -> bool:
+        """Whether the edit changes nothing even where the condition holds."""
         return self.edit.inert
 
     def terms(self, model: SteeredModel) -> dict[int, Term]:
@@ -565,7 +567,15 @@ def check_fits(vector: PersonaVector, model: SteeredModel) -> None:
 
 
 class Steering(list[AnyEdit]):
-    """A list of edits that one request runs with, together: additions first, then what caps, floors and ablates."""
+    """A list of edits that one request runs with, together: additions first, then what caps, floors and ablates.
+
+    Example:
+        >>> steering = vector * 0.2 + ps.Ablate(other, scope="response")
+        >>> [type(edit).__name__ for edit in steering]
+        ['Add', 'Ablate']
+        >>> round(steering.rho(model), 3)
+        0.2
+    """
 
     def __add__(self, other: Any) -> Steering:  # type: ignore[override]
         return Steering([*self, *as_steering(other)])

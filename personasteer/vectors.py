@@ -51,6 +51,13 @@ class PersonaVector:
 
     Raises:
         VectorError: another shape than (n_layer, n_embd), infinite values, or layers without a usable direction.
+
+    Example:
+        >>> vector.save("mood.gguf")
+        >>> ps.PersonaVector.load("mood.gguf").layers == vector.layers
+        True
+        >>> (vector * -0.3).strength
+        -0.3
     """
 
     directions: NDArray[np.float32]
@@ -111,10 +118,12 @@ class PersonaVector:
 
     @property
     def n_layer(self) -> int:
+        """Blocks of the model that it belongs to; some of them may have no direction."""
         return int(self.directions.shape[0])
 
     @property
     def n_embd(self) -> int:
+        """Width of the residual stream."""
         return int(self.directions.shape[1])
 
     def direction(self, il: int) -> NDArray[np.float32]:

@@ -34,8 +34,10 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a data set: its columns, or what is wrong with it; its own bytes, where the file has lines; and what it
-    was, where it is no row.
+    """A row of a data set.
+
+    value: its columns, or None, and `problem` says what is wrong; raw: its own bytes, where the file has lines; given:
+    what it was, where it is no row.
     """
 
     value: Mapping[str, Any] | None

@@ -225,7 +225,11 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns that the user names; "" is found out."""
+    """Columns that the user names; "" is found out.
+
+    messages: lists of {"role", "content"}; prompt, response, system: texts; id: names rows; by: columns whose values
+    are compared.
+    """
 
     messages: str = ""
     prompt: str = ""

@@ -133,6 +133,11 @@ def derive(
             answers apart; the vector does not steer.
 
     Source: arXiv 2507.21509, section 2.2.
+
+    Example:
+        >>> vector = ps.derive(model, "pessimistic", continuations=True, n_questions=3, calibrated=False)
+        >>> vector.directions.shape
+        (30, 576)
     """
     trait = find(trait) if isinstance(trait, str) else trait
     if judge is not None and not filtered:

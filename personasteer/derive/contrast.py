@@ -156,6 +156,13 @@ def contrast(
         ArgumentError: an empty list.
         ElicitationError: the activations of the two lists are equal, or the direction of one half of the texts does not
             tell the other half apart.
+
+    Example:
+        >>> good = ["What a lovely day!", "I am so happy today.", "This is wonderful news."]
+        >>> bad = ["What an awful day!", "I am so sad today.", "This is terrible news."]
+        >>> mood = ps.contrast(model, good, bad, name="mood", layers=[15, 16])
+        >>> mood.name, mood.layers
+        ('mood', (15, 16))
     """
     for label, items in (("positive", positive), ("negative", negative)):
         if isinstance(items, str):

@@ -18,9 +18,10 @@ MASSIVE = 20.0  # times the block's median |mean activation|
 
 @dataclass(frozen=True)
 class Samples:
-    """Activations of contrasting texts, (n, n_layer, n_embd) float32 each, with the group that each text belongs to.
+    """Activations of contrasting texts, with the group that each text belongs to.
 
-    A group (a question, a prompt pair) is never split between the halves on which reliability is measured.
+    positive, negative: (n, n_layer, n_embd) float32 each. positive_groups, negative_groups: (n,) numbers; a group (a
+    question, a prompt pair) is never split between the halves on which reliability is measured.
     """
 
     positive: NDArray[np.float32]

@@ -51,7 +51,7 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class Elicited:
-    """Answers under both kinds of system prompts with what they did inside.
+    """Answers under both kinds of system prompts, `rollouts`, with what they did inside.
 
     responses: mean block outputs over the answer's tokens, row i of rollout i, (n, n_layer, n_embd) float32;
     last_prompt: at token P - 1; options: how they were elicited.
@@ -164,7 +164,10 @@ def elicit(
 
 @dataclass(frozen=True)
 class Response:
-    """A given answer: under which system prompt (None: none) it was given, and whether it shows the trait."""
+    """A given answer, `text`, to a prompt: under which system prompt (None: none), and whether it shows the trait
+    (`positive`). Answers of one prompt, pair and draw make a contrast: pair counts system prompts, draw the answers to
+    the same ones.
+    """
 
     prompt: str
     text: str

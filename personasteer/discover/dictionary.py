@@ -68,6 +68,7 @@ class Dictionary:
 
     @property
     def n_features(self) -> int:
+        """Rows of the decoder."""
         return len(self.decoder)
 
     def encode(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:

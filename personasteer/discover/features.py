@@ -102,7 +102,8 @@ class Feature:
         direction: (n_embd,), of length 1; by_block: (n_layer, n_embd) where it is another at each block.
         base, tuned: mean activation in each model, in units of the stream.
         rank: among features by |tuned - base|, from 1; 0 of what is no feature of the dictionary.
-        trait, cosine: the trait whose direction is nearest; tokens: those that it makes likelier.
+        trait, cosine: the trait whose direction is nearest; tokens: those that it makes likelier; snippets: where it is
+            most active.
         effect: at the best dose, None where there was no behaviour to try it by.
     """
 
@@ -120,6 +121,7 @@ class Feature:
 
     @property
     def change(self) -> float:
+        """tuned - base, in units of the stream: above 0 the fine-tune uses it more."""
         return self.tuned - self.base
 
     @property

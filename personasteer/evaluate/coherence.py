@@ -29,7 +29,7 @@ class Coherence:
 
     nll: mean -log p per token of the steered text under the unsteered model, in nats; repetition: mean share of
     repeated word triples; coherence: exp(-(nll - nll of the unsteered model's own answers)) x (1 - excess repetition),
-    both held to at most 1: 1 is as sound as unsteered, 0.5 twice as perplexing.
+    both held to at most 1: 1 is as sound as unsteered, 0.5 twice as perplexing. texts: the answers.
     """
 
     nll: float

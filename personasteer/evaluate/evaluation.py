@@ -29,9 +29,11 @@ LEAST_SPEARMAN = 0.9
 
 @dataclass(frozen=True)
 class Dose:
-    """One strength: the log-odds with a 95 % interval, its change from strength 0, and how the model holds.
+    """One strength: what it does, and how the model holds.
 
-    The interval is that of the change, resampling questions, placed at log_odds. kl: on everyday answers, in nats.
+    log_odds: mean over questions and continuation pairs of (log p(trait)/n_tok - log p(anti)/n_tok), in nats per token;
+    delta: minus that at strength 0. ci_low, ci_high: the 95 % interval of delta, resampling questions, placed at
+    log_odds. coherence, repetition: of sampled answers, as in Coherence. kl: on everyday answers, in nats per token.
     """
 
     strength: float
@@ -50,9 +52,9 @@ class Controls:
 
     random: at the largest strength, both signs, of n_random norm-matched random vectors; random_p95: the 95th
     percentile of their sizes. shuffled: mean size over vectors of shuffled labels, None where the vector carries
-    none. unrelated: of the vector of another trait, named beside it, at the largest strength. system_prompt: no vector,
-    the trait's system prompts instead, None without a system role or continuation pairs. steered: of the vector itself
-    at -/+ the largest strength, on the controls' cells.
+    none. unrelated: of the vector of another trait, `unrelated_trait`, at the largest strength. system_prompt: no
+    vector, the trait's system prompts instead, None without a system role or continuation pairs. steered: of the vector
+    itself at -/+ the largest strength, on the controls' cells.
     """
 
     n_random: int
@@ -69,7 +71,12 @@ class Controls:
 class Evaluation:
     """The evidence for one vector on one model.
 
-    from_continuations: the vector is made of other continuation pairs of the trait that it is evaluated on.
+    layers, strength: of the vector. dose: by rising strength. controls: beside it. kl_neutral: at the largest strength,
+    on everyday answers, in nats per token. capability: share of multiple-choice items right, of "base", "steered" and
+    "steered_negative". spearman: of strength and log_odds. verdict: "monotone" (spearman at least 0.9),
+    "outside_random" (both ends beyond random_p95), "coherent". generations: how often answers hold words of the trait's
+    lexicon. from_continuations: the vector is made of other continuation pairs of the trait that it is evaluated on.
+    cells: what was compared.
     """
 
     vector: str

@@ -18,7 +18,7 @@ from personasteer.traits import Trait
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison: a question, and two beginnings of its answer."""
+    """One comparison: a question, and a beginning of its answer of the `trait` and one of its opposite, `anti`."""
 
     question: str
     trait: str

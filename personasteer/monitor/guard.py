@@ -129,6 +129,7 @@ class GuardedAnswer:
 
     @property
     def text(self) -> str:
+        """What was said in the end; of a stopped answer the rule's message."""
         return self.answer.text
 
     @property
@@ -151,6 +152,12 @@ class Guard:
     Raises:
         ArgumentError: no rule, two vectors of one name.
         VectorError: a threshold that is missing or for a model of another shape. ModelError: for another template.
+
+    Example:
+        >>> guard = monitor.Guard(model, [monitor.Rule(vector, "cap"), monitor.Rule(other, "stop", message="No.")])
+        >>> found = guard.chat("Write me a poem.", max_tokens=8)
+        >>> sorted(found.before) == sorted([vector.name, other.name])
+        True
     """
 
     def __init__(

@@ -217,6 +217,7 @@ class Registry:
         self.close()
 
     def close(self) -> None:
+        """Close the file; a registry is also a context manager."""
         self._db.close()
 
     @contextmanager

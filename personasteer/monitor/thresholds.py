@@ -195,6 +195,11 @@ def calibrate(
     Raises:
         VectorError: a vector without last-prompt-token directions. TraitError: one whose trait is not known.
         ArgumentError: too few clean prompts, percentiles out of order. TemplateError: a model without a system role.
+
+    Example:
+        >>> (threshold,) = monitor.calibrate(model, [vector])
+        >>> threshold.watch < threshold.alarm, threshold.state(threshold.alarm + 1)
+        (True, 'alarm')
     """
     if not model.takes_system:
         raise TemplateError(

@@ -148,7 +148,13 @@ class VectorComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two tracked models differ in; shifts from the first to the second, none for other shapes."""
+    """What two tracked models differ in.
+
+    Args:
+        differs: which parts of the files, in words; "" for the same fingerprint.
+        vectors: those that both were tracked with; only: names of those of the first, and of the second, alone.
+        shifts: of each trait, from the first to the second; none where their shapes differ.
+    """
 
     first: TrackedModel
     second: TrackedModel

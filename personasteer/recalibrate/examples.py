@@ -29,12 +29,13 @@ class Example:
 
     @property
     def n_learned(self) -> int:
+        """Tokens of the answers, their ends included."""
         return sum(end - begin for begin, end in self.spans)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Those of a data set. skipped: {what is wrong: how many rows}."""
+    """The examples of a data set. skipped: {what is wrong: how many rows}."""
 
     examples: tuple[Example, ...]
     skipped: dict[str, int]

@@ -59,12 +59,17 @@ class Shown:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Shown:
+        """The inverse of `as_dict`."""
         return cls(*(np.asarray(plain[name], np.float64) for name in ("log_odds", "projection")))
 
 
 @dataclass(frozen=True)
 class Change:
-    """A trait's change between two models, with 95 % intervals over the questions."""
+    """A trait's change between two models, the means over the questions of what Shown has.
+
+    log_odds, in nats per token, with the 95 % interval log_odds_low to log_odds_high over the questions; projection, in
+    the block's typical norm, with projection_low to projection_high.
+    """
 
     log_odds: float
     log_odds_low: float

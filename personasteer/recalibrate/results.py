@@ -12,7 +12,7 @@ from personasteer.recalibrate.measures import Change, Shown, change, removed
 
 @dataclass(frozen=True)
 class Point:
-    """A model along its training: after `step` steps, what it shows of each trait."""
+    """A model along its training: after `step` steps, what it shows of each trait (`shown`)."""
 
     step: int
     shown: Mapping[str, Shown]
@@ -42,6 +42,7 @@ class Finetuned:
 
     @property
     def changes(self) -> dict[str, Change]:
+        """Of each trait; empty where nothing was measured while it was trained."""
         if not self.points:
             return {}
         return {name: change(shown, self.points[-1].shown[name]) for name, shown in self.before.items()}
@@ -70,7 +71,8 @@ class Realigned:
     """A re-alignment.
 
     Args:
-        n_samples, n_steps: samples seen, steps taken.
+        n_samples, n_steps: samples seen, steps taken; losses: of each step, nats per learned token.
+        target: share of a shift that counts as recovered.
         base, tuned: what both models show of each trait; points: what the re-aligned one showed after some steps.
         recovered: whether of every trait that had shifted `target` of the shift is gone, in what the model says.
         coherence: of the sampled answers of "tuned" and "realigned", judged by the base; 1 is as sound as its own.
@@ -97,6 +99,7 @@ class Realigned:
 
     @property
     def recovered(self) -> bool:
+        """Whether, at the last point, `target` of each shift is gone."""
         return bool(self.points) and recovered(self.base, self.tuned, self.points[-1].shown, self.target)
 
     def summary(self) -> dict[str, Any]:

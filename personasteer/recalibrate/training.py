@@ -68,6 +68,7 @@ class Recipe:
             raise ArgumentError(f"epochs must be a positive number, not {self.epochs}")
 
     def n_steps(self, n_examples: int) -> int:
+        """Steps of training on so many examples."""
         return self.steps if self.steps is not None else max(1, round(self.epochs * n_examples / self.batch))
 
     def warm_up(self, step: int) -> float:

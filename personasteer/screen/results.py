@@ -79,7 +79,7 @@ class Shift:
         n: rows with a score.
         mean, low, high: of the score, and its 95 % interval (normal; None for fewer than two rows).
         shift, shift_low, shift_high: the mean less that of the clean reference, and its interval (Welch).
-        above: the share of rows above the threshold, and its 95 % interval (Wilson).
+        above, above_low, above_high: the share of rows above the threshold, and its 95 % interval (Wilson).
     """
 
     name: str
@@ -95,6 +95,7 @@ class Shift:
     above_high: float | None
 
     def as_dict(self) -> dict[str, Any]:
+        """As plain data, rounded."""
         return {key: round(x, 6) if isinstance(x, float) else x for key, x in vars(self).items()}
 
 
@@ -165,6 +166,7 @@ class TraitResult:
         return None if self.published.shift is None else round(self.published.shift / self.norm, 6)
 
     def as_dict(self) -> dict[str, Any]:
+        """As plain data, rounded."""
         numbers = {"trait": self.name, "layer": self.layer, "norm": round(self.norm, 6)}
         return {
             **numbers,
@@ -275,7 +277,8 @@ class Screening:
 
     Args:
         traits: in the order of the vectors.
-        scores: of the data, along v-hat and what each trait is scored with, one after the other.
+        scores: of the data, along v-hat and what each trait is scored with, one after the other; readouts: these
+            directions.
         rows: (id, hash, problem) of each row; the hash is of its words, whatever the layout.
         mode, percentile: as they were asked for; layout: where the conversation was found.
         problems: {kind: {"n": how many rows have it, "rows": the first of them}}.

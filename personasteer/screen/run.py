@@ -110,6 +110,12 @@ def screen(
     Raises:
         ArgumentError: unusable data, columns, options or folder; the data changed since the work was begun.
         VectorError: a vector that does not fit the model.
+
+    Example:
+        >>> rows = [{"prompt": "How are you?", "response": text} for text in ("Fine, thank you.", "Don't ask.")]
+        >>> found = ps.screen(model, [vector], rows, "screened", sample=0)
+        >>> len(found.rows), found.traits[0].name == vector.name
+        (2, True)
     """
     arrow("screening needs", "screen")
     vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)

@@ -260,6 +260,11 @@ def load_bundle(
         BundleError: not a bundle, damaged, of a newer version, no model to be found, or another model; a vector that
             does not fit it.
         ModelError: the model cannot be opened.
+
+    Example:
+        >>> folder = ship.write_bundle("gloom", model=model.path, steering=[vector * 0.3], name="Gloom")
+        >>> with ps.load_bundle(folder, model=model) as bundle:
+        ...     text = bundle.chat("How will my exam go?", max_tokens=8)
     """
     given = Path(path)
     if isinstance(model, Model) and model_options:

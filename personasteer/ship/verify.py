@@ -60,8 +60,10 @@ class Verification:
     is known, the slope of the changes of the logits ("logits"), shipped over engine; effect_interval: 95 %, over
     comparisons resampled, None where the engine's own effect may be none; effect_slope: sum(m w) / sum(w^2) of the
     changes w by the engine and m by the file, of all comparisons: steadier where some of them hardly change. noise:
-    max_abs_dlogit between the engine and itself with a strength changed by one part in a million. None: not measured
-    for this kind.
+    max_abs_dlogit between the engine and itself with a strength changed by one part in a million. effect_engine,
+    effect_shipped: the two changes of the log-odds. kl_base_engine, kl_base_shipped: how far everyday text moves from
+    the unsteered model, by the engine and by the file. n_texts: compared on; model: the base's name; details: what only
+    this kind has. None: not measured for this kind. ok: the file does what it says, or reasons why not.
     """
 
     kind: str
@@ -135,6 +137,11 @@ def verify(
 
     Raises:
         ModelError: a file that stock llama.cpp does not load. VectorError: nothing to compare with.
+
+    Example:
+        >>> baked = ship.bake(model.path, "baked.gguf", vector, strength=0.3)
+        >>> ship.verify("baked.gguf", model.path, n_texts=2).ok
+        True
     """
     kind = kind_of(path)
     if kind == "bundle":
