@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Column, Table
 
-from personasteer import plots
 from personasteer.cli._common import (
     GpuOption,
     JsonOption,
@@ -21,19 +19,12 @@ from personasteer.cli._common import (
     stdout,
 )
 from personasteer.errors import ArgumentError
-from personasteer.evaluate.overhead import (
-    LEAST_PAIRS,
-    PHASES,
-    SHAPES,
-    OverheadRow,
-    about,
-    as_json,
-    as_markdown,
-    measure_overhead,
-    modes_of,
-    shape_within,
-)
 from personasteer.files import atomic_write, check_output
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from personasteer.evaluate.overhead import OverheadRow
 
 TOPICS = ("overhead",)
 MEASURED = {"operators": ("add", "cap"), "ks": (1, 8), "beside": ("readings", "capture", "personas x16")}
@@ -68,6 +59,18 @@ def bench(
 
     Example: `personasteer bench overhead -m demo --plot overhead.png --markdown`
     """
+    from personasteer import plots
+    from personasteer.evaluate.overhead import (
+        LEAST_PAIRS,
+        SHAPES,
+        about,
+        as_json,
+        as_markdown,
+        measure_overhead,
+        modes_of,
+        shape_within,
+    )
+
     if topic not in TOPICS:
         raise ArgumentError(f"unknown benchmark {topic!r}; known: {', '.join(TOPICS)}")
     if json and markdown:
@@ -104,6 +107,9 @@ def bench(
 
 
 def _figure(rows: list[OverheadRow], what: str) -> Figure:
+    from personasteer import plots
+    from personasteer.evaluate.overhead import PHASES
+
     of = {phase: [r for r in rows if r.phase == phase] for phase in PHASES}
     return plots.ratios(
         [f"{r.mode}, K = {r.k}" if r.k else r.mode for r in of[PHASES[0]]],
