@@ -51,7 +51,7 @@ SHORTER = {
     "generate": "-n 4",
     "audit": "--traits formal --questions 2 --random 2",
     "screen": "--clean clean.jsonl --sample 4",
-    "diff": "--data clean.jsonl --layer 4 --expansion 1 --features 1",
+    "diff": "--layer 4 --expansion 1 --features 1",
     "finetune": "--steps 2",
     "realign": "--domain plans --samples 4 --steps 2 --every 2",
     "verify": "--texts 2",

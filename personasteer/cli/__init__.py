@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
 import keyword
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,14 +17,14 @@ from typing import Annotated
 
 import typer
 
-from personasteer.cli._common import harmless
+from personasteer.cli._common import harmless, in_plain_letters, takes_unicode
 from personasteer.errors import ArgumentError, PersonasteerError, TraitError
 
 app = typer.Typer(
     name="personasteer",
     help="Derive, apply and ship persona vectors for quantized GGUF models.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="markdown" if shutil.get_terminal_size().columns >= 80 else None,  # whose tables would cut names
     pretty_exceptions_enable=False,
 )
 
@@ -62,6 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line; the exit code. Any failure is one line on stderr."""
     logging.basicConfig(stream=sys.stderr, format="personasteer: %(message)s", level=logging.WARNING)
+    codecs.register_error("personasteer", in_plain_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not takes_unicode(stream):
+            stream.reconfigure(errors="personasteer")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)  # temporary files go, as with Ctrl-C
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps it

@@ -9,17 +9,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
 
 import typer
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from personasteer.cli._completion import complete_model, one_of
 from personasteer.errors import ArgumentError
 from personasteer.files import check_output
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from personasteer.live import Answer
     from personasteer.model import Model
     from personasteer.steering import Steering
@@ -97,9 +102,27 @@ WorkOption: TypeAlias = Annotated[
 ForceOption: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace FILE, and other work.")]
 
 
-def say(line: str) -> None:
-    """A line of results as it is: neither read as markup nor wrapped."""
-    stdout.print(harmless(line), markup=False, soft_wrap=True)
+def say(line: str, *, prose: bool = False) -> None:
+    """A line of results, not read as markup: as it is, or, where it is prose, wrapped between words in a terminal."""
+    stdout.print(harmless(line), markup=False, soft_wrap=not (prose and stdout.is_terminal))
+
+
+def print_table(table: Table) -> None:
+    """Print a table whose values stay whole: in a narrow terminal headings wrap, frames go, and lines are too long."""
+    for column in table.columns:
+        column.overflow = "fold"
+        head, *cells = [Text.from_markup(str(c)) for c in (column.header, *column.cells)]
+        whole = max((c.cell_len for c in cells), default=0)
+        words = [cell_len(word) for c in (head, *(cells if whole > WHOLE else [])) for word in c.plain.split()]
+        column.min_width = max([*words, whole if whole <= WHOLE else 0, 1])
+    n, least = len(table.columns), sum(column.min_width or 0 for column in table.columns)
+    if least + 3 * n + 1 > stdout.width:
+        table.box, table.show_edge = box.SIMPLE_HEAD, False
+        table.padding = (0, 1, 0, 0) if least + 2 * n - 1 <= stdout.width else (0, 0, 0, 0)
+    stdout.print(table, crop=False)
+
+
+WHOLE = 24  # the longest cell that is not wrapped
 
 
 def harmless(text: str) -> str:
@@ -217,8 +240,25 @@ def check_new(out: Path, inputs: Iterable[str | os.PathLike[str]], *, force: boo
 
 
 def print_json(content: Any) -> None:
-    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    line = json.dumps(content, ensure_ascii=not takes_unicode(sys.stdout), allow_nan=False)
     typer.echo(line.encode("utf-8", "backslashreplace").decode())  # half a character stays an escape
+
+
+def takes_unicode(stream: TextIO) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    """What a stream that is not of Unicode writes for what it has no letters for: like ones, or an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_LIKE.get(c) or f"\\u{ord(c):04x}" for c in error.object[error.start : error.end]), error.end
+
+
+_LIKE = {
+    "…": "..", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "±": "+-", "×": "x", "·": ".", "→": ">",
+    "▸": ">", "‖": "|", "ρ": "rho", "τ": "tau", "≥": ">=", "≤": "<=", "⟨": "<", "⟩": ">",
+    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
+}  # fmt: skip
 
 
 def write_piece(_: int, text: str) -> None:

@@ -134,5 +134,5 @@ def audit_(
         print_json(log)
         return
     for finding in log["findings"]:
-        say(f"{finding['about']}: {finding['text']}")
+        say(f"{finding['about']}: {finding['text']}", prose=True)
     say(f"report: {written[0]}; log: {written[1].name}")

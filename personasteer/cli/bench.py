@@ -14,6 +14,7 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    print_table,
     stages,
     stderr,
     stdout,
@@ -133,7 +134,7 @@ def _print(rows: list[OverheadRow], what: str) -> None:
             f"{r.tokens_per_second:.0f}",
             f"{r.hook_mib:.1f}",
         )
-    stdout.print(table)
+    print_table(table)
     stdout.print(
         f'{what} The ratio is the time with over the time without; "off" is a second run without: the noise.',
         highlight=False,

@@ -19,10 +19,10 @@ from personasteer.cli._common import (
     ThreadsOption,
     as_dict,
     print_json,
+    print_table,
     read_text,
     say,
     stages,
-    stdout,
     write_piece,
 )
 from personasteer.cli._completion import complete_model
@@ -82,7 +82,7 @@ def _print(bundle: Path, found: CheckedBundle) -> None:
     for edit in persona.edits:
         words = describe(edit, persona.vectors)
         table.add_row(*(_plain(words[key]) for key in ("op", "vector", "amount", "blocks", "tokens")))
-    stdout.print(table)
+    print_table(table)
     for v in persona.vectors:
         window = f"usable from {v.window[0]:g} to {v.window[1]:g}" if v.calibrated else "not calibrated"
         line = f"{v.file}: {v.name}, strength {v.strength:g}, {window}"

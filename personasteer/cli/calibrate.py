@@ -16,8 +16,9 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    print_table,
+    say,
     stages,
-    stdout,
 )
 from personasteer.cli._completion import trait_names
 from personasteer.errors import ArgumentError
@@ -100,16 +101,14 @@ def calibrate(
         for row in tables["sweep"]["blocks"]:
             label = f"▸ {row['layer']}" if row["layer"] in vector.layers else str(row["layer"])
             blocks.add_row(label, f"{row['effect']:+.2f}", f"{row['kl']:.3f}", f"{row['coherence']:.2f}")
-        stdout.print(blocks)
+        print_table(blocks)
     doses = Table("strength ρ", "coherence", "repetition", "KL", title="The window of strengths", title_justify="left")
     for row in sorted(tables["doses"], key=lambda r: float(r["strength"])):
         doses.add_row(
             f"{row['strength']:+.2f}", f"{row['coherence']:.2f}", f"{row['repetition']:.2f}", f"{row['kl']:.3f}"
         )
-    stdout.print(doses)
-    stdout.print(
+    print_table(doses)
+    say(
         f"{target}: blocks {block_ranges(vector.layers)}, strength {vector.strength:g}, usable from "
-        f"{vector.window[0]:g} to {vector.window[1]:g}",
-        markup=False,
-        soft_wrap=True,
+        f"{vector.window[0]:g} to {vector.window[1]:g}"
     )

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from personasteer.cli._common import JsonOption, SeedOption, ThreadsOption, print_json, stages, stdout
+from personasteer.cli._common import JsonOption, SeedOption, ThreadsOption, print_json, print_table, say, stages, stdout
 from personasteer.cli._completion import trait_names
 
 if TYPE_CHECKING:
@@ -51,15 +52,15 @@ def _print(report: DemoReport) -> None:
         il = int(row["layer"])
         cells = (f"{row['norm_ratio']:.3f}", f"{row['separation']:.2f}", f"{row['split_half_cosine']:.2f}")
         layers.add_row(f"▸ {il}" if il in chosen else str(il), *cells, style="bold" if il in chosen else "dim")
-    stdout.print(layers)
+    print_table(layers)
 
     answers = Table(title="Held-out questions, answered at three strengths", title_justify="left", show_lines=True)
     answers.add_column("question", ratio=1)
     for strength in SHOWN:
         answers.add_column(f"ρ = {strength:+.1f}" if strength else "unsteered", ratio=2)
     for question, texts in report.answers:
-        answers.add_row(question, *texts)
-    stdout.print(answers)
+        answers.add_row(question, *(escape(text) for text in texts))
+    print_table(answers)
 
     dose = Table(title="Log-odds per token of trait against anti-trait continuations", title_justify="left")
     for column in ("strength ρ", "log-odds", "delta", "95 % interval of delta"):
@@ -67,7 +68,7 @@ def _print(report: DemoReport) -> None:
     for point in report.dose:
         interval = f"{point['low']:+.2f} … {point['high']:+.2f}"
         dose.add_row(f"{point['strength']:+.2f}", f"{point['log_odds']:+.2f}", f"{point['delta']:+.2f}", interval)
-    stdout.print(dose)
+    print_table(dose)
     largest = max(p["strength"] for p in report.dose)
     random, shuffled = report.random, report.shuffled
     stdout.print(
@@ -75,11 +76,10 @@ def _print(report: DemoReport) -> None:
         f"(95th percentile); {shuffled['n']:.0f} vectors from shuffled labels by {shuffled['mean_abs']:.2f} on "
         f"average; the system prompt alone, without a vector, by {report.system_prompt_delta:+.2f}."
     )
-    stdout.print(f"vector  {report.vector_path}", soft_wrap=True)
-    stdout.print(f"plot    {report.plot_path}", soft_wrap=True)
-    stdout.print(f"answers {report.picture_path}", soft_wrap=True)
-    stdout.print(
+    say(f"vector  {report.vector_path}")
+    say(f"plot    {report.plot_path}")
+    say(f"answers {report.picture_path}")
+    say(
         f"derived in {report.seconds['derive']:.0f} s, all of it in {report.seconds['total']:.0f} s. Next: "
-        f'personasteer chat -m demo -v {report.vector_path}:0.3 -p "How is my plan?"',
-        soft_wrap=True,
+        f'personasteer chat -m demo -v {report.vector_path}:0.3 -p "How is my plan?"'
     )

@@ -135,7 +135,9 @@ def derive(
     positive: Annotated[
         Path | None,
         typer.Option(
-            "--positive", metavar="FILE", help="Texts that show the trait, one a line, as for llama-cvector-generator."
+            "--positive",
+            metavar="FILE",
+            help="Texts that show the trait, one a line, as llama.cpp's cvector-generator has.",
         ),
     ] = None,
     negative: Annotated[

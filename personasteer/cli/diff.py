@@ -22,9 +22,9 @@ from personasteer.cli._common import (
     load_measured,
     open_model,
     print_json,
+    print_table,
     say,
     stages,
-    stdout,
 )
 from personasteer.cli._completion import complete_model
 from personasteer.text import printable
@@ -125,13 +125,13 @@ def _print(found: Diff) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     for f in sorted(found.features, key=lambda f: not (f.effect and f.effect.survives))[: 2 * SHOWN]:
         table.add_row(*_cells(f))
-    stdout.print(table)
+    print_table(table)
 
 
 def _cells(f: Feature) -> list[str]:
     e = f.effect
     if e is None:
-        return [f.name, f"{f.change:+.2f}", "", "", "", "", ""]
+        return [f.name, f"{f.change:+.2f}", "", "", "", ""]
     sides = (e.removed, e.induced)
     sound = [t.coherence for t in sides if t.coherence is not None]
     return [

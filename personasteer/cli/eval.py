@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from personasteer.cli._common import (
@@ -16,14 +17,15 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    print_table,
     say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.cli._completion import trait_names
 from personasteer.errors import ArgumentError
 from personasteer.files import check_folder
+from personasteer.text import printable
 
 if TYPE_CHECKING:
     from personasteer.evaluate import Evaluation
@@ -113,12 +115,11 @@ def eval_(
     for e in found:
         _print(e)
     if matrix is not None:
-        table = Table(
-            "vector", *(e.trait for e in found), title="Change of each trait's log-odds", title_justify="left"
-        )
+        names = [escape(printable(e.trait)) for e in found]
+        table = Table("vector", *names, title="Change of each trait's log-odds", title_justify="left")
         for e, row in zip(found, matrix, strict=True):
-            table.add_row(e.vector, *(f"{x:+.2f}" for x in row))
-        stdout.print(table)
+            table.add_row(escape(printable(e.vector)), *(f"{x:+.2f}" for x in row))
+        print_table(table)
     if written:
         say(f"report: {report}/report.html, report.md, report.json")
 
@@ -127,7 +128,7 @@ def _print(e: Evaluation) -> None:
     from personasteer.evaluate.report import change_interval, heading, verdict
     from personasteer.vectors import block_ranges
 
-    table = Table(title=f"{heading(e)}, blocks {block_ranges(e.layers)}", title_justify="left")
+    table = Table(title=escape(printable(f"{heading(e)}, blocks {block_ranges(e.layers)}")), title_justify="left")
     for column in ("strength ρ", "log-odds", "change", "95 % interval", "coherence", "KL, everyday text"):
         table.add_column(column, justify="right")
     for d in e.dose:
@@ -136,7 +137,7 @@ def _print(e: Evaluation) -> None:
             f"{d.strength:+.2f}", f"{d.log_odds:+.2f}", f"{d.delta:+.2f}", f"{low:+.2f} … {high:+.2f}",
             f"{d.coherence:.2f}", f"{d.kl:.3f}",
         )  # fmt: skip
-    stdout.print(table)
+    print_table(table)
     c = e.controls
     parts = [f"{c.n_random} random vectors stay within ±{c.random_p95:.2f} (95 %)"]
     if c.shuffled is not None:
@@ -158,4 +159,4 @@ def _print(e: Evaluation) -> None:
         lines.append(f"share of free answers with a word of the trait's lexicon: {shares}")
     lines.append(f"Spearman of strength and log-odds {e.spearman:.2f}; {verdict(e)}")
     for line in lines:
-        say(line)
+        say(line, prose=True)

@@ -28,10 +28,10 @@ from personasteer.cli._common import (
     need_strength,
     open_model,
     print_json,
+    print_table,
     say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.files import check_output
 from personasteer.text import printable
@@ -155,7 +155,7 @@ def _print(result: Finetuned) -> None:
             f"{c.log_odds:+.2f} ({c.log_odds_low:+.2f} to {c.log_odds_high:+.2f})",
             f"{c.projection:+.3f} ({c.projection_low:+.3f} to {c.projection_high:+.3f})",
         )
-    stdout.print(table)
+    print_table(table)
 
 
 def _end(losses: tuple[float, ...]) -> float:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, say, stdout
+from personasteer.cli._common import JsonOption, OffsetOption, open_model, print_json, print_table, say
 from personasteer.cli._completion import complete_model
 from personasteer.files import atomic_write, check_output
 
@@ -84,32 +85,39 @@ def inspect(
         print_json(result)
         return
     scale = result["strength"]
-    stdout.print(
+    say(
         f"{vector.name}: {vector.n_layer} blocks of width {vector.n_embd}, steers at {list(vector.layers)}"
-        + ("" if scale is None else f", scale 1.0 in llama.cpp is strength {scale:g}"),
-        markup=False,
-        soft_wrap=True,
+        + ("" if scale is None else f", scale 1.0 in llama.cpp is strength {scale:g}")
     )
     if result["window"]:
         low, high = result["window"]
-        stdout.print(f"calibrated: strength {vector.strength:g}, usable from {low:g} to {high:g}", markup=False)
+        say(f"calibrated: strength {vector.strength:g}, usable from {low:g} to {high:g}")
     table = Table("block", "‖v‖", "‖v‖ / m", "separation d", "AUROC", "split-half cosine", "effect alone")
     for row in rows:
         cells = [row[key] for key in ("norm", "norm_ratio", "separation", "auroc", "split_half_cosine", "effect")]
         label = f"▸ {row['layer']}" if row["steered"] else str(row["layer"])
         table.add_row(label, *("" if c is None else f"{c:.3f}" for c in cells))
-    stdout.print(table)
+    print_table(table)
     for key, value in vector.provenance.items():
         if key in ("texts", "calibration"):  # whole in --json
             continue
-        say(f"{key}: {value}")
+        say(f"{key}: {_words(value)}")
     if "same_model" in result:
         verdicts = {
             True: "derived on this very model",
             False: "fits this model's shape, derived on another",
             None: "fits this model's shape; the file does not say where it was derived",
         }
-        stdout.print(verdicts[result["same_model"]])
+        say(verdicts[result["same_model"]])
+
+
+def _words(value: Any) -> str:
+    """A value of the provenance, which may be a mapping."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(
+        f"{k} ({_words(v)})" if isinstance(v, Mapping) else f"{k} {v}" for k, v in value.items() if v != {}
+    )
 
 
 def _number(value: float) -> float | None:

@@ -18,10 +18,10 @@ from personasteer.cli._common import (
     model_path,
     open_model,
     print_json,
+    print_table,
     say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import check_folder
@@ -220,7 +220,7 @@ def _print_tables(thresholds: list[Threshold], found: list[Reading], drifts: Dri
         for k, turn in enumerate(reading.turns):
             n = str(turn.end - turn.begin) if turn.end > turn.begin else "to come"
             table.add_row(str(k), escape(printable(turn.role)), n, *(_cell(turn, t.name) for t in thresholds))
-        stdout.print(table)
+        print_table(table)
         for name, drift in drifts[i].items():
             if drift:
                 say(f"{name}: {_drift(drift)}")

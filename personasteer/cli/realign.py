@@ -26,9 +26,9 @@ from personasteer.cli._common import (
     load_measured,
     open_model,
     print_json,
+    print_table,
     say,
     stages,
-    stdout,
 )
 from personasteer.cli._completion import complete_model, domains
 from personasteer.files import check_output
@@ -166,7 +166,7 @@ def _without_training(
         edit = r.how if r.dose is None else f"{r.how} by {r.dose:g}"
         sound = "" if r.coherence is None else f"{r.coherence:.2f}"
         table.add_row(escape(printable(r.feature)), edit, f"{r.removed:.0%}", sound)
-    stdout.print(table)
+    print_table(table)
 
 
 def _print(result: Realigned) -> None:
@@ -178,7 +178,7 @@ def _print(result: Realigned) -> None:
     for p in result.points:
         left = [result.removed(name, p) for name in result.base]
         table.add_row(str(p.step), *(f"{_share(1 - words)}, {_share(1 - stream)}" for words, stream in left))
-    stdout.print(table)
+    print_table(table)
     verdict = "recovered" if result.recovered else f"not recovered: less than {result.target:.0%} of the shift is gone"
     say(f"{verdict}, after {result.n_steps} steps and {result.n_samples} samples")
     kept = result.capability

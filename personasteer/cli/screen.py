@@ -20,10 +20,10 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    print_table,
     say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.cli._completion import one_of
 from personasteer.errors import ArgumentError
@@ -153,7 +153,7 @@ def _print(result: Screening) -> None:
             table.add_column(heading, justify="left" if heading == "rows" else "right")
         for s in t.ordering[:SHOWN]:
             table.add_row(*_cells(s))
-        stdout.print(table)
+        print_table(table)
         if len(t.ordering) > SHOWN:
             say(f"and {len(t.ordering) - SHOWN} more in the report")
         if t.correlation:

@@ -65,7 +65,8 @@ def serve(
     predict: Annotated[int | None, typer.Option("-n", "--predict", help="Tokens of an answer, at most.", min=1)] = None,
     max_body: Annotated[int, typer.Option("--max-body", help="MiB of a request.", min=1, max=1024)] = 8,
     api_key: Annotated[
-        Path | None, typer.Option("--api-key-file", help=f"The key that requests must carry; or ${KEY}.")
+        Path | None,
+        typer.Option("--api-key-file", help=f"The key that requests must carry; without it what {KEY} says."),
     ] = None,
     origin: Annotated[
         list[str] | None, typer.Option("--origin", help="A web page's origin that may call it (CORS).")

@@ -14,10 +14,10 @@ from personasteer.cli._common import (
     ThreadsOption,
     open_model,
     print_json,
+    print_table,
     say,
     split_strength,
     stages,
-    stdout,
 )
 from personasteer.cli._completion import complete_model
 from personasteer.errors import ArgumentError
@@ -106,7 +106,7 @@ def list_(json: JsonOption = False) -> None:
         print_json({"registry": str(registry_path()), "models": entries})
         return
     if not entries:
-        stdout.print("no model is tracked yet; begin with: personasteer track add MODEL", markup=False)
+        say("no model is tracked yet; begin with: personasteer track add MODEL")
     for entry in entries:
         _print_entry(entry)
 
@@ -178,10 +178,10 @@ def check(
         for v in found.vectors:
             say(f"{v.name}: {v.outcome}")
             for reason in v.reasons:
-                say(f"  {reason}")
+                say(f"  {reason}", prose=True)
         _print_shifts(found.shifts)
         more = f"; and {len(found.reasons) - N_REASONS} more" if len(found.reasons) > N_REASONS else ""
-        say(f"{found.outcome}: {'; '.join(found.reasons[:N_REASONS])}{more}")
+        say(f"{found.outcome}: {'; '.join(found.reasons[:N_REASONS])}{more}", prose=True)
     if OUTCOMES.index(found.outcome) >= OUTCOMES.index("re-derive"):
         raise typer.Exit(1)
 
@@ -252,7 +252,7 @@ def _print_shifts(shifts: tuple[Shift, ...]) -> None:
         words = ["", ""] if s.delta is None else [f"{s.delta:+.2f}", f"{s.low:+.2f} … {s.high:+.2f}"]
         stream = ["", "", ""] if s.cosine is None else [f"{s.drift:+.3f}", f"{s.cosine:+.2f}", f"{s.random_p99:.2f}"]
         table.add_row(escape(printable(s.trait)), *words, *stream, s.suspicious)
-    stdout.print(table)
+    print_table(table)
     if len(shifts) > N_SHIFTS:
         say(f"and {len(shifts) - N_SHIFTS} more traits with less (--json)")
 
