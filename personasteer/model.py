@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from personasteer import engine, identity
 from personasteer._native import build_id, extra_buffers_work, load_core
 from personasteer.chat import ChatTemplate, Conversation, Message, as_messages
-from personasteer.control_vector import run_by_control_vector
 from personasteer.engine import OnToken, Progress, Request, Taps
 from personasteer.errors import ArgumentError, ModelError, TemplateError
 from personasteer.files import read_cache, write_cache
@@ -35,6 +34,7 @@ from personasteer.shared_prefixes import N_BATCH, fold_last_rows, in_sharing_ord
 from personasteer.spans import tokens_in_spans
 from personasteer.steering import Steer, Steering, as_steering, per_request
 from personasteer.traits import neutral_pairs
+from personasteer.without_hook import run_by_control_vector
 
 log = logging.getLogger("personasteer")
 
