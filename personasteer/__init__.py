@@ -26,7 +26,8 @@ from personasteer.errors import (
 if TYPE_CHECKING:
     from personasteer.attach import Attachment, attach, detach
     from personasteer.chat import ChatTemplate
-    from personasteer.derive import contrast, derive
+    from personasteer.derive import derive
+    from personasteer.derive.contrast import contrast
     from personasteer.discover import diff
     from personasteer.live import Answer, Session, Stream
     from personasteer.model import Model, demo_model

@@ -20,13 +20,12 @@ from personasteer.evaluate import (
 )
 from personasteer.identity import check_alike
 from personasteer.model import Model
+from personasteer.recalibrate.measures import N_COHERENCE, N_PAIRS
 from personasteer.ship import write_bundle
 from personasteer.steering import Add, AnyEdit, Cap
 from personasteer.vectors import PersonaVector
 
 DOSES = (0.5, 0.75, 1.0, 1.25)  # times the vector's own strength, at which its feature survived
-N_COHERENCE = 6
-N_PAIRS = 2  # continuation pairs for each question
 
 
 @dataclass(frozen=True)

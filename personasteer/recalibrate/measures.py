@@ -19,6 +19,7 @@ from personasteer.steering import check_fits
 from personasteer.vectors import PersonaVector
 
 N_PAIRS = 2  # continuation pairs for each held-out question
+N_COHERENCE = 6  # questions that are answered to see whether a model is sound
 
 
 @dataclass(frozen=True)

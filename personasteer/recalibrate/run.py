@@ -21,7 +21,7 @@ from personasteer.files import check_output
 from personasteer.identity import check_alike
 from personasteer.model import Model
 from personasteer.recalibrate.examples import Examples, read_examples, task_loss
-from personasteer.recalibrate.measures import Probe, Shown, make_probes, measure
+from personasteer.recalibrate.measures import N_COHERENCE, Probe, Shown, make_probes, measure
 from personasteer.recalibrate.results import Finetuned, Point, Realigned, recovered, shifted
 from personasteer.recalibrate.torch_models import libraries
 from personasteer.recalibrate.training import CHECKPOINT, Recipe, Trainer, block_edits, check_fits_memory
@@ -36,7 +36,6 @@ ADAPTER = "adapter.gguf"
 HELD_OUT = 0.1  # of the rows, for the task's loss
 MOST_HELD_OUT = 40
 N_ITEMS = 40  # of the capability check
-N_COHERENCE = 6
 SAMPLES = 120
 TARGET = 0.9  # share of the shift that counts as recovered
 REALIGNMENT = Recipe(steps=30, rate=3e-4)
