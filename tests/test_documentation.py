@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import functools
 import importlib
@@ -47,6 +48,16 @@ def public_members(cls: type) -> dict[str, Any]:
 
 
 NAMES = public_names()
+
+
+def test_what_is_loaded_on_use_is_what_type_checkers_see() -> None:
+    tree = ast.parse(Path(str(ps.__file__)).read_text("utf-8"))
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    seen = {alias.name for n in block.body if isinstance(n, ast.ImportFrom) for alias in n.names}
+    errors = {name for name, value in vars(ps.errors).items() if inspect.isclass(value)}
+    errors = {name for name in errors if issubclass(getattr(ps.errors, name), ps.PersonasteerError)}
+    assert seen == {name for names in ps._HOMES.values() for name in names}
+    assert sorted(seen | errors) == ps.__all__
 
 
 @pytest.mark.parametrize("name", NAMES)
