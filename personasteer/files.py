@@ -22,13 +22,18 @@ log = logging.getLogger("personasteer")
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed onto it when the block ends well and deleted otherwise.
 
-    Readers see the old file or the whole new one. Raises ArgumentError as `check_output` does, OSError as the disk.
+    Readers see the old file or the whole new one. Raises ArgumentError as `check_output` does, OSError, of `path`, as
+    the disk.
     """
     temporary = _temporary_beside(path)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as e:
+        if e.filename in (None, str(temporary)):  # a write that fails names no file
+            e.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import personasteer as ps
 from personasteer import ArgumentError, ChatTemplate, TemplateError, _core, chat
-from personasteer.spans import Span, thinking_spans, tokens_in_spans
+from personasteer.spans import Span, locate_contents, thinking_spans, tokens_in_spans
 from personasteer.tiny_model import write_tiny_model
 
 CHATML = (
@@ -184,6 +185,18 @@ def test_a_system_message_merged_into_the_users_text_keeps_its_own_span() -> Non
     text, spans = ChatTemplate(GEMMA_3).spans(turns("Hi", system="Be brief."), add_generation_prompt=False)
     assert text == "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
     assert spans == [Span("system", 20, 29), Span("user", 31, 33)]
+
+
+def test_contents_without_markup_between_them_are_found_one_behind_the_other() -> None:
+    def render(contents: Sequence[str]) -> str:
+        if list(contents) != ["a", "b", "a"]:
+            raise TemplateError("this template takes no other contents")
+        return "aba"
+
+    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "a"))]
+    assert locate_contents("aba", messages, render, foreign="") == [
+        Span("user", 0, 1), Span("assistant", 1, 2), Span("user", 2, 3),
+    ]  # fmt: skip
 
 
 def test_spans_come_in_the_order_of_the_text() -> None:
@@ -410,8 +423,11 @@ def test_a_span_outside_the_text_is_an_argument_error(span: tuple[int, int]) -> 
         tokens_in_spans([b"abc"], "abc", [span])
 
 
+EDGES = "a \x7f\x80\u07ff\u0800\u0fff\u1000\uffff\U00010000"  # of the widths in UTF-8; Thai and Hindi are between
+
+
 @settings(deadline=None)  # other processes may hold the machine
-@given(st.text(max_size=20), st.data())
+@given(st.text(max_size=20) | st.text(EDGES, max_size=20), st.data())
 def test_any_cut_into_pieces_marks_the_pieces_that_hold_the_characters(text: str, data: st.DataObject) -> None:
     raw = text.encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))

@@ -171,6 +171,23 @@ def test_an_open_gate_does_not_outgrow_the_scope_of_its_edit(model: ps.Model) ->
         assert same(complete(model, ps.When(condition(), inside, threshold=OPEN)), unsteered)
 
 
+def test_a_condition_is_read_on_the_whole_prompt_whatever_other_readings_may_leave_out(model: ps.Model) -> None:
+    tokens = model.tokenize(PROMPT)
+    n = len(tokens)
+
+    def answer(*edits: Any) -> dict[str, Any]:
+        model.run_requests([Request(tokens, n, share_prefix=True)])
+        request = Request(tokens, n, ps.Steering(edits), N_NEW, GREEDY, share_prefix=True, reads_from=n - 1,
+                          reads=({1: np.eye(64)[0]},), ignore_end=True)  # fmt: skip
+        (result,) = model.run_requests([request], keep_cache=True)
+        return result
+
+    assert answer()["n_reused"] == n - 1
+    conditional = answer(ps.When(condition(), STRONG, np.full(4, -1e9)))
+    assert conditional["n_reused"] == 0
+    assert conditional["tokens"] == answer(replace(STRONG, scope="response"))["tokens"] != answer()["tokens"]
+
+
 def test_several_conditions_open_and_close_independently(model: ps.Model) -> None:
     edits = [ps.Add(samples.vector(seed=k), 0.3) for k in (11, 12, 13)]
     always = ps.Add(samples.vector(seed=14), 0.2, scope="response")

@@ -214,7 +214,7 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["write_kv_data_to_file", "write_tensors_to_file", "replace"])
+@pytest.mark.parametrize("place", ["write_kv_data_to_file", "write_ti_data_to_file", "replace"])
 @pytest.mark.parametrize("failure", [disk_full, interrupted])
 def test_an_existing_file_survives_a_write_that_fails_and_no_temporary_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, failure: Callable[..., None]

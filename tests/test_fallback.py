@@ -109,7 +109,8 @@ def test_requests_of_several_steerings_are_computed_one_steering_after_the_other
                      for t, s in zip(TEXTS, steerings, strict=True)]  # fmt: skip
     assert pieces == dict(enumerate(texts))
     assert counts == [(1, 3), (2, 3), (3, 3)]
-    one, two = model.generate_batch(TEXTS[:1] * 2, steer=[RAW, RAW * 1e-6], max_tokens=8, temperature=3.0, seed=1)
+    nearly_none = [RAW * 1e-6, RAW * 2e-6]
+    one, two = model.generate_batch(TEXTS[:1] * 2, steer=nearly_none, max_tokens=8, temperature=3.0, seed=1)
     assert one != two  # every request of a list has a random stream of its own
 
 

@@ -567,6 +567,10 @@ def test_an_error_in_a_callback_comes_out_and_leaves_the_model_usable(model: ps.
     with pytest.raises(KeyboardInterrupt):
         model.capture(TEXTS, progress=stop)
     assert model.chat("hello", **GREEDY) == text
+    with pytest.raises(KeyboardInterrupt):
+        model.chat("hello", on_token=stop, **GREEDY)
+    (result,) = model.run_requests([Request(model.tokenize("on"), share_prefix=True)], keep_cache=True)
+    assert result["finish"] == "given"  # nothing of the interrupted ones is left to go on with
 
 
 def test_progress_counts_the_finished_requests(model: ps.Model) -> None:

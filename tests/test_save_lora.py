@@ -143,7 +143,7 @@ def test_ctrl_c_a_full_disk_and_another_width_leave_no_file(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_ti_data_to_file", full)
     with pytest.raises(ps.PersonasteerError, match="No space left on device"):
         save_lora(tiny_path, tmp_path / "l.gguf", removed())
     assert samples.no_leftovers(tmp_path)

@@ -160,6 +160,21 @@ def test_a_mix_for_a_site_that_the_model_lacks_is_refused(tiny: Loaded) -> None:
     assert_usable(session, tiny)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_mix_has_up_to_256_terms_at_a_block(tiny: Loaded, stage: int) -> None:
+    def of(n: int) -> Any:
+        rows = [(1, stage, -1, 0 if stage == 2 else -1, 0)] * n
+        return _core.Mix(9, rows, [(0.0, 1.0, 0.25, 0.25, 1.0 / n, 0.0)] * n, tiny.directions()[:1])
+
+    with pytest.raises(VectorError, match="257 terms, 256 fit"):
+        of(257)
+    tokens = tiny.tokens(12)
+    alone, together = (run(session_of(tiny), **whole_text(tokens, of(n)))["logits"] for n in (1, 256))
+    np.testing.assert_allclose(together, alone, rtol=0, atol=2e-3)  # the rounding of 16-bit keys and values
+    plain = run(session_of(tiny), **whole_text(tokens))["logits"]
+    assert np.abs(together - plain).max() > 0.02
+
+
 def test_tap_layers_given_unsorted_and_twice_are_taken_in_ascending_order(tiny: Loaded) -> None:
     tokens = tiny.tokens(10)
     request = {"tokens": tokens, "outputs": (0, 10), "raws": [(0, 10)], "pools": [(0, 10)]}

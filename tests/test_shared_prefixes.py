@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import samples
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 import personasteer as ps
 from personasteer import engine, shared_prefixes
@@ -117,6 +120,29 @@ def test_blocks_that_are_not_asked_for_are_nan_and_the_others_as_before(tiny: ps
     assert cosines(some[:, [0, 2]], every[:, [0, 2]]).min() > 0.9999
     assert np.isnan(some[:, [1, 3]]).all()
     assert np.isfinite(every).all()
+
+
+few_tokens = st.lists(st.integers(1, 2), min_size=1, max_size=7)
+
+
+@settings(deadline=None)  # other processes may hold the machine
+@drawn(st.lists(st.tuples(few_tokens, st.booleans(), st.booleans()), min_size=1, max_size=8))
+def test_a_row_is_kept_of_the_text_and_the_steering_that_it_was_asked_of(
+    texts: list[tuple[list[int], bool, bool]],
+) -> None:
+    steering = ps.Steering([samples.vector() * 0.2])
+    given = [request(tokens, steering if steered else None, outputs) for tokens, steered, outputs in texts]
+    folded, where = fold_last_rows(given)
+    for (tokens, steered, outputs), (i, row) in zip(texts, where, strict=True):
+        computed = folded[i]
+        assert computed.raw is not None
+        at = computed.raw[0] + row
+        assert list(computed.tokens[: at + 1]) == tokens
+        assert bool(computed.steering) == steered
+        assert at < computed.raw[1]
+        assert not outputs or computed.outputs[0] <= at < computed.outputs[1]
+    computed_tokens = sum(len(r.tokens) for r in folded)
+    assert computed_tokens <= sum(len(tokens) for tokens, _, _ in texts)
 
 
 @pytest.mark.parametrize("pool", ["mean", "last"])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import samples
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from personasteer import Add, ArgumentError, Cap, IncompatibleVector, PersonaVector, Steering, VectorError
+from personasteer import Ablate, Add, ArgumentError, Cap, IncompatibleVector, PersonaVector, Steering, VectorError
 from personasteer.evaluate import bootstrap_interval, random_vectors
 from personasteer.mixes import ADD, Mix, MixCache, Plan, compile_plan
 from personasteer.steering import Edit, Term, as_steering, per_request
@@ -328,6 +330,91 @@ def test_a_scope_covers_the_tokens_that_the_conventions_say(
     assert edit.covers(8, n_prompt).astype(int).tolist() == given
     for thinking in (False, True):
         assert [edit.covers_generated(j, thinking) for j in (0, 4, 1000)] == [generated] * 3
+
+
+def test_a_block_with_a_number_that_is_missing_has_no_direction() -> None:
+    data = samples.vector().directions.copy()
+    data[1, 5] = np.nan
+    data[3] = 0.0
+    assert PersonaVector(data).usable_layers == (0, 2)
+    assert sorted(Ablate(PersonaVector(data)).terms(MODEL)) == [0, 2]
+
+
+# ---- laws
+
+
+small = st.floats(-2, 2, width=32).filter(lambda x: abs(x) > 1e-3)
+some_layers = st.lists(st.integers(0, 3), min_size=1, unique=True)
+
+
+@st.composite
+def vectors(draw: st.DrawFn, first: int = 0) -> PersonaVector:
+    """Directions and weights of any size, at any blocks."""
+    layers = draw(some_layers)
+    size = draw(st.sampled_from([1e-4, 1.0, 1e4]))
+    weights = draw(st.none() | st.lists(st.floats(0.1, 5), min_size=4, max_size=4))
+    data = size * samples.vector(seed=first + draw(st.integers(0, 99))).directions
+    return PersonaVector(data, tuple(layers), weights=dict(enumerate(weights or [])))
+
+
+def raw_rows(*edits: Edit) -> np.ndarray:
+    """(n_layer, n_embd) that these additions add together, by the mix that they make."""
+    plan = compile_plan(Steering(edits), MODEL, 1, None)
+    out = np.zeros((4, 64))
+    for mix in plan.mixes:
+        assert set(mix.terms[:, 1]) == {ADD}
+        for (il, _, gate, read, write), numbers in zip(mix.terms, mix.numbers, strict=True):
+            assert (gate, read, numbers[4]) == (-1, -1, 1.0)
+            out[il] += mix.vectors[write]
+    return out
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, of: float) -> None:
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(of, 1e-30))  # float32, and what cancels
+
+
+@given(vectors(), vectors(100), small, small, some_layers)
+def test_additions_are_linear_in_the_data_and_in_the_strength(
+    v: PersonaVector, w: PersonaVector, a: float, b: float, layers: list[int]
+) -> None:
+    raw: dict[str, Any] = {"raw": True, "layers": layers}
+    size = np.abs(v.directions).max() + np.abs(w.directions).max()
+    both = raw_rows(Add(v, a, **raw), Add(w, a, **raw))
+    assert_close(raw_rows(Add(v + w, a, **raw)), both, 4 * size)
+    assert_close(raw_rows(Add(v - w, a, **raw), Add(w, a, **raw)), raw_rows(Add(v, a, **raw)), 4 * size)
+    assert np.array_equal(raw_rows(Add(-v, a, **raw)), raw_rows(Add(v, -a, **raw)))
+    assert_close(raw_rows(Add(v, a, **raw), Add(v, b, **raw)), raw_rows(Add(v, a + b, **raw)), 8 * size)
+    assert_close(raw_rows(Add(v, a, **raw) * b), raw_rows(Add(v, a * b, **raw)), 8 * size)
+
+
+@given(vectors(), vectors(100), small, small, st.sampled_from([1e-3, 0.5, 3.0, 1e3]))
+def test_a_strength_is_the_dose_whatever_the_data_and_doses_of_one_vector_add_up(
+    v: PersonaVector, w: PersonaVector, a: float, b: float, scale: float
+) -> None:
+    assert Steering([v * a]).rho(MODEL) == pytest.approx(abs(a), rel=1e-6)
+    longer = PersonaVector(scale * v.directions, v.layers, weights=v.weights)
+    assert_close(raw_rows(longer * a), raw_rows(v * a), 60.0)
+    assert_close(raw_rows(v * a, v * b), raw_rows(v * (a + b)), 60.0)
+    assert_close(raw_rows(-v * a), raw_rows(v * -a), 60.0)
+    assert_close(raw_rows(*((v * a + w * b) * 0.5)), raw_rows(w * (0.5 * b), v * (0.5 * a)), 60.0)
+    assert (v * a + v * b).rho(MODEL) == pytest.approx(abs(a + b), abs=1e-5)
+    assert (v * a + w * b).rho(MODEL) <= abs(a) + abs(b) + 1e-5
+
+
+@given(vectors(), st.integers(0, 99))
+def test_a_vector_turned_twice_is_itself(v: PersonaVector, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    told = replace(
+        v, last_prompt=rng.standard_normal((4, 64)), thresholds=rng.standard_normal(4), means=rng.standard_normal(4),
+        shuffled=rng.standard_normal((2, 4, 64)), window=(-0.2, 0.4), norms=NORMS,
+    )  # fmt: skip
+    turned = -told
+    for name in ("directions", "last_prompt", "thresholds", "means", "shuffled"):
+        assert np.array_equal(getattr(turned, name), -getattr(told, name))
+        assert np.array_equal(getattr(-turned, name), getattr(told, name))
+    assert (turned.window, (-turned).window) == ((-0.4, 0.2), (-0.2, 0.4))
+    assert (turned.layers, turned.weights, turned.strength) == (told.layers, told.weights, told.strength)
+    assert np.array_equal(turned.norms, NORMS)
 
 
 @pytest.mark.parametrize("shape", [{"n_embd": 32}, {"n_layer": 3}, {"n_layer": 5}])

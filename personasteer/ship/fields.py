@@ -189,12 +189,18 @@ def save_gguf(
         with replacing(Path(path)) as temporary:
             w = gguf.GGUFWriter(temporary, architecture)
             add_fields(w, fields)
-            for name, data in tensors.items():
-                w.add_tensor(name, np.ascontiguousarray(data, np.float32))
+            arrays = [np.ascontiguousarray(data, np.float32) for data in tensors.values()]
+            for name, data in zip(tensors, arrays, strict=True):
+                w.add_tensor(name, data)
             try:
                 w.write_header_to_file()
                 w.write_kv_data_to_file()
-                w.write_tensors_to_file()
+                w.write_ti_data_to_file()
+                (out,) = w.fout
+                for data in arrays:
+                    w.write_padding(out, out.tell())
+                    out.write(data)  # by the writer's own way, ndarray.tofile, a full disk goes unnoticed
+                w.write_padding(out, out.tell())
             finally:
                 w.close()
     except OSError as e:
