@@ -19,7 +19,10 @@ void capture_line(int level, const char * text) {
     }
     const char * colon = std::strstr(text, ": "); // "function_name: message"
     std::string line = colon && std::memchr(text, ' ', size_t(colon - text)) == nullptr ? colon + 2 : text;
-    while (!line.empty() && (line.back() == '\n' || line.back() == '\r')) {
+    for (char & c : line) { // may quote the file
+        c = static_cast<unsigned char>(c) < ' ' || c == '\x7f' ? ' ' : c;
+    }
+    while (!line.empty() && line.back() == ' ') {
         line.pop_back();
     }
     if (line.empty()) {

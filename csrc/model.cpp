@@ -130,10 +130,16 @@ std::vector<std::pair<std::string, std::string>> model::metadata() const {
 std::vector<llama_token> model::tokenize(const std::string & text, bool add_special, bool parse_special) const {
     const log_capture log;
     std::vector<llama_token> tokens(text.size() + 8);
-    const int32_t n = llama_tokenize(vocab(), text.data(), int32_t(text.size()), tokens.data(), int32_t(tokens.size()),
-                                     add_special, parse_special);
+    int32_t n = -1;
+    std::string why;
+    try {
+        n = llama_tokenize(vocab(), text.data(), int32_t(text.size()), tokens.data(), int32_t(tokens.size()),
+                           add_special, parse_special);
+    } catch (const std::exception & e) { // a vocabulary without a token for some byte
+        why = std::string(" (") + e.what() + ")";
+    }
     if (n < 0) {
-        throw model_error("text of " + std::to_string(text.size()) + " bytes cannot be tokenized");
+        throw model_error("text of " + std::to_string(text.size()) + " bytes cannot be tokenized" + why);
     }
     tokens.resize(size_t(n));
     return tokens;
@@ -154,12 +160,16 @@ std::string model::piece(llama_token token, bool special) const {
         throw model_error("token id " + std::to_string(token) + " out of range");
     }
     std::string text(32, '\0');
-    int32_t n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
-    if (n < 0) {
-        text.resize(size_t(-n));
-        n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
+    try {
+        int32_t n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
+        if (n < 0) {
+            text.resize(size_t(-n));
+            n = llama_token_to_piece(vocab(), token, text.data(), int32_t(text.size()), 0, special);
+        }
+        text.resize(size_t(n));
+    } catch (const std::exception & e) {
+        throw model_error("token " + std::to_string(token) + " has no text (" + e.what() + ")");
     }
-    text.resize(size_t(n));
     return text;
 }
 

@@ -63,6 +63,12 @@ def build_id() -> str:
     return digest.hexdigest()[:16]
 
 
+def llama_library() -> str:
+    """The file of libllama that is loaded."""
+    load_core()
+    return str(import_module("llama_cpp.llama_cpp")._lib._name)
+
+
 def cpu_has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return False

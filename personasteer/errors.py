@@ -14,12 +14,23 @@ PersonasteerError
 └── ElicitationError       the model did not show the trait, so no vector can be certified
 """
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class PersonasteerError(Exception):
-    """Base of all errors raised on purpose; its text is one line for the user."""
+    """Base of all errors raised on purpose; its text is one line for the user, whatever a file that it quotes holds."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_one_line(a) if isinstance(a, str) else a for a in args))
+
+
+def _one_line(text: str) -> str:
+    """Line ends are spaces, and so is what a terminal would obey."""
+    if text.isprintable():
+        return text
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text).rstrip()
 
 
 class ArgumentError(PersonasteerError, ValueError):

@@ -49,18 +49,29 @@ def identify(path: str | os.PathLike[str]) -> dict[str, str]:
     and types. weights: the first and last 64 KiB of each tensor. The file's name, its general.* metadata and the order
     of key-values of other kinds do not count. Cached by path, size and time of change.
     """
+    return {part: digest for part, digest in _examine(path).items() if part != "header"}
+
+
+def header_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a model file's size and of all that stands before its tensors' data. Cached as `identify` is."""
+    return _examine(path)["header"]
+
+
+def _examine(path: str | os.PathLike[str]) -> dict[str, str]:
     p = check_model_file(path)
     stat = p.stat()
     name = "identities.json"
     key = f"{p.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     known = read_cache(name)
     found = known.get(key)
-    if isinstance(found, dict) and found.keys() == {"fingerprint", *PARTS}:
+    if isinstance(found, dict) and found.keys() == {"fingerprint", *PARTS, "header"}:
         return found
     architecture, metadata, tensors = load_core().summarize_gguf(os.fsencode(p))
     digests = {part: hashlib.sha256() for part in PARTS}
     digests["metadata"].update(architecture + b"\0" + metadata)
+    data = min((start for _, _, _, start, _ in tensors), default=stat.st_size)
     with p.open("rb") as f:
+        header = hashlib.sha256(f"{stat.st_size} ".encode() + f.read(data))
         for tensor, kind, shape, offset, n_bytes in tensors:
             digests["tensors"].update(tensor + f"\0{kind}\0{shape}\0".encode())
             for start in (0, max(_EDGE, n_bytes - _EDGE)):
@@ -74,6 +85,7 @@ def identify(path: str | os.PathLike[str]) -> dict[str, str]:
                 digests["weights"].update(edge)
     whole = hashlib.sha256(b"".join(d.digest() for d in digests.values()))
     result = {"fingerprint": whole.hexdigest()} | {part: d.hexdigest()[:16] for part, d in digests.items()}
+    result["header"] = header.hexdigest()
     write_cache(name, {**known, key: result})
     return result
 

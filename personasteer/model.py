@@ -34,6 +34,7 @@ from personasteer.shared_prefixes import N_BATCH, fold_last_rows, in_sharing_ord
 from personasteer.spans import tokens_in_spans
 from personasteer.steering import Steer, Steering, as_steering, per_request
 from personasteer.traits import neutral_pairs
+from personasteer.trial import check_opens
 from personasteer.without_hook import run_by_control_vector
 
 log = logging.getLogger("personasteer")
@@ -65,7 +66,8 @@ class Model:
             GGML_RPC. llama.cpp ends the process where a worker dies while it computes.
 
     Raises:
-        ModelError: no such file, not a GGUF, truncated, without a tokenizer, or of an architecture whose blocks
+        ModelError: no such file, not a GGUF, truncated, without a tokenizer, one over which llama.cpp ends the process
+            (a file that was never opened before is tried in a child process), or of an architecture whose blocks
             cannot be steered (found by a self-test: a unit edit at each block must change the logits).
 
     Example:
@@ -95,6 +97,8 @@ class Model:
             raise ArgumentError(f"n_threads must be at least 1, not {n_threads}")
         self.path = identity.check_model_file(path)
         adapters = _adapters(lora)
+        threads = n_threads or _physical_cores()
+        found = check_opens(self.path, adapters, n_gpu_layers=n_gpu_layers, n_threads=threads)
         core = load_core()
         native = core.Model(
             os.fsencode(self.path),
@@ -106,7 +110,7 @@ class Model:
         self._remote = bool(rpc)
         for adapter, scale in adapters:
             native.add_adapter(os.fsencode(adapter), scale)
-        self._start(native, adapters, n_ctx, n_parallel, n_batch, n_threads, seed)
+        self._start(native, found, n_ctx, n_parallel, n_batch, threads, seed)
         self.options.update({
             "n_ctx": n_ctx, "n_parallel": n_parallel, "n_batch": n_batch, "n_threads": self.n_threads,
             "n_gpu_layers": n_gpu_layers, "seed": seed, "use_mmap": use_mmap, "repack": repack,
@@ -119,17 +123,17 @@ class Model:
         model = cls.__new__(cls)
         model.path = path
         model._remote = False
-        model._start(native, [], 512, 1, 512, n_threads, 0)
+        model._start(native, identity.identify(path), 512, 1, 512, n_threads or _physical_cores(), 0)
         return model
 
     def _start(
         self,
         native: Any,
-        adapters: list[tuple[Path, float]],
+        found: Mapping[str, str],
         n_ctx: int,
         n_parallel: int,
         n_batch: int,
-        n_threads: int | None,
+        n_threads: int,
         seed: int,
     ) -> None:
         self.options: dict[str, Any] = {}  # with `path`, what opens the same model again
@@ -140,10 +144,10 @@ class Model:
         self._lock = threading.RLock()
         self._running = False
         self._default: contextvars.ContextVar[Steering | None] = contextvars.ContextVar("steering", default=None)
-        self.identity: Mapping[str, str] = identity.with_adapters(identity.identify(self.path), adapters)
+        self.identity = found
         self.fingerprint = self.identity["fingerprint"]
         self.seed = seed
-        self.n_threads: int = n_threads or _physical_cores()
+        self.n_threads = n_threads
         self.n_layer: int = native.n_layer
         self.n_embd: int = native.n_embd
         self.n_vocab: int = native.n_vocab

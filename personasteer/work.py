@@ -74,14 +74,15 @@ class Work:
                 ) from None
             atomic_write(file, text.encode())
             return
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise ArgumentError(f"{file}: cannot be read ({e}); name another folder") from e
         wanted = json.loads(text)
         if known != wanted and restart:
             self._forget()
             atomic_write(file, text.encode())
         elif known != wanted:
-            keys = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)) if known else ["everything"]
+            same = isinstance(known, dict) and known
+            keys = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)) if same else ["everything"]
             raise ArgumentError(
                 f"{file.parent}: holds other work (it differs in: {', '.join(keys)}); name another "
                 "folder, or remove this one"
@@ -113,7 +114,7 @@ class Work:
                     return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["json"])  # noqa: SIM118
             except FileNotFoundError:
                 raise
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as e:
                 log.warning("%s cannot be read (%s): computed again", file, e)
         arrays, rest = compute()
         arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}

@@ -11,6 +11,7 @@ from personasteer._native import load_core
 from personasteer.errors import ModelError
 from personasteer.ship.fields import Field
 from personasteer.ship.rewrite import ModelFile
+from personasteer.trial import check_opens
 
 
 def accepts(
@@ -22,6 +23,7 @@ def accepts(
     new = [(name, "f32", [size]) for name in biases if name not in file.tensors]
     if not new and not fields:
         return True
+    check_opens(file.path)
     core = load_core()
     values = [f.native for f in fields]
     header, _, n_data, _, alignment = core.change_gguf_header(os.fsencode(file.path), list(removed), values, new)

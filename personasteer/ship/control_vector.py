@@ -24,6 +24,7 @@ from personasteer.vectors import PersonaVector
 
 log = logging.getLogger("personasteer")
 
+MOST_BLOCKS = 512  # LLAMA_MAX_LAYERS
 NAMED = re.compile(r"direction\.([1-9][0-9]{0,4})")
 RANKED = re.compile(r"direction\.([1-9][0-9]{0,4})(?:\.([1-9][0-9]{0,2}))?")  # of a basis of several directions
 
@@ -287,7 +288,12 @@ def adding(
 def vector_of_rows(
     rows: Mapping[int, NDArray[np.float32]], name: str, provenance: Mapping[str, Any], n_layer: int | None = None
 ) -> PersonaVector:
-    """{il: direction} of a model with n_layer blocks, or an unknown number, to steer at those that are not zero."""
+    """{il: direction} of a model with n_layer blocks, or an unknown number, to steer at those that are not zero.
+
+    Raises VectorError for a block that no model has.
+    """
+    if max(rows) >= MOST_BLOCKS:
+        raise VectorError(f"{name!r:.80} has a direction at block {max(rows)}; no model has over {MOST_BLOCKS} blocks")
     n_embd = len(next(iter(rows.values())))
     directions = np.full((n_layer or max(rows) + 1, n_embd), np.nan, np.float32)
     for il, row in rows.items():

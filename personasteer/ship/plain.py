@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from personasteer._native import load_core
 from personasteer.errors import ModelError, VectorError
 from personasteer.identity import check_model_file
+from personasteer.trial import check_opens
 
 N_BATCH, N_OUTPUTS = 512, 64
 
@@ -50,6 +51,7 @@ class PlainModel:
         self._handle: Any = None
         self._model: Any = None
         load_core().check_model_metadata(os.fsencode(self.path))
+        check_opens(self.path, [(Path(lora), 1.0)] if lora is not None else [], n_threads=n_threads)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,10 @@ from personasteer.errors import VectorError
 
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}  # safetensors' names; numpy has no bfloat16
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-BROKEN = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+BROKEN = (
+    OSError, EOFError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class TensorFile(Protocol):
