@@ -18,13 +18,13 @@ _EDGE = 64 * 1024
 def check_model_file(path: str | os.PathLike[str]) -> Path:
     """The path, when it is a readable file that starts like a GGUF; else ModelError in one line."""
     p = Path(path)
-    if p.is_dir():
-        raise ModelError(f"{p}: is a folder, not a GGUF file")
-    if not p.exists():
-        raise ModelError(f"{p}: no such file")
-    if not p.is_file():
-        raise ModelError(f"{p}: is a pipe or a device, not a GGUF file")
     try:
+        if p.is_dir():
+            raise ModelError(f"{p}: is a folder, not a GGUF file")
+        if not p.exists():
+            raise ModelError(f"{p}: no such file")
+        if not p.is_file():
+            raise ModelError(f"{p}: is a pipe or a device, not a GGUF file")
         with p.open("rb") as f:
             magic = f.read(4)
     except OSError as e:

@@ -27,8 +27,7 @@ def fuzz(n: int) -> settings:
     """Settings of n examples, the same each time; PERSONASTEER_FUZZ=50 takes 50 n, and other ones in each run."""
     return settings(
         max_examples=max(1, int(n * TIMES)), derandomize=TIMES <= 1, deadline=None, database=None,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink] if TIMES > 1 else [Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import sqlite3
 import tarfile
 import tomllib
@@ -100,8 +101,8 @@ def other_tools(file: Path, tensors: dict[str, np.ndarray], count: int, kind: gg
 # ---- vectors
 
 
-@pytest.fixture(scope="module")
-def vector_files(folder: Path) -> list[bytes]:
+def vector_seeds(folder: Path) -> list[bytes]:
+    """Ours, whole and bare, a projection, and files as other tools write them."""
     file = folder / "seed.gguf"
     found = []
     for v in (full_vector(), samples.vector(), samples.vector(norms=NORMS, layers=(0, 3))):
@@ -113,6 +114,11 @@ def vector_files(folder: Path) -> list[bytes]:
     found.append(other_tools(file, rows, 3, gguf.GGUFValueType.UINT32))
     found.append(other_tools(file, dict(reversed(rows.items())), 4, gguf.GGUFValueType.INT32))
     return found
+
+
+@pytest.fixture(scope="module")
+def vector_files(folder: Path) -> list[bytes]:
+    return vector_seeds(folder)
 
 
 def read_vector(file: Path) -> None:
@@ -135,7 +141,7 @@ def test_damaged_vector_files(vector_files: list[bytes], folder: Path, data: st.
 
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1])
-FLOATS = st.floats(width=32)
+FLOATS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.3, 1e-38, 1e-45, 3e38, -3e38, math.inf, -math.inf, math.nan, 64.0])
 
 
 @st.composite
@@ -152,35 +158,40 @@ def values(draw: st.DrawFn) -> tuple[int, Any, int | None]:
     return kind, draw(one[kind]), None
 
 
+@st.composite
+def other_vectors(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """One of the seeds with other key-values, names, shapes and numbers."""
+    g = Gguf.parse(draw(st.sampled_from(seeds)))
+    names = [b"direction.0", b"direction.1", b"direction.513", b"direction.99999", b"direction.100000", b"direction.-1"]
+    shapes = [[64], [32], [0], [64, 1], [32, 2], [2**40], [1], []]
+    kinds = ("value", "value", "value", "length", "remove", "name", "shape", "numbers")
+    for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3)):
+        keys = [k.decode() for k, _ in g.keys]
+        at = draw(st.integers(0, 2**16))
+        if kind == "value" and keys:
+            g.set(keys[at % len(keys)], *draw(values()))
+        elif kind == "length":
+            arrays = [v.value for _, v in g.keys if v.type == ARRAY] or [[]]
+            chosen = arrays[at % len(arrays)]
+            del chosen[draw(st.integers(0, 300)) :]
+        elif kind == "remove":
+            both = [*keys, *(k.decode() for k, _ in g.tensors), "nothing"]
+            g.remove(both[at % len(both)])
+        elif kind == "name" and g.tensors:
+            g.tensors[at % len(g.tensors)] = draw(st.sampled_from(names)), g.tensors[at % len(g.tensors)][1]
+        elif kind == "shape" and g.tensors:
+            t = g.tensors[at % len(g.tensors)][1]
+            t.shape, t.type = list(draw(st.sampled_from(shapes))), draw(st.sampled_from([0, 0, 1, 24, 30]))
+        elif kind == "numbers" and len(g.data) >= 4:
+            begin = at % (len(g.data) // 4) * 4
+            g.data = g.data[:begin] + np.float32(draw(FLOATS)).tobytes() + g.data[begin + 4 :]
+    return g.bytes()
+
+
 @given(data=st.data())
 @fuzz(250)
 def test_vector_files_that_say_other_things(vector_files: list[bytes], folder: Path, data: st.DataObject) -> None:
-    g = Gguf.parse(data.draw(st.sampled_from(vector_files)))
-    for _ in range(data.draw(st.integers(1, 3))):
-        keys = [k.decode() for k, _ in g.keys]
-        match data.draw(st.sampled_from(("value", "value", "value", "length", "remove", "name", "shape", "numbers"))):
-            case "value" if keys:
-                g.set(data.draw(st.sampled_from(keys)), *data.draw(values()))
-            case "length":
-                arrays = [v.value for _, v in g.keys if v.type == ARRAY]
-                if arrays:
-                    chosen = data.draw(st.sampled_from(arrays))
-                    del chosen[data.draw(st.integers(0, len(chosen))) :]
-            case "remove" if keys:
-                g.remove(data.draw(st.sampled_from([*keys, *(k.decode() for k, _ in g.tensors)])))
-            case "name" if g.tensors:
-                i = data.draw(st.integers(0, len(g.tensors) - 1))
-                names = [b"direction.0", b"direction.1", b"direction.99999", b"direction.100000", b"direction.-1", b"x"]
-                g.tensors[i] = data.draw(st.sampled_from(names)), g.tensors[i][1]
-            case "shape" if g.tensors:
-                t = data.draw(st.sampled_from(g.tensors))[1]
-                t.shape = data.draw(st.sampled_from([[64], [32], [0], [64, 1], [32, 2], [2**40], [1], []]))
-                t.type = data.draw(st.sampled_from([0, 0, 1, 24, 30]))
-            case "numbers" if g.data:
-                at = data.draw(st.integers(0, len(g.data) // 4 - 1)) * 4
-                number = np.float32(data.draw(FLOATS)).tobytes()
-                g.data = g.data[:at] + number + g.data[at + 4 :]
-    read_vector(put(folder / "v.gguf", g.bytes()))
+    read_vector(put(folder / "v.gguf", data.draw(other_vectors(vector_files))))
 
 
 # ---- models, without loading them
@@ -217,13 +228,18 @@ def test_models_of_any_size_are_described_or_refused(
 # ---- bundles
 
 
-@pytest.fixture(scope="module")
-def bundle_files(tiny_path: Path, folder: Path) -> dict[str, bytes]:
+def bundle_seed(model: Path, folder: Path) -> dict[str, bytes]:
+    """The files of a bundle with every kind of edit."""
     v = full_vector()
     steering = [v * 0.3, ps.Cap(v), ps.Ablate(v, to="mean"), ps.Floor(v, -1.0, layers=(1,))]
     (folder / "report.json").write_text('{"evaluations": [{"name": "warm"}]}')
-    out = write_bundle(folder / "seed", model=tiny_path, steering=steering, name="x", reports=[folder / "report.json"])
+    out = write_bundle(folder / "seed", model=model, steering=steering, name="x", reports=[folder / "report.json"])
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def bundle_files(tiny_path: Path, folder: Path) -> dict[str, bytes]:
+    return bundle_seed(tiny_path, folder)
 
 
 def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:

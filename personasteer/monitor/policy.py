@@ -48,7 +48,7 @@ def load_policy(path: Path) -> list[Rule]:
 
     def vector_of(table: Mapping[str, Any]) -> PersonaVector:
         name = table.get("vector")
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or "\0" in name:
             raise ArgumentError('"vector" must name a file')
         file = (path.parent / name).resolve()
         if file not in vectors:

@@ -227,6 +227,8 @@ class Registry:
             yield
         except sqlite3.Error as e:
             raise RegistryError(f"{self.path}: {self._reason(e)}") from e
+        except UnicodeDecodeError as e:  # in a text, or in SQLite's own words about it
+            raise RegistryError(f"{self.path}: {_damaged('a text that is not UTF-8')}") from e
 
     def _reason(self, e: sqlite3.Error) -> str:
         code = getattr(e, "sqlite_errorcode", 0) & 0xFF  # extended codes add to the primary one

@@ -113,7 +113,7 @@ class Journal:
             raise PersonasteerError(f"{self._path}: {e}") from e
         except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError):
             raise
-        except sqlite3.DatabaseError as e:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as e:  # the latter also of SQLite's own words
             raise ArgumentError(f"{self._path}: is no work of a screening, or damaged ({e}); remove it") from e
 
     @contextmanager

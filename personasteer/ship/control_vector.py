@@ -243,7 +243,7 @@ def _chosen_offset(file: Path, origin: Origin | None, offset: int | Literal["aut
 def exported_strength(path: str | os.PathLike[str]) -> float | None:
     """The rho that llama.cpp's scale 1.0 stands for in a file of ours; None for a file of another tool."""
     strength = read_fields(path).get("personasteer.exported_strength")
-    return None if strength is None else float(strength)
+    return float(strength) if isinstance(strength, int | float) else None
 
 
 def whole_vector(file: Path, fields: Mapping[str, Any], rows: Mapping[int, NDArray[np.float32]]) -> PersonaVector:
@@ -262,7 +262,8 @@ def check_rows(
 ) -> None:
     """Raise VectorError where the tensors of a file of ours are not those that its key-values give."""
     if expected.keys() != rows.keys() or any(
-        not np.allclose(rows[il], row, rtol=1e-4, atol=1e-6 * float(np.abs(row).max())) for il, row in expected.items()
+        rows[il].shape != row.shape or not np.allclose(rows[il], row, rtol=1e-4, atol=1e-6 * float(np.abs(row).max()))
+        for il, row in expected.items()
     ):
         raise VectorError(f"{file}: its tensors, which llama.cpp adds, are not those of its personasteer key-values")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,10 +18,7 @@ from personasteer.errors import VectorError
 
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}  # safetensors' names; numpy has no bfloat16
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-BROKEN = (
-    OSError, EOFError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError, tokenize.TokenError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+BROKEN = (OSError, EOFError, MemoryError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class TensorFile(Protocol):
@@ -120,7 +116,7 @@ class _Npz:
                 for info in archive.infolist():
                     if info.filename.endswith(".npy"):
                         self._members[info.filename.removesuffix(".npy")] = self._header(archive, info)
-        except BROKEN as e:
+        except Exception as e:  # numpy raises whatever a malformed header makes it run into
             raise self._unreadable(e) from e
         self.shapes: Mapping[str, tuple[int, ...]] = {key: member.shape for key, member in self._members.items()}
 
