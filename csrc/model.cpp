@@ -20,13 +20,12 @@ std::vector<ggml_backend_dev_t> devices_of(const std::vector<std::string> & work
         rpc ? reinterpret_cast<add_server>(ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server"))
             : nullptr;
     if (!add) {
-        throw model_error("this build of llama.cpp has no RPC; install one that has: CMAKE_ARGS=-DGGML_RPC=on pip "
-                          "install --no-cache-dir --force-reinstall llama-cpp-python==" PERSONASTEER_LLAMA_CPP_PYTHON);
+        throw model_error("this build of llama.cpp has no RPC");
     }
     for (const std::string & worker : workers) {
         const ggml_backend_reg_t server = add(worker.c_str());
         if (!server) {
-            throw model_error("no RPC worker answers at " + worker + " (start one: ggml-rpc-server -H HOST -p PORT)");
+            throw model_error("the RPC worker at " + worker + " has no device");
         }
         for (size_t i = 0; i < ggml_backend_reg_dev_count(server); ++i) {
             out.push_back(ggml_backend_reg_dev_get(server, i));

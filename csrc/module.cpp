@@ -3,6 +3,7 @@
 #include "errors.h"
 #include "log_capture.h"
 
+#include "ggml-rpc.h"
 #include "llama.h"
 
 namespace py = pybind11;
@@ -15,6 +16,7 @@ void bind_attachment(py::module_ & m);
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Steering and capture inside llama.cpp's compute graph; used through the Python layer.";
     m.attr("HAS_RPC") = llama_supports_rpc();
+    m.attr("RPC_VERSION") = py::make_tuple(RPC_PROTO_MAJOR_VERSION, RPC_PROTO_MINOR_VERSION);
     m.attr("LLAMA_CPP_PYTHON") = PERSONASTEER_LLAMA_CPP_PYTHON; // the version that this was built against
 
     py::register_exception_translator([](std::exception_ptr p) {

@@ -42,11 +42,13 @@ def give_way() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def try_model(core: Any, path: str, adapters: list[tuple[str, float]], n_gpu_layers: int, n_threads: int) -> list[Any]:
+def try_model(
+    core: Any, path: str, adapters: list[tuple[str, float]], n_gpu_layers: int, n_threads: int, rpc: list[str]
+) -> list[Any]:
     """Ask llama.cpp for what it will be asked for. The changes of the self-test; none where the hook has no place."""
     from personasteer.errors import ModelError
 
-    model = core.Model(os.fsencode(path), n_gpu_layers=n_gpu_layers, use_mmap=True, use_extra_bufts=False)
+    model = core.Model(os.fsencode(path), n_gpu_layers=n_gpu_layers, use_mmap=True, use_extra_bufts=False, rpc=rpc)
     for adapter, scale in adapters:
         model.add_adapter(os.fsencode(adapter), scale)
     model.metadata, model.description, model.chat_template  # noqa: B018 (llama.cpp writes them out)

@@ -30,6 +30,7 @@ from personasteer.live import Session, Stream, make_request
 from personasteer.mixes import MixCache
 from personasteer.progress import Meter
 from personasteer.prompts import Prompt, rendered_tokens, with_roles
+from personasteer.rpc import check_workers
 from personasteer.shared_prefixes import N_BATCH, fold_last_rows, in_sharing_order, texts_at_once
 from personasteer.spans import tokens_in_spans
 from personasteer.steering import Steer, Steering, as_steering, per_request
@@ -98,16 +99,17 @@ class Model:
         self.path = identity.check_model_file(path)
         adapters = _adapters(lora)
         threads = n_threads or _physical_cores()
-        found = check_opens(self.path, adapters, n_gpu_layers=n_gpu_layers, n_threads=threads)
+        workers = check_workers(rpc)
+        found = check_opens(self.path, adapters, n_gpu_layers=n_gpu_layers, n_threads=threads, rpc=workers)
         core = load_core()
         native = core.Model(
             os.fsencode(self.path),
             n_gpu_layers=n_gpu_layers,
             use_mmap=use_mmap,
             use_extra_bufts=repack and extra_buffers_work(),
-            rpc=_workers(rpc),
+            rpc=workers,
         )
-        self._remote = bool(rpc)
+        self._remote = bool(workers)
         for adapter, scale in adapters:
             native.add_adapter(os.fsencode(adapter), scale)
         self._start(native, found, n_ctx, n_parallel, n_batch, threads, seed)
@@ -879,17 +881,6 @@ def _adapters(lora: Sequence[Adapter]) -> list[tuple[Path, float]]:
         if not np.isfinite(scale):
             raise ArgumentError(f"the scale of the LoRA adapter {file} must be finite, not {scale}")
     return [(identity.check_model_file(file), float(scale)) for file, scale in pairs]
-
-
-def _workers(rpc: Sequence[str]) -> list[str]:
-    """Addresses of RPC workers. llama.cpp takes what stands behind the colon for a number."""
-    if isinstance(rpc, str):
-        raise ArgumentError("rpc must be a list of addresses, such as ['192.168.0.2:50052']")
-    for address in rpc:
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-            raise ArgumentError(f"{address!r} is no address of an RPC worker: HOST:PORT is needed")
-    return list(rpc)
 
 
 def _texts(texts: Sequence[str]) -> Sequence[str]:

@@ -30,7 +30,12 @@ _FAILED = re.compile(r"([^/\s]+:\d+): (.+)")  # of GGML_ASSERT and GGML_ABORT
 
 
 def check_opens(
-    path: Path, adapters: Sequence[tuple[Path, float]] = (), *, n_gpu_layers: int = 0, n_threads: int = 1
+    path: Path,
+    adapters: Sequence[tuple[Path, float]] = (),
+    *,
+    n_gpu_layers: int = 0,
+    n_threads: int = 1,
+    rpc: Sequence[str] = (),
 ) -> Mapping[str, str]:
     """Try a model file with its adapters out in a child process: load it, tokenize, decode, test the hook.
 
@@ -52,10 +57,10 @@ def check_opens(
         return identity
     found = _try(files, {
         "path": str(path), "adapters": [(str(file), scale) for file, scale in adapters],
-        "n_gpu_layers": n_gpu_layers, "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers, "n_threads": n_threads, "rpc": list(rpc),
     })  # fmt: skip
     if found is not None:
-        steerable = {"steerable": True} if found and all(change > 0 for change in found) else {}
+        steerable = {"steerable": True} if found and not rpc and all(change > 0 for change in found) else {}
         write_cache(name, {**known, **steerable, "opens": headers})
     return identity
 

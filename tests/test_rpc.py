@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rpc_workers import workers
 
 import personasteer as ps
+from personasteer import rpc
 from personasteer._native import load_core
 from personasteer.cli import run
 
@@ -89,16 +94,45 @@ def test_the_states_that_are_captured_are_those_of_the_model_that_lies_here(spli
 def test_a_worker_that_is_not_there_is_named(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not has_rpc():
         pytest.skip("llama-cpp-python was built without GGML_RPC")
-    with pytest.raises(ps.ModelError, match=r"no RPC worker answers at 127\.0\.0\.1:1 "):
+    with pytest.raises(ps.ModelError, match=r"no RPC worker of protocol \d+\.\d+ answers at 127\.0\.0\.1:1 "):
         ps.Model(tiny_path, rpc=["127.0.0.1:1"])
     assert run(["generate", "-m", str(tiny_path), "-p", "a", "--rpc", "127.0.0.1:1"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def answering(server: socket.socket, answer: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(64)
+        connection.sendall(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", ""),
+        (b"", ""),
+        (struct.pack("<Q", 28) + bytes([6, 0]) + bytes(26), ", but one of protocol 6.0"),
+        (struct.pack("<Q", 28) + bytes([7, 99]) + bytes(26), ", but one of protocol 7.99"),
+    ],
+)
+def test_what_is_no_worker_of_this_version_is_told_before_llama_cpp_asks_it(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, seen: str
+) -> None:
+    monkeypatch.setattr(rpc, "load_core", lambda: SimpleNamespace(HAS_RPC=True, RPC_VERSION=(7, 0)))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        thread = threading.Thread(target=answering, args=(server, answer))
+        thread.start()
+        with pytest.raises(ps.ModelError, match=rf"protocol 7\.0 answers at 127\.0\.0\.1:{port}{seen} \("):
+            ps.Model(tiny_path, rpc=[f"127.0.0.1:{port}"])
+        thread.join()
+
+
 def test_a_build_without_rpc_says_how_to_get_one(tiny_path: Path) -> None:
     if has_rpc():
         pytest.skip("llama-cpp-python was built with GGML_RPC")
-    with pytest.raises(ps.ModelError, match=r"this build of llama\.cpp has no RPC; .* -DGGML_RPC=on"):
+    with pytest.raises(ps.ModelError, match=r"this build of llama\.cpp has no RPC; .*-DGGML_RPC=on"):
         ps.Model(tiny_path, rpc=["127.0.0.1:50052"])
 
 

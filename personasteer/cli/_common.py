@@ -41,6 +41,10 @@ ThreadsOption: TypeAlias = Annotated[int | None, typer.Option("-t", "--threads",
 GpuOption: TypeAlias = Annotated[
     int, typer.Option("-ngl", "--gpu-layers", help="Blocks kept on the GPU; -1: all.", min=-1, max=100_000)
 ]
+RpcOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--rpc", metavar="HOST:PORT,..", help="RPC workers of llama.cpp that hold the blocks."),
+]
 CtxOption: TypeAlias = Annotated[
     int, typer.Option("-c", "--ctx-size", help="Tokens of prompt and answer.", min=8, max=2**24)
 ]
@@ -203,6 +207,11 @@ def load_measured(file: str, offset: int) -> PersonaVector:
     if split_strength(file)[1] is not None and not Path(file).exists():
         raise ArgumentError(f"{file}: what is measured takes no strength")
     return PersonaVector.load(file, offset=offset)
+
+
+def workers(rpc: str | None) -> list[str]:
+    """The addresses in what --rpc was given."""
+    return [address.strip() for address in rpc.split(",")] if rpc is not None else []
 
 
 def load_adapters(lora: Sequence[str] | None) -> list[tuple[str, float]]:

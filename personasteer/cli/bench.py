@@ -11,6 +11,7 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     ModelOption,
+    RpcOption,
     ThreadsOption,
     open_model,
     print_json,
@@ -18,6 +19,7 @@ from personasteer.cli._common import (
     stages,
     stderr,
     stdout,
+    workers,
 )
 from personasteer.errors import ArgumentError
 from personasteer.files import atomic_write, check_output
@@ -54,6 +56,7 @@ def bench(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure what steering and capture cost on this machine, against the same llama.cpp without the hook.
@@ -80,7 +83,7 @@ def bench(
         check_output(plot)
     n_ctx = (prompt_tokens or SHAPES[0][0]) + (decode_tokens or SHAPES[0][1]) + 8
     with (
-        open_model(model, n_ctx=n_ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers) as m,
+        open_model(model, n_ctx=n_ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, rpc=workers(rpc)) as m,
         stages() as stage,
     ):
         fitting = SHAPES[0] if pairs else shape_within(m, seconds, modes_of(m, **MEASURED))

@@ -11,6 +11,7 @@ from personasteer.cli._common import (
     JsonOption,
     ModelOption,
     OffsetOption,
+    RpcOption,
     ScopeOption,
     ThreadsOption,
     VectorsOption,
@@ -19,6 +20,7 @@ from personasteer.cli._common import (
     print_json,
     say,
     stages,
+    workers,
 )
 from personasteer.cli._completion import one_of
 from personasteer.errors import ArgumentError
@@ -50,6 +52,7 @@ def capture(
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write the block outputs of texts as safetensors.
@@ -65,7 +68,10 @@ def capture(
     check_output(out)
     items = read_items(texts)
     steering = load_steering(vector, scope, offset)
-    with open_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers) as m, stages() as stage:
+    with (
+        open_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers, rpc=workers(rpc)) as m,
+        stages() as stage,
+    ):
         found = m.capture(
             items, pool=pool, span=span, last_layer=last_layer, steer=steering, progress=stage("capturing")
         )

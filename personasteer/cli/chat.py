@@ -21,6 +21,7 @@ from personasteer.cli._common import (
     ModelOption,
     OffsetOption,
     PredictOption,
+    RpcOption,
     SchemaOption,
     ScopeOption,
     SeedOption,
@@ -40,6 +41,7 @@ from personasteer.cli._common import (
     split_strength,
     stages,
     stderr,
+    workers,
     write_piece,
 )
 from personasteer.errors import ArgumentError, PersonasteerError
@@ -75,6 +77,7 @@ def chat(
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     lora: LoraOption = None,
     watch: Annotated[
         list[str] | None,
@@ -113,7 +116,7 @@ def chat(
     given = None if thresholds is None else load_thresholds(thresholds)
     with (
         open_model(
-            model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed,
+            model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, rpc=workers(rpc), seed=seed,
             lora=load_adapters(lora),
         ) as m,
         ExitStack() as stack,

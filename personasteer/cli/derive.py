@@ -13,6 +13,7 @@ from personasteer.cli._common import (
     GpuOption,
     JsonOption,
     ModelOption,
+    RpcOption,
     SeedOption,
     ThreadsOption,
     open_model,
@@ -20,6 +21,7 @@ from personasteer.cli._common import (
     say,
     stages,
     stderr,
+    workers,
 )
 from personasteer.cli._completion import one_of, trait_names
 from personasteer.errors import ArgumentError
@@ -161,6 +163,7 @@ def derive(
     ctx: CtxOption = 512,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     json: JsonOption = False,
 ) -> None:
     """Derive a trait's vector on a model and write it as a control vector.
@@ -179,7 +182,14 @@ def derive(
     check_method(method)
     check_position(position)
     check_form(form, chosen=chosen is not None, calibrated=not no_calibrate)
-    options = {"n_ctx": ctx, "n_parallel": 1, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
+    options = {
+        "n_ctx": ctx,
+        "n_parallel": 1,
+        "n_threads": threads,
+        "n_gpu_layers": gpu_layers,
+        "rpc": workers(rpc),
+        "seed": seed,
+    }
     texts = _given_texts(trait, positive, negative)
     about_answers = {
         "--responses": responses, "--continuations": continuations, "--save-responses": save_responses,

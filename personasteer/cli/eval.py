@@ -13,6 +13,7 @@ from personasteer.cli._common import (
     JsonOption,
     ModelOption,
     OffsetOption,
+    RpcOption,
     SeedOption,
     ThreadsOption,
     open_model,
@@ -21,6 +22,7 @@ from personasteer.cli._common import (
     say,
     split_strength,
     stages,
+    workers,
 )
 from personasteer.cli._completion import trait_names
 from personasteer.errors import ArgumentError
@@ -71,6 +73,7 @@ def eval_(
     ctx: CtxOption = 512,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure what vectors do on questions that they were not derived from, beside controls.
@@ -90,7 +93,14 @@ def eval_(
     traits = (chosen * len(loaded))[: len(loaded)] if len(chosen) == 1 else chosen or None
     if report is not None:
         check_folder(report)
-    options = {"n_ctx": ctx, "n_parallel": 16, "n_threads": threads, "n_gpu_layers": gpu_layers, "seed": seed}
+    options = {
+        "n_ctx": ctx,
+        "n_parallel": 16,
+        "n_threads": threads,
+        "n_gpu_layers": gpu_layers,
+        "rpc": workers(rpc),
+        "seed": seed,
+    }
     with open_model(model, **options) as m, stages() as stage:
         found: list[Evaluation] = []
         for k, (vector, (_, strength)) in enumerate(zip(loaded, given, strict=True)):

@@ -16,6 +16,7 @@ from personasteer.cli._common import (
     ModelOption,
     OffsetOption,
     PredictOption,
+    RpcOption,
     SchemaOption,
     ScopeOption,
     SeedOption,
@@ -29,6 +30,7 @@ from personasteer.cli._common import (
     open_model,
     print_json,
     read_text,
+    workers,
     write_piece,
 )
 
@@ -56,6 +58,7 @@ def generate(
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     lora: LoraOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -65,7 +68,14 @@ def generate(
     """
     steering = load_steering(vector, scope, offset, cap=cap, floor=floor, ablate=ablate)
     with open_model(
-        model, n_ctx=ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed, lora=load_adapters(lora)
+        model,
+        n_ctx=ctx,
+        n_parallel=1,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+        rpc=workers(rpc),
+        seed=seed,
+        lora=load_adapters(lora),
     ) as m:
         options: dict[str, Any] = {
             "steer": steering,

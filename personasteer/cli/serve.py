@@ -14,12 +14,14 @@ from personasteer.cli._common import (
     JsonOption,
     LoraOption,
     OffsetOption,
+    RpcOption,
     ThreadsOption,
     load_adapters,
     model_path,
     read_text,
     split_strength,
     stderr,
+    workers,
 )
 from personasteer.cli._completion import complete_model
 from personasteer.errors import ArgumentError
@@ -83,6 +85,7 @@ def serve(
     ctx: CtxOption = 2048,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = -1,
+    rpc: RpcOption = None,
     json: JsonOption = False,
 ) -> None:
     """Serve a model to OpenAI clients; every request has its own mix of vectors.
@@ -116,7 +119,7 @@ def serve(
         policy=str(guard.resolve()) if guard else None,
         thresholds=str(thresholds.resolve()) if thresholds else None,
         watched=tuple(watch or ()),
-        offset=offset, n_ctx=ctx, n_parallel=parallel, n_threads=threads, n_gpu_layers=gpu_layers,
+        offset=offset, n_ctx=ctx, n_parallel=parallel, n_threads=threads, n_gpu_layers=gpu_layers, rpc=workers(rpc),
         lora=tuple(load_adapters(lora)),
     )  # fmt: skip
     local = host in ("127.0.0.1", "localhost", "::1")

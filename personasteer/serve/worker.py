@@ -67,6 +67,7 @@ class WorkerOptions:
     n_threads: int | None = None
     n_gpu_layers: int = -1
     lora: Sequence[tuple[str, float]] = ()
+    rpc: Sequence[str] = ()
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Worker:
         self.options, self.tell = options, tell
         model_options: dict[str, Any] = {
             "n_ctx": options.n_ctx, "n_parallel": options.n_parallel, "n_batch": options.n_batch,
-            "n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers,
+            "n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers, "rpc": list(options.rpc),
         }  # fmt: skip
         self.vectors: dict[str, PersonaVector] = {}
         self.bundled = Steering()
