@@ -69,7 +69,7 @@ def _try(files: Sequence[Path], what: Mapping[str, object]) -> list[float] | Non
     """What the self-test of the child found; None where nothing was shown. Raises as `check_opens` does."""
     patience = PATIENCE + sum(file.stat().st_size for file in files) / SLOWEST_DISK
     program = Path(__file__).with_name("_trial.py")
-    command = [sys.executable, "-I", "-S", str(program), llama_library(), load_core().__file__, json.dumps(what)]
+    command = [sys.executable, "-I", "-S", str(program), llama_library(), str(load_core().__file__), json.dumps(what)]
     where = ", ".join(map(str, files))
     try:
         done = subprocess.run(

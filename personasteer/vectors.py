@@ -103,7 +103,7 @@ class PersonaVector:
                 array = _frozen(value)
                 if array.shape != shape:
                     raise VectorError(f"{attribute} must have the shape {shape}, not {array.shape}")
-                object.__setattr__(self, attribute, array)
+                object.__setattr__(self, attribute, array if array.size else None)  # no shuffled ones are none
         if not np.isfinite(self.strength):
             raise VectorError(f"strength must be finite, not {self.strength}")
         low, high = (float(x) for x in self.window)

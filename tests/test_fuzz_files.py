@@ -733,3 +733,84 @@ def test_damaged_journals_of_a_screening(folder: Path, data: st.DataObject) -> N
             list(j.rows("data"))
 
     read_or_refuse(go_on)
+
+
+# ---- what was found, once more
+
+
+def refused(read: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ps.PersonasteerError) as e:
+        read()
+    assert said in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_an_exported_strength_that_is_a_text_is_none(tmp_path: Path) -> None:
+    samples.vector(norms=NORMS).save(tmp_path / "v.gguf")
+    g = Gguf.parse((tmp_path / "v.gguf").read_bytes())
+    g.set("personasteer.exported_strength", STRING, b"[]")
+    put(tmp_path / "v.gguf", g.bytes())
+    assert exported_strength(tmp_path / "v.gguf") is None
+    refused(lambda: ps.PersonaVector.load(tmp_path / "v.gguf"), "do not fit together")
+
+
+def test_no_shuffled_directions_are_none(tmp_path: Path) -> None:
+    samples.vector(norms=NORMS, shuffled=np.zeros((0, 4, 64))).save(tmp_path / "v.gguf")
+    assert ps.PersonaVector.load(tmp_path / "v.gguf").shuffled is None
+
+
+def test_a_vector_of_two_widths_is_refused(tmp_path: Path) -> None:
+    samples.vector(norms=NORMS).save(tmp_path / "v.gguf")
+    g = Gguf.parse((tmp_path / "v.gguf").read_bytes())
+    for _, tensor in g.tensors:
+        tensor.shape = [32]
+    for i, (_, tensor) in enumerate(g.tensors):
+        tensor.offset = 128 * i
+    put(tmp_path / "v.gguf", g.bytes())
+    refused(lambda: ps.PersonaVector.load(tmp_path / "v.gguf"), "not those of its personasteer key-values")
+
+
+@pytest.mark.parametrize("number", [513, 99999])
+def test_a_direction_of_a_block_that_no_model_has_takes_no_memory(tmp_path: Path, number: int) -> None:
+    rows = {f"direction.{number}": np.ones(64, np.float32)}
+    samples.write_gguf(tmp_path / "v.gguf", rows)
+    refused(lambda: ps.PersonaVector.load(tmp_path / "v.gguf"), "no model has over 512 blocks")
+    put(tmp_path / "v.safetensors", save({f"layers.{number}": np.ones(64, np.float32)}))
+    refused(lambda: load_safetensors_directions(tmp_path / "v.safetensors"), "no model has over 512 blocks")
+
+
+@pytest.mark.parametrize("name", ["a\\u0000b", "x" * 5000])
+def test_a_policy_that_names_no_possible_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "p.toml").write_text(f'[[rule]]\nvector = "{name}"\naction = "log"\n')
+    refused(lambda: load_policy(tmp_path / "p.toml"), "must name a file" if "u0000" in name else "File name too long")
+
+
+@pytest.mark.parametrize(("old", "new"), [("'shape'", "(" * 200), ("'shape'", "(1, 2)"), ("'<f4'", "('<f4', (2,))"), (
+    "'<f4'", "()"), ("'<f4'", "[()]")])  # fmt: skip
+def test_headers_that_numpy_stumbles_over_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    header = HEADER.replace(old, new).encode()
+    with zipfile.ZipFile(tmp_path / "t.npz", "w") as archive:
+        archive.writestr("W_dec.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    refused(lambda: load_dictionary(tmp_path / "t.npz", 2), "t.npz")
+
+
+def test_a_registry_whose_own_words_are_not_utf_8_is_damaged(tmp_path: Path, registry_file: bytes) -> None:
+    at = registry_file.index(b"CREATE TABLE models")
+    broken = registry_file[:at] + registry_file[at:].replace(b"models", b"mod\xf5l\xf5", 1)
+    refused(lambda: read_registry(put(tmp_path / "r.sqlite", broken)), "damaged")
+
+
+def test_work_as_deep_as_it_is_long_is_computed_again_or_refused(tmp_path: Path) -> None:
+    with Work(tmp_path, {"a": 1}):
+        pass
+    put(tmp_path / "one.safetensors", save({}, {"json": "[" * 100_000}))
+    with Work(tmp_path, {"a": 1}) as work:
+        assert work.part("one", lambda: ({}, 5)) == ({}, 5)
+    for plan, said in ((b"[" * 100_000, "cannot be read"), (b"[1]", "holds other work")):
+        put(tmp_path / "plan.json", plan)
+        refused(lambda: Work(tmp_path, {"a": 1}), said)
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    assert str(ps.ModelError("a\nb\r\u2028c\x1b[31m\0")) == "a b  c [31m"
+    assert str(ps.VectorError("Größe 你好 🦊")) == "Größe 你好 🦊"

@@ -116,6 +116,19 @@ def tokens(change: Callable[[list[bytes]], Any]) -> Change:
     return lambda g: change(g["tokenizer.ggml.tokens"].value)
 
 
+def as_architecture(name: str, rotated: int = 16) -> Change:
+    """The same file as one of another architecture, which its tensors may not fit."""
+
+    def change(g: Gguf) -> None:
+        g.set("llama.rope.dimension_count", UINT32, rotated)
+        g.keys = [
+            (k.replace(b"llama.", name.encode() + b".", 1) if k.startswith(b"llama.") else k, v) for k, v in g.keys
+        ]
+        g.set("general.architecture", STRING, name.encode())
+
+    return change
+
+
 def no_vocabulary(g: Gguf) -> None:
     for part in ("tokens", "scores", "token_type"):
         g[f"tokenizer.ggml.{part}"].value.clear()
@@ -197,6 +210,12 @@ CONTENTS: dict[str, Change] = {
         "2^31": (UINT32, 2**31), "2^32 - 1": (UINT32, 2**32 - 1), "2^63": (UINT64, 2**63), "a flag": (BOOL, 1),
         "an array": (ARRAY, [4] * 4, FLOAT32),
     }.items()},
+    **{f"a matrix of whole numbers, {name}": with_tensor(name, type=26) for name in (
+        "blk.2.ffn_gate.weight", "blk.3.ffn_up.weight", "token_embd.weight",
+    )},
+    "another architecture of its keys": as_architecture("olmo2"),
+    "an architecture of experts": as_architecture("smallthinker"),
+    "heads that rotate too much": as_architecture("internlm2", rotated=7),
     "513 blocks": with_key("llama.block_count", UINT32, 513),
     "one block more": with_key("llama.block_count", UINT32, 5),
     "heads that do not divide": with_key("llama.attention.head_count", UINT32, 3),

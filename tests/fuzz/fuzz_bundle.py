@@ -8,8 +8,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import atheris_target
 import test_fuzz_files as files
-from atheris_target import run
 
 from personasteer.ship.bundle import check_bundle
 from personasteer.ship.persona import parse
@@ -19,7 +19,7 @@ FOLDER = Path(tempfile.mkdtemp())
 FILES = files.bundle_seed(write_tiny_model(FOLDER / "m.gguf"), FOLDER)
 
 if __name__ == "__main__":
-    run(
+    atheris_target.run(
         [files.tar_of(FILES), FILES["persona.json"]],
         ".tar",
         check_bundle,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from atheris_target import run
+import atheris_target
 
 from personasteer.identity import identify
 from personasteer.ship.contents import ModelInFile
@@ -18,4 +18,4 @@ from personasteer.tiny_model import write_tiny_model
 SEED = write_tiny_model(Path(tempfile.mkdtemp()) / "m.gguf", n_layer=1, n_embd=32).read_bytes()
 
 if __name__ == "__main__":
-    run([SEED], ".gguf", identify, ModelInFile.read, lambda p: ModelFile(p).fields)
+    atheris_target.run([SEED], ".gguf", identify, ModelInFile.read, lambda p: ModelFile(p).fields)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import atheris_target
 import test_hostile_models as models
-from atheris_target import run
 
 from personasteer import chat
 from personasteer.tiny_model import TEMPLATE
@@ -22,4 +22,4 @@ def render(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run([TEMPLATE.encode(), *(t.encode() for t in models.TEMPLATES.values())], ".jinja", render)
+    atheris_target.run([TEMPLATE.encode(), *(t.encode() for t in models.TEMPLATES.values())], ".jinja", render)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import atheris_target
 import test_fuzz_files as files
-from atheris_target import run
 
 from personasteer.errors import PersonasteerError
 from personasteer.ship.autoencoders import load_dictionary, load_sae_direction
@@ -24,7 +24,7 @@ def archive(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(
+    atheris_target.run(
         [*files.SAFETENSORS, *files.NPZ],
         ".safetensors",
         load_safetensors_directions,

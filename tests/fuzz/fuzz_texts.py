@@ -8,8 +8,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import atheris_target
 import test_fuzz_files as files
-from atheris_target import run
 
 from personasteer import traits
 from personasteer.derive.elicit import load_responses
@@ -31,7 +31,7 @@ def trait(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(
+    atheris_target.run(
         SEEDS, ".jsonl", trait, load_pairs, load_responses, read_conversations, load_policy, load_thresholds,
         lambda p: evaluations_in(p.read_bytes()),
     )  # fmt: skip

@@ -8,8 +8,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import atheris_target
 import test_fuzz_files as files
-from atheris_target import run
 
 import personasteer as ps
 from personasteer.ship.control_vector import exported_strength, origin_of
@@ -18,4 +18,4 @@ from personasteer.ship.projection import load_projection
 SEEDS = files.vector_seeds(Path(tempfile.mkdtemp()))
 
 if __name__ == "__main__":
-    run(SEEDS, ".gguf", ps.PersonaVector.load, load_projection, origin_of, exported_strength)
+    atheris_target.run(SEEDS, ".gguf", ps.PersonaVector.load, load_projection, origin_of, exported_strength)
