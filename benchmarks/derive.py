@@ -15,14 +15,13 @@ numbers them one block late.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import other_tools
+import results
 
 N_PAIRS = 200
 TEMPLATE = "Question: {question}\n\nInstruction: Answer like {persona}, whatever you are asked.\n\nAnswer: {answer}"
@@ -135,16 +134,9 @@ def spread(values: np.ndarray) -> str:
     return f"{values.min():.5f} at block {int(values.argmin())}, median {np.median(values):.5f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", help="a GGUF file; the demo model without")
-    parser.add_argument("--cvector-generator", metavar="PATH", help="llama.cpp's llama-cvector-generator")
-    parser.add_argument("--repeng", action="store_true", help="needs repeng, torch and transformers")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of all; the physical cores without")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each tool, and what their directions have in common."""
     import personasteer as ps
-    from personasteer.evaluate.overhead import machine
     from personasteer.model import demo_model_path
 
     path = args.model or str(demo_model_path())
@@ -183,56 +175,76 @@ def main() -> None:
     rows = model.capture(texts, pool="last", share_prefix=True)
     start = time.perf_counter()
     apart = np.concatenate([model.capture([t], pool="last") for t in texts])
-    unshared = time.perf_counter() - start
+    seconds["personasteer, one text after the other"] = [(load, time.perf_counter() - start)]
     expected = apart[:N_PAIRS].mean(0, dtype=np.float64) - apart[N_PAIRS:].mean(0, dtype=np.float64)
 
-    peers = [f"{p} {version(p)}" for p in ("torch", "transformers", "repeng") if importlib.util.find_spec(p)]
-    print(
-        f"{model.name} ({model.description}), {N_PAIRS} pairs, {args.rounds} rounds, {model.n_threads} threads. ",
-        end="",
-    )
-    print(", ".join([machine(), *peers]))
-    print("\n| what | loading, s | computing, s (median, min ... max) | times ours |\n| --- | --- | --- | --- |")
-    ours = float(np.median([s for _, s in seconds["personasteer"]]))
-    for name, times in seconds.items():
-        loads, values = np.array(times).T
-        middle = float(np.median(values))
-        print(
-            f"| {name} | {np.median(loads):.2f} | {middle:.2f}, {values.min():.2f} ... {values.max():.2f} | "
-            f"{middle / ours:.1f} |"
-        )
-    print(f"| personasteer, one text after the other | {load:.2f} | {unshared:.2f} | {unshared / ours:.1f} |")
-    for name, given in (("cvector-generator", args.cvector_generator), ("repeng", args.repeng)):
-        if not given:
-            print(f"\n{name} was not asked for.")
-
     parts, tokens = breakdown(lambda: ps.contrast(model, positive, negative), model, texts)
-    print(f"\n{tokens}. Ours: " + ", ".join(f"{name} {s:.2f} s" for name, s in parts.items()) + ".")
-    print(f"The everyday norms took {norms:.2f} s (once per model file, then cached).")
-    print(
-        f"\nCosines with the directions of texts computed one by one: {spread(cosines(vector.directions, expected))}."
-    )
+    notes = [
+        f"{tokens}. Ours: " + ", ".join(f"{name} {s:.2f} s" for name, s in parts.items()) + ".",
+        f"The everyday norms took {norms:.2f} s (once per model file, then cached).",
+        f"Cosines with the directions of texts computed one by one: {spread(cosines(vector.directions, expected))}.",
+    ]
     if "repeng" in directions:
         mine = first_components(rows, N_PAIRS)
         blocks = sorted(directions["repeng"])
         same = [model.tokenize(t) for pair in pairs for t in pair] == repeng_tokens
-        found = np.abs([cosines(mine[il], directions["repeng"][il]) for il in blocks])
-        print(
-            f"repeng read {'the same' if same else 'OTHER'} tokens. "
-            "|cosine| of its direction with the PCA of our rows, ",
-            end="",
-        )
-        print(f"{len(blocks)} blocks: min {found.min():.4f}, median {np.median(found):.4f}.")
+        likeness = np.abs([cosines(mine[il], directions["repeng"][il]) for il in blocks])
         means = [cosines(vector.directions[il], directions["repeng"][il]) for il in blocks]
-        print(f"Cosine with our difference of means: median {np.median(means):.2f} (another statistic).")
+        notes.append(
+            f"repeng read {'the same' if same else 'OTHER'} tokens. |cosine| of its directions with the PCA of ours, "
+            f"{len(blocks)} blocks: min {likeness.min():.4f}, median {np.median(likeness):.4f}; with our difference of "
+            f"means: median {np.median(means):.2f} (another statistic)."
+        )
     for method in ("mean", "pca"):
         if method in directions:
-            found = [cosines(vector.directions[il], d) for il, d in directions[method].items()]
-            print(
-                f"Cosine of cvector-generator's {method} with ours: median {np.median(found):.2f} "
-                "(all tokens, not the last)."
+            likeness = np.array([cosines(vector.directions[il], d) for il, d in directions[method].items()])
+            notes.append(
+                f"Cosine of cvector-generator's {method} with ours: median {np.median(likeness):.2f} (all tokens, not "
+                "the last)."
             )
+    content = {
+        "model": f"{model.name} ({model.description})",
+        "pairs": N_PAIRS,
+        "rounds": args.rounds,
+        "threads": model.n_threads,
+        "rows": [{"what": name, "seconds": times} for name, times in seconds.items()],
+        "notes": notes,
+    }
     model.close()
+    return content
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown, and what was checked."""
+    lines = ["| what | loading, s | computing, s (median, min … max) | times ours |", "| --- | ---: | ---: | ---: |"]
+    ours = float(np.median([s for _, s in content["rows"][0]["seconds"]]))
+    for row in content["rows"]:
+        loads, values = np.array(row["seconds"]).T
+        middle = float(np.median(values))
+        span = f"{middle:.2f}" + (f", {values.min():.2f} … {values.max():.2f}" if len(values) > 1 else "")
+        lines.append(f"| {row['what']} | {np.median(loads):.2f} | {span} | {middle / ours:.1f} |")
+    return "\n".join([*lines, "", *content["notes"]])
+
+
+def describe(content: dict[str, Any]) -> str:
+    """What the table is of."""
+    return (
+        f"{content['model']}, {content['pairs']} pairs, {content['rounds']} rounds, {content['threads']} threads. "
+        f"{content['machine']}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="a GGUF file; the demo model without")
+    parser.add_argument("--cvector-generator", metavar="PATH", help="llama.cpp's llama-cvector-generator")
+    parser.add_argument("--repeng", action="store_true", help="needs repeng, torch and transformers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of all; the physical cores without")
+    results.options(parser)
+    args = parser.parse_args(arguments)
+    content = results.measured_or_saved(args, measure, peers=True)
+    print(f"{describe(content)}\n\n{table(content)}")
 
 
 if __name__ == "__main__":

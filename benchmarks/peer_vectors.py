@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -228,17 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--traits", default=",".join(TRAITS))
     parser.add_argument("--questions", type=int, default=methods.N_DERIVE, help="asked under each system prompt")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--table", metavar="NAME", help="only print the tables of a saved result")
+    results.options(parser)
     args = parser.parse_args(arguments)
-    if args.table:
-        content = results.load(args.table)
-    else:
-        content = measure(args)
-        if args.save:
-            content = json.loads(results.save(args.save, content, peers=True).read_text("utf-8"))
-        else:
-            content = {"machine": results.machine(), **content}
+    content = results.measured_or_saved(args, measure, peers=True)
     print(f"{describe(content)}\n\n{table(content)}")
 
 

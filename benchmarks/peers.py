@@ -337,23 +337,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--llama-bench", metavar="PROGRAM")
     parser.add_argument("--torch", action="store_true", help="needs torch, transformers and repeng")
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--table", metavar="NAME", help="only print the table of a saved result")
+    results.options(parser)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--child", metavar="PRECISION", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
         torch_child(args.model, args.child, args.threads)
         return
-    if args.table:
-        content = results.load(args.table)
-    else:
-        args.model = args.model or str(demo_model_path())
-        content = measure(args)
-        if args.save:
-            content = json.loads(results.save(args.save, content, peers=True).read_text("utf-8"))
-        else:
-            content = {"machine": results.machine(), **content}
+    args.model = args.model or str(demo_model_path())
+    content = results.measured_or_saved(args, measure, peers=True)
     print(f"{describe(content)}\n\n{table(content)}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,3 +43,22 @@ def load(name: str) -> dict[str, Any]:
     """A result that was saved."""
     content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
     return content
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """--save and --table."""
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--table", metavar="NAME", help="only print the tables of a saved result")
+
+
+def measured_or_saved(
+    args: argparse.Namespace, measure: Callable[[argparse.Namespace], dict[str, Any]], *, peers: bool = False
+) -> dict[str, Any]:
+    """The result that --table names, or a new one, saved where --save says so."""
+    if args.table:
+        return load(args.table)
+    content = measure(args)
+    if not args.save:
+        return {"machine": machine(), **content}
+    save(args.save, content, peers=peers)
+    return load(args.save)

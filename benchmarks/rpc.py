@@ -14,7 +14,6 @@ the split model with eight additions and eight caps at all blocks, each right be
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,11 @@ TEXTS = (
 SHAPE = (64, 8)
 
 
-def measure(program: str, path: str, pairs: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    path, pairs = args.model or str(demo_model_path()), args.pairs
     options: dict[str, Any] = {"n_ctx": SHAPE[0] + SHAPE[1] + 8}
     with (
-        workers(Path(program), 2) as addresses,
+        workers(Path(args.program), 2) as addresses,
         ps.Model(path, rpc=addresses, **options) as split,
         ps.Model(path, n_gpu_layers=0, **options) as here,
     ):
@@ -137,19 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("program", nargs="?", help="llama.cpp's ggml-rpc-server")
     parser.add_argument("model", nargs="?", help="a GGUF file; the demo model without")
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--table", metavar="NAME", help="only print the tables of a saved result")
+    results.options(parser)
     args = parser.parse_args(arguments)
-    if args.table:
-        content = results.load(args.table)
-    else:
-        if not args.program:
-            parser.error("name the program ggml-rpc-server, or a saved result (--table)")
-        content = measure(args.program, args.model or str(demo_model_path()), args.pairs)
-        if args.save:
-            content = json.loads(results.save(args.save, content).read_text("utf-8"))
-        else:
-            content = {"machine": results.machine(), **content}
+    if not (args.program or args.table):
+        parser.error("name the program ggml-rpc-server, or a saved result (--table)")
+    content = results.measured_or_saved(args, measure)
     print(f"{describe(content)}\n\n{table(content)}")
 
 

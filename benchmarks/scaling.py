@@ -20,7 +20,6 @@ model's; for a decode the bytes that it reads over those that the model reads, w
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -98,9 +97,9 @@ def points_of(model: ps.Model) -> list[tuple[str, int, Mode, tuple[int, int]]]:
     return points
 
 
-def measure(paths: Sequence[str], pairs: int) -> list[dict[str, Any]]:
-    rows = []
-    for number, path in enumerate(paths):
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for number, path in enumerate(args.models or [str(demo_model_path())]):
         with ps.Model(path, n_ctx=SHAPE[0] + SHAPE[1] + 8) as model:
             vectors = random_vectors(model, 2 * max(*KS, *SIZES, N_PERSONAS))
             points = [("model", model._native.n_params, Mode("cap", 8), SHAPE)]
@@ -111,7 +110,7 @@ def measure(paths: Sequence[str], pairs: int) -> list[dict[str, Any]]:
                 plain = Mode("plain", hook=False, n_sequences=mode.n_sequences)
                 runners = [Runner(model, m, vectors, shape, {}) for m in (plain, mode)]
                 timed: list[Any] = [Deep(r) for r in runners] if question == "context" else list(runners)
-                found = interleave([(timed[0], timed[1:])], pairs=min(pairs, DEEPEST - 3))[timed[1]]
+                found = interleave([(timed[0], timed[1:])], pairs=min(args.pairs, DEEPEST - 3))[timed[1]]
                 row: dict[str, Any] = {"question": question, "x": x, "model": f"{model.name} ({model.description})"}
                 for phase in PHASES:
                     if phase in found[0][0]:
@@ -120,7 +119,7 @@ def measure(paths: Sequence[str], pairs: int) -> list[dict[str, Any]]:
                             "expected": _expected(model, mode, phase, shape[0] if question == "context" else 0),
                         }
                 rows.append(row)
-    return rows
+    return {"pairs": args.pairs, "rows": rows}
 
 
 def _expected(model: ps.Model, mode: Mode, phase: str, n_context: int) -> float:
@@ -195,18 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="GGUF files; the demo model without")
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("--table", metavar="NAME", help="only print the table (and draw the plot) of a saved result")
+    results.options(parser)
     args = parser.parse_args(arguments)
-    if args.table:
-        content = results.load(args.table)
-    else:
-        content = {"pairs": args.pairs, "rows": measure(args.models or [str(demo_model_path())], args.pairs)}
-        if args.save:
-            content = json.loads(results.save(args.save, content).read_text("utf-8"))
-        else:
-            content = {"machine": results.machine(), **content}
+    content = results.measured_or_saved(args, measure)
     if args.plot:
         from personasteer import plots
 
