@@ -182,7 +182,15 @@ def commands_of(document: Path) -> tuple[list[str], list[str]]:
     return [line for line in found if line.startswith("personasteer ")], [re.split(r" > ", x)[0] for x in spans]
 
 
-@pytest.mark.parametrize(("name", "least"), [("README.md", 30), ("benchmarks/README.md", 1)])
+DOCUMENTS = [("README.md", 15), ("benchmarks/README.md", 1)] + [
+    (f"personasteer/docs/{name}.md", least)
+    for name, least in {
+        "builds": 1, "deriving": 3, "fine-tunes": 3, "monitoring": 4, "screening": 1, "serving": 1, "shipping": 10
+    }.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "least"), DOCUMENTS)
 def test_the_commands_of_a_document_are_those_that_there_are(name: str, least: int) -> None:
     lines, mentions = commands_of(ROOT / name)
     assert len(lines) >= least
