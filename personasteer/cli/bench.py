@@ -16,9 +16,9 @@ from personasteer.cli._common import (
     open_model,
     print_json,
     print_table,
+    say,
     stages,
     stderr,
-    stdout,
     workers,
 )
 from personasteer.errors import ArgumentError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from personasteer.evaluate.overhead import OverheadRow
 
 TOPICS = ("overhead",)
-MEASURED = {"operators": ("add", "cap"), "ks": (1, 8), "beside": ("readings", "capture", "personas x16")}
+OPERATORS, KS, BESIDE = ("add", "cap"), (1, 8), ("readings", "capture", "personas x16")
 
 
 def register(app: typer.Typer) -> None:
@@ -86,11 +86,13 @@ def bench(
         open_model(model, n_ctx=n_ctx, n_parallel=1, n_threads=threads, n_gpu_layers=gpu_layers, rpc=workers(rpc)) as m,
         stages() as stage,
     ):
-        fitting = SHAPES[0] if pairs else shape_within(m, seconds, modes_of(m, **MEASURED))
+        fitting = SHAPES[0] if pairs else shape_within(m, seconds, modes_of(m, OPERATORS, KS, BESIDE))
         shape = prompt_tokens or fitting[0], decode_tokens or fitting[1]
         rows = measure_overhead(
             m,
-            **MEASURED,
+            operators=OPERATORS,
+            ks=KS,
+            beside=BESIDE,
             pairs=pairs or 100,
             seconds=None if pairs else seconds,
             prompt_tokens=shape[0],
@@ -138,7 +140,4 @@ def _print(rows: list[OverheadRow], what: str) -> None:
             f"{r.hook_mib:.1f}",
         )
     print_table(table)
-    stdout.print(
-        f'{what} The ratio is the time with over the time without; "off" is a second run without: the noise.',
-        highlight=False,
-    )
+    say(f'{what} The ratio is the time with over the time without; "off" is a second run without: the noise.')

@@ -232,7 +232,7 @@ def random_vectors(model: Model, n: int, *, seed: int = 0) -> list[PersonaVector
     return [
         PersonaVector(
             rng.standard_normal(shape).astype(np.float32),
-            range(model.n_layer),
+            tuple(range(model.n_layer)),
             thresholds=np.zeros(model.n_layer, np.float32),
         )
         for _ in range(n)
@@ -331,10 +331,10 @@ class Runner:
         r = self.requests[0]
         if not self.mode.hook:
             plain = {"tokens": r.tokens, "max_tokens": r.max_tokens, "ignore_end": True}
-            return self.session.submit(**plain, **r.sampling.arguments(0)), None
+            return int(self.session.submit(**plain, **r.sampling.arguments(0))), None
         self.session.set_taps()
         compiled = Compiled(r, self.model)
-        return self.session.submit(**compiled.arguments(0)), compiled
+        return int(self.session.submit(**compiled.arguments(0))), compiled
 
     def _run_live(self, session: Any) -> None:
         """As engine.run, with a look at the readings after each decode, as an observer of a session takes it."""
