@@ -3,6 +3,8 @@
 #include "errors.h"
 #include "log_capture.h"
 
+#include <algorithm>
+#include <functional>
 #include <limits>
 #include <string>
 
@@ -42,9 +44,10 @@ void attachment::arm(std::vector<token> tokens, bool embedded, const readout_ptr
         throw model_error("a decode of " + std::to_string(tokens.size()) + " tokens is more than n_ubatch = " +
                           std::to_string(llama_n_ubatch(ctx)) + ", within which steering finds its tokens");
     }
-    const edit_capacity before = wanted_tables;
-    const size_t n_layers = wanted_layers.size();
     for (const token & t : tokens) {
+        if (t.slot < 0 || t.slot >= wanted_tables.n_slots) {
+            throw vector_error("sequence " + std::to_string(t.slot) + " is none of this context");
+        }
         if (t.edit) {
             if (t.edit->n_embd() != llama_model_n_embd(mdl) ||
                 t.edit->layers().back() >= n_sites(llama_model_n_layer(mdl))) {
@@ -55,10 +58,17 @@ void attachment::arm(std::vector<token> tokens, bool embedded, const readout_ptr
         }
     }
     if (reads) {
+        const std::vector<int> & layers = reads->layers;
+        const bool ascend = std::adjacent_find(layers.begin(), layers.end(), std::greater_equal<>()) == layers.end();
+        const bool inside = !layers.empty() && layers.front() >= 0 && layers.back() < llama_model_n_layer(mdl);
+        if (!ascend || !inside || reads->n < 1 || reads->n_embd != llama_model_n_embd(mdl)) {
+            throw vector_error("read-outs need ascending blocks, and directions of the model's width");
+        }
         wanted_layers.insert(reads->layers.begin(), reads->layers.end());
         wanted_tables.grow(*reads);
     }
-    if (!wanted_layers.empty() && (!hook || wanted_layers.size() != n_layers || wanted_tables != before)) {
+    if (!wanted_layers.empty() &&
+        (!bank || bank->layers().size() != wanted_layers.size() || bank->capacity() != wanted_tables)) {
         attach();
     }
     now = std::move(tokens);
@@ -89,9 +99,7 @@ std::vector<float> attachment::finish() {
         return {};
     }
     llama_synchronize(ctx);
-    if (!hook->problem().empty()) {
-        throw model_error(hook->problem());
-    }
+    hook->check();
     std::vector<llama_token> ids;
     std::vector<llama_pos> positions;
     std::vector<int> output_of_token(now.size(), -1);
@@ -108,7 +116,10 @@ std::vector<float> attachment::finish() {
         throw model_error("llama.cpp computed a batch in another token order than given, so steering cannot be placed");
     }
     bank->read_back(edits, output_of_token);
-    return std::move(readings);
+    std::vector<float> out;
+    out.swap(readings);
+    bank->set_tokens({}); // nothing points to what is gone, whatever the owner decodes next
+    return out;
 }
 
 } // namespace personasteer

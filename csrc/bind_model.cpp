@@ -1,3 +1,4 @@
+#include "errors.h"
 #include "log_capture.h"
 #include "model.h"
 
@@ -20,6 +21,7 @@ void bind_model(py::module_ & m) {
         .def(py::init<>())
         .def("__enter__",
              [](kept_log & s) -> kept_log & {
+                 s.log.reset(); // captures nest: the older one goes first
                  s.log = std::make_unique<personasteer::log_capture>();
                  return s;
              })
@@ -40,7 +42,13 @@ void bind_model(py::module_ & m) {
              "path"_a, "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_extra_bufts"_a = true,
              "rpc"_a = std::vector<std::string>())
         .def_static(
-            "borrow", [](uintptr_t handle) { return std::make_shared<model>(reinterpret_cast<llama_model *>(handle)); },
+            "borrow",
+            [](uintptr_t handle) {
+                if (handle == 0) {
+                    throw personasteer::model_error("there is no model to borrow");
+                }
+                return std::make_shared<model>(reinterpret_cast<llama_model *>(handle));
+            },
             "handle"_a, "A llama_model of somebody else's, who keeps it alive.")
         .def_property_readonly("n_layer", &model::n_layer)
         .def_property_readonly("n_embd", &model::n_embd)
@@ -60,7 +68,8 @@ void bind_model(py::module_ & m) {
                                })
         .def(
             "tokenize",
-            [](const model & s, const py::bytes & text, bool add_special, bool parse_special) {
+            [](const model & s, const std::string & text, bool add_special, bool parse_special) {
+                const py::gil_scoped_release release;
                 return s.tokenize(text, add_special, parse_special);
             },
             "text"_a, "add_special"_a, "parse_special"_a)

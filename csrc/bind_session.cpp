@@ -175,8 +175,8 @@ void bind_session(py::module_ & m) {
                  const py::gil_scoped_release release;
                  return std::make_unique<session>(std::move(mdl), p);
              }),
-             "model"_a, "n_ctx"_a, "n_parallel"_a, "n_batch"_a, "n_threads"_a, "n_outputs"_a, "hook"_a = true,
-             "native_on_cpu"_a = false, "n_cells"_a = 0, "n_blocks"_a = 0)
+             "model"_a.none(false), "n_ctx"_a, "n_parallel"_a, "n_batch"_a, "n_threads"_a, "n_outputs"_a,
+             "hook"_a = true, "native_on_cpu"_a = false, "n_cells"_a = 0, "n_blocks"_a = 0)
         .def(
             "submit",
             [](session & s, std::vector<llama_token> tokens, const mix_list & mixes, std::vector<int> mix_of_token,
@@ -332,7 +332,12 @@ void bind_session(py::module_ & m) {
             [](session & s, std::vector<int> pool_layers, int n_pools_per_request, std::vector<int> raw_layers) {
                 tap_config c;
                 c.pool_layers = std::move(pool_layers);
-                c.n_pools = c.pool_layers.empty() ? 0 : n_pools_per_request * s.params().n_parallel;
+                const int most = tap_config::max_pools / s.params().n_parallel;
+                if (n_pools_per_request > most) {
+                    throw vector_error(std::to_string(n_pools_per_request) + " pools of a request are too many, " +
+                                       std::to_string(most) + " fit");
+                }
+                c.n_pools = c.pool_layers.empty() ? 0 : std::max(n_pools_per_request, -1) * s.params().n_parallel;
                 c.raw_layers = std::move(raw_layers);
                 const py::gil_scoped_release release;
                 s.set_taps(std::move(c));
@@ -342,6 +347,6 @@ void bind_session(py::module_ & m) {
         .def_property_readonly("n_builds", py::cpp_function(&session::n_builds, no_gil))
         .def_property_readonly("n_attachments", py::cpp_function(&session::n_attachments, no_gil))
         .def_property_readonly("hook_bytes", py::cpp_function(&session::hook_bytes, no_gil))
-        .def_static("self_test", &session::self_test, "model"_a, "n_threads"_a, no_gil,
+        .def_static("self_test", &session::self_test, "model"_a.none(false), "n_threads"_a, no_gil,
                     "max |change of logits| that a unit edit at each block makes.");
 }

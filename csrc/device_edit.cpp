@@ -62,7 +62,7 @@ device_edit::device_edit(int n_embd_, std::vector<int> layers, int n_columns_, c
         }
         s.writes = ggml_new_tensor_3d(c, GGML_TYPE_F32, s.n_all, n_embd, n_layers);
         s.writes_mirror.resize(size_t(ggml_nelements(s.writes)));
-        s.numbers = ggml_new_tensor_3d(c, GGML_TYPE_F32, n_numbers * s.n_all, n_layers, n_rows);
+        s.numbers = ggml_new_tensor_3d(c, GGML_TYPE_F32, int64_t(n_numbers) * s.n_all, n_layers, n_rows);
         if (i == edit_term::window) {
             s.reads = ggml_new_tensor_3d(c, GGML_TYPE_F32, n_embd, s.n_all, n_layers);
         }

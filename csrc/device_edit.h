@@ -46,7 +46,7 @@ class device_edit {
     // Whether a block keeps only the output rows, as the graphs show: its readings stand by output rank then.
     void set_cut(int il, bool cut);
 
-    static constexpr int nodes_per_layer = 64;
+    static constexpr int nodes_per_layer = 80; // at most: with all stages, gated and cut, 76
     // h' from h; nodes that fill the readings are left in `ends`
     ggml_tensor * edit(ggml_context * ctx, int il, ggml_tensor * h, const graph_inputs & in,
                        std::vector<ggml_tensor *> & ends);

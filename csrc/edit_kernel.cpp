@@ -6,7 +6,7 @@
 
 // One source, compiled for several instruction sets and chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) &&                           \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define PERSONASTEER_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PERSONASTEER_CLONES
@@ -18,7 +18,7 @@ namespace personasteer {
 namespace {
 
 constexpr int n_lanes = 16;
-typedef float lanes __attribute__((vector_size(n_lanes * sizeof(float)), aligned(4), may_alias));
+using lanes __attribute__((vector_size(size_t(n_lanes) * sizeof(float)), aligned(4), may_alias)) = float;
 
 PERSONASTEER_INLINE float sum_of(const lanes & v) {
     float s[n_lanes];
@@ -53,15 +53,17 @@ template <int N> PERSONASTEER_INLINE void dots(const float * const * u, const fl
     }
 }
 
-// x += d_0 w_0 + ... + d_(N-1) w_(N-1) (+ what an earlier part of the sum left in `part`), summed before it is added
+// x += d_0 w_0 + ... + d_(N-1) w_(N-1) (+ what an earlier part of the sum left in `part`), summed before it is added,
+// for the columns [begin, end); part[0] is that of `begin`
 template <int N>
 PERSONASTEER_INLINE void write(const float * const * w, const float * d, float * part, bool first, bool last, float * x,
-                               int n_embd) {
-    int i = 0;
-    for (; i + n_lanes <= n_embd; i += n_lanes) {
+                               int begin, int end) {
+    int i = begin;
+    for (; i + n_lanes <= end; i += n_lanes) {
+        auto * so_far = reinterpret_cast<lanes *>(part + (i - begin));
         lanes sum = *reinterpret_cast<const lanes *>(w[0] + i) * d[0];
         if (!first) {
-            sum = *reinterpret_cast<const lanes *>(part + i) + sum;
+            sum = *so_far + sum;
         }
         for (int k = 1; k < N; ++k) {
             sum += *reinterpret_cast<const lanes *>(w[k] + i) * d[k];
@@ -69,13 +71,13 @@ PERSONASTEER_INLINE void write(const float * const * w, const float * d, float *
         if (last) {
             *reinterpret_cast<lanes *>(x + i) += sum;
         } else {
-            *reinterpret_cast<lanes *>(part + i) = sum;
+            *so_far = sum;
         }
     }
-    for (; i < n_embd; ++i) {
+    for (; i < end; ++i) {
         float sum = w[0][i] * d[0];
         if (!first) {
-            sum = part[i] + sum;
+            sum = part[i - begin] + sum;
         }
         for (int k = 1; k < N; ++k) {
             sum += w[k][i] * d[k];
@@ -83,7 +85,7 @@ PERSONASTEER_INLINE void write(const float * const * w, const float * d, float *
         if (last) {
             x[i] += sum;
         } else {
-            part[i] = sum;
+            part[i - begin] = sum;
         }
     }
 }
@@ -98,14 +100,18 @@ PERSONASTEER_CLONES void dots_all(const float * const * u, int n, const float * 
     }
 }
 
-PERSONASTEER_CLONES void write_all(const float * const * w, const float * d, int n, float * part, float * x,
-                                   int n_embd) {
-    int k = 0;
-    for (; k + 4 <= n; k += 4) {
-        write<4>(w + k, d + k, part, k == 0, k + 4 == n, x, n_embd);
-    }
-    for (; k < n; ++k) {
-        write<1>(w + k, d + k, part, k == 0, k + 1 == n, x, n_embd);
+PERSONASTEER_CLONES void write_all(const float * const * w, const float * d, int n, float * x, int n_embd) {
+    constexpr int block = 32 * n_lanes;
+    float part[block]; // on the stack: no exception may leave ggml's threads
+    for (int begin = 0; begin < n_embd; begin += block) {
+        const int end = std::min(n_embd, begin + block);
+        int k = 0;
+        for (; k + 4 <= n; k += 4) {
+            write<4>(w + k, d + k, part, k == 0, k + 4 == n, x, begin, end);
+        }
+        for (; k < n; ++k) {
+            write<1>(w + k, d + k, part, k == 0, k + 1 == n, x, begin, end);
+        }
     }
 }
 
@@ -122,12 +128,8 @@ struct writes {
         }
     }
     void add_to(float * x, int n_embd) const {
-        static thread_local std::vector<float> part;
-        if (n > 1 && part.size() < size_t(n_embd)) {
-            part.resize(size_t(n_embd));
-        }
         if (n > 0) {
-            write_all(w, d, n, part.data(), x, n_embd);
+            write_all(w, d, n, x, n_embd);
         }
     }
 };

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -117,11 +118,15 @@ template <typename T> static T number(const gguf_field & f) {
     return value;
 }
 
-static void set_field(gguf_context * g, const gguf_field & f) {
-    const char * key = f.key.c_str();
-    if (f.key == "general.alignment") {
+static void check_changes(const std::string & key) {
+    if (key == "general.alignment") {
         throw argument_error("the alignment of a file cannot change");
     }
+}
+
+static void set_field(gguf_context * g, const gguf_field & f) {
+    const char * key = f.key.c_str();
+    check_changes(f.key);
     if (f.type == GGUF_TYPE_STRING) {
         gguf_set_val_str(g, key, f.bytes.c_str());
     } else if (f.type == GGUF_TYPE_BOOL) {
@@ -152,10 +157,24 @@ static void set_field(gguf_context * g, const gguf_field & f) {
             texts.push_back(text.c_str());
         }
         gguf_set_arr_str(g, key, texts.data(), texts.size());
-    } else if (f.type == GGUF_TYPE_ARRAY && f.element < GGUF_TYPE_COUNT && number_sizes[f.element] > 0) {
+    } else if (f.type == GGUF_TYPE_ARRAY && f.element < GGUF_TYPE_COUNT && number_sizes[f.element] > 0 &&
+               f.bytes.size() % number_sizes[f.element] == 0) {
         gguf_set_arr_data(g, key, f.element, f.bytes.data(), f.bytes.size() / number_sizes[f.element]);
     } else {
         throw argument_error("key-value " + f.key + " is of a type that is not written");
+    }
+}
+
+// ggml ends the process, or counts wrong, where it is asked for another
+static void check_shape(const gguf_new_tensor & t, ggml_type type) {
+    bool fits = !t.shape.empty() && t.shape.size() <= GGML_MAX_DIMS && t.shape[0] % ggml_blck_size(type) == 0;
+    int64_t room = std::numeric_limits<int64_t>::max() / int64_t(ggml_type_size(type)); // for elements
+    for (const int64_t n : t.shape) {
+        fits = fits && n > 0 && n <= room;
+        room = fits ? room / n : 0;
+    }
+    if (!fits) {
+        throw argument_error("tensor " + t.name + " has a shape that is none of " + ggml_type_name(type));
     }
 }
 
@@ -171,6 +190,7 @@ gguf_header change_gguf_header(const std::string & path, const std::vector<std::
         out.n_data = std::max<uint64_t>(out.n_data, GGML_PAD(end, out.alignment));
     }
     for (const std::string & key : removed) {
+        check_changes(key);
         gguf_remove_key(g.get(), key.c_str());
     }
     for (const gguf_field & f : fields) {
@@ -182,7 +202,9 @@ gguf_header change_gguf_header(const std::string & path, const std::vector<std::
         if (gguf_find_tensor(g.get(), t.name.c_str()) >= 0 || t.name.size() >= GGML_MAX_NAME) {
             throw argument_error("tensor " + t.name + " is there already, or its name is too long");
         }
-        ggml_tensor * tensor = ggml_new_tensor(shapes.get(), type_named(t.type), int(t.shape.size()), t.shape.data());
+        const ggml_type type = type_named(t.type);
+        check_shape(t, type);
+        ggml_tensor * tensor = ggml_new_tensor(shapes.get(), type, int(t.shape.size()), t.shape.data());
         ggml_set_name(tensor, t.name.c_str());
         gguf_add_tensor(g.get(), tensor);
         out.offsets.push_back(gguf_get_tensor_offset(g.get(), gguf_get_n_tensors(g.get()) - 1));

@@ -11,6 +11,9 @@
 
 namespace personasteer {
 
+// the order check, and the nodes that a device's blocks share
+static constexpr int nodes_shared = 64;
+
 // ("l_out-12", "l_out-") -> 12; anything else, "l_out-12 (view)" included -> -1
 static int block_of(const char * name, const char * prefix) {
     const size_t length = std::strlen(prefix);
@@ -61,25 +64,35 @@ graph_edit::graph_edit(int n_layer_, int n_embd_, int n_columns_, int n_blocks_,
 
 graph_edit::~graph_edit() { llama_sampler_free(sampler_chain); }
 
-std::string graph_edit::problem() const { return failure; }
+void graph_edit::check() const {
+    if (failure) {
+        std::rethrow_exception(failure);
+    }
+}
 
 int graph_edit::nodes_needed() const {
-    int n = 64; // the order check and the nodes shared by a device's blocks
+    size_t n = nodes_shared;
     if (bank) {
-        n += int(bank->layers().size()) * bank->nodes_per_layer();
+        n += bank->layers().size() * size_t(bank->nodes_per_layer());
     }
     if (tap) {
-        const tap_config & c = tap->config();
-        n += int(c.pool_layers.size()) * (3 + 4 * ((c.n_pools + 2) / 3));
-        n += int(c.raw_layers.size()) * 2;
+        n += (tap->config().pool_layers.size() + tap->config().raw_layers.size()) * size_t(tap->nodes_per_layer());
     }
-    return n;
+    return int(std::min(n, size_t(2000)));
+}
+
+// ggml ends the process where a graph has no room for a node. llama.cpp leaves plenty, but not for everything.
+void graph_edit::check_room(const ggml_context * ctx, ggml_cgraph * gf, int n_nodes) const {
+    const size_t bytes = ggml_get_mem_size(ctx) - ggml_used_mem(ctx);
+    if (ggml_graph_size(gf) - ggml_graph_n_nodes(gf) < n_nodes || bytes / ggml_tensor_overhead() < size_t(n_nodes)) {
+        throw model_error("llama.cpp's graph has no room for so many edits and readings at once: take fewer blocks");
+    }
 }
 
 // llama.cpp counts our nodes on an empty graph of 2048 before it sizes the real one.
 void graph_edit::fill_probe(ggml_context * ctx, ggml_cgraph * gf) const {
     ggml_tensor * t = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
-    for (int i = 0, n = std::min(nodes_needed(), 2000); i < n; ++i) {
+    for (int i = 0, n = nodes_needed(); i < n; ++i) {
         t = ggml_scale(ctx, t, 1.0f);
     }
     ggml_build_forward_expand(gf, t);
@@ -87,7 +100,7 @@ void graph_edit::fill_probe(ggml_context * ctx, ggml_cgraph * gf) const {
 
 // A block runs where its norm weights live (big matrices may sit in a repacked CPU buffer of another type).
 placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & output_at) const {
-    placement where(size_t(n_sites(n_layer)), nullptr);
+    placement where(output_at.size(), nullptr);
     ggml_tensor ** nodes = ggml_graph_nodes(gf);
     int begin = 0;
     for (int il = 0; il < n_layer; ++il) {
@@ -97,7 +110,7 @@ placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & 
                 if (!src || src->op != GGML_OP_NONE || !src->buffer || src->ne[1] != 1) {
                     continue;
                 }
-                if (std::strncmp(src->name, "blk.", 4) != 0 || std::atoi(src->name + 4) != il) {
+                if (std::strncmp(src->name, "blk.", 4) != 0 || std::strtol(src->name + 4, nullptr, 10) != il) {
                     continue;
                 }
                 // pinned host memory belongs to a GPU by name, but the block runs on the CPU
@@ -125,7 +138,7 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         return;
     }
     ++builds;
-    failure.clear();
+    failure = nullptr;
 
     ggml_tensor ** nodes = ggml_graph_nodes(gf);
     std::vector<int> output_at(size_t(n_sites(n_layer)), -1); // node index of each site
@@ -200,6 +213,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         if (h->ne[1] != in.n_tokens && (!in.out_ids || in.out_ids->ne[0] != h->ne[1])) {
             throw model_error(describe(il) + " has an unknown set of rows");
         }
+        check_room(ctx, gf,
+                   nodes_shared + (wants_edit ? bank->nodes_per_layer() : 0) +
+                       (wants_tap ? tap->nodes_per_layer() : 0));
         const int begin = ggml_graph_n_nodes(gf);
         ggml_tensor * x = h;
         if (wants_edit) {
@@ -220,6 +236,7 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         behind[h] = {begin, ggml_graph_n_nodes(gf)};
     }
 
+    check_room(ctx, gf, nodes_shared);
     const int checks_begin = ggml_graph_n_nodes(gf);
     const auto copy_input = [&](ggml_tensor * src, ggml_tensor * dst) {
         ggml_build_forward_expand(gf, ggml_cpy(ctx, src, ggml_view_1d(ctx, dst, in.n_tokens, 0)));
@@ -262,7 +279,7 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
             break;
         }
     }
-    for (size_t i = size_t(checks_begin); i < all.size(); ++i) {
+    for (auto i = size_t(checks_begin); i < all.size(); ++i) {
         ggml_build_forward_order(gf, all[i]);
     }
 }
@@ -272,8 +289,8 @@ void graph_edit::backend_apply(llama_sampler * smpl, ggml_context * ctx, ggml_cg
     *data = {}; // nothing is offered: this is no sampler
     try {       // no exception may cross llama.cpp's frames that expect none; the session asks after the decode
         self->apply(ctx, gf);
-    } catch (const std::exception & e) {
-        self->failure = e.what();
+    } catch (...) {
+        self->failure = std::current_exception();
     }
 }
 

@@ -6,6 +6,7 @@
 #include "llama.h"
 
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -33,7 +34,8 @@ class graph_edit {
     llama_sampler * chain() const { return sampler_chain; }
 
     int64_t n_builds() const { return builds; }
-    std::string problem() const; // what went wrong in the last build, "" if nothing
+    bool failed() const { return failure != nullptr; } // in the last build
+    void check() const;                                // throws what went wrong there
 
     // The order of the tokens as the graph saw them, against the batch: true when they agree.
     void arm_order_check();
@@ -44,6 +46,7 @@ class graph_edit {
     void apply(ggml_context * ctx, ggml_cgraph * gf);
     void fill_probe(ggml_context * ctx, ggml_cgraph * gf) const;
     int nodes_needed() const;
+    void check_room(const ggml_context * ctx, ggml_cgraph * gf, int n_nodes) const;
     int site_of(const char * name) const; // -1: none
     std::string describe(int site) const;
     placement find_placement(ggml_cgraph * gf, const std::vector<int> & output_at) const;
@@ -56,8 +59,8 @@ class graph_edit {
     taps * tap;
     llama_sampler_i interface{};
     llama_sampler * sampler_chain = nullptr;
-    int64_t builds = 0;  // graphs of the model built since the attachment
-    std::string failure; // of the last build
+    int64_t builds = 0;         // graphs of the model built since the attachment
+    std::exception_ptr failure; // of the last build
     ggml_context_ptr order_ctx;
     ggml_backend_buffer_ptr order_buffer;
     ggml_tensor * seen_tokens = nullptr;    // I32 [n_columns], copied by the graph from its own inputs

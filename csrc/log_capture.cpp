@@ -36,7 +36,11 @@ void capture_line(int level, const char * text) {
 
 static void on_log(ggml_log_level level, const char * text, void *) {
     if (current) {
-        capture_line(level, text);
+        try { // no exception may cross llama.cpp's frames
+            capture_line(level, text);
+        } catch (...) {
+            return; // no memory for the line: it is left out
+        }
     } else if (previous) {
         previous(level, text, previous_data);
     }
@@ -51,7 +55,7 @@ static std::mutex & one_capture() {
     return mutex;
 }
 
-stderr_capture::stderr_capture() : file(nullptr), saved(-1) {
+stderr_capture::stderr_capture() {
     one_capture().lock();
     std::fflush(stderr);
     file = std::tmpfile();
@@ -76,11 +80,8 @@ stderr_capture::~stderr_capture() {
 std::string stderr_capture::first_line() {
     std::fflush(stderr);
     char line[256] = "";
-    if (file) {
-        std::rewind(file);
-        if (!std::fgets(line, sizeof line, file)) {
-            line[0] = '\0';
-        }
+    if (!file || std::fseek(file, 0, SEEK_SET) != 0 || !std::fgets(line, sizeof line, file)) {
+        line[0] = '\0';
     }
     line[std::strcspn(line, "\n")] = '\0';
     return line;

@@ -37,8 +37,8 @@ class stderr_capture {
     std::string first_line(); // what was written so far
 
   private:
-    FILE * file;
-    int saved;
+    FILE * file = nullptr;
+    int saved = -1; // what stderr was
 };
 
 } // namespace personasteer

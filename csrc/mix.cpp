@@ -25,6 +25,9 @@ mix::mix(uint64_t key, int n_embd, std::vector<int> layers_, std::vector<std::ve
         std::adjacent_find(edited.begin(), edited.end(), [](int a, int b) { return a >= b; }) != edited.end()) {
         throw vector_error("a mix needs ascending blocks, with terms for each");
     }
+    if (edited.back() >= max_sites) {
+        throw vector_error("block " + std::to_string(edited.back()) + " is beyond what a model has");
+    }
     if (n_embd < 1 || data.size() % size_t(n_embd) != 0) {
         throw vector_error("the vectors of a mix have another width than " + std::to_string(n_embd));
     }

@@ -37,7 +37,8 @@ struct edit_term {
 // Unchangeable once made, so that many tokens and threads may point to it.
 class mix {
   public:
-    static constexpr int max_terms = 256; // per block
+    static constexpr int max_terms = 256;     // per block
+    static constexpr int max_sites = 1 << 16; // more than any model has
 
     // terms[i] belong to layers[i]; layers ascend. Throws when an index or a size is wrong.
     mix(uint64_t key, int n_embd, std::vector<int> layers, std::vector<std::vector<edit_term>> terms,

@@ -4,6 +4,8 @@
 #include "gguf_file.h"
 #include "log_capture.h"
 
+#include <limits>
+
 namespace personasteer {
 
 namespace {
@@ -76,6 +78,7 @@ model::model(llama_model * borrowed) : handle(borrowed), owned(false), offloads(
 
 model::~model() {
     if (owned) {
+        const log_capture log;
         llama_model_free(handle);
     }
 }
@@ -128,14 +131,25 @@ std::vector<std::pair<std::string, std::string>> model::metadata() const {
 
 std::vector<llama_token> model::tokenize(const std::string & text, bool add_special, bool parse_special) const {
     const log_capture log;
-    std::vector<llama_token> tokens(text.size() + 8);
-    int32_t n = -1;
+    std::vector<llama_token> tokens;
+    int32_t n = std::numeric_limits<int32_t>::min(); // what llama.cpp says to more than it can count
     std::string why;
-    try {
-        n = llama_tokenize(vocab(), text.data(), int32_t(text.size()), tokens.data(), int32_t(tokens.size()),
-                           add_special, parse_special);
-    } catch (const std::exception & e) { // a vocabulary without a token for some byte
-        why = std::string(" (") + e.what() + ")";
+    if (text.size() < size_t(std::numeric_limits<int32_t>::max()) - 8) {
+        tokens.resize(text.size() + 8);
+        const auto fill = [&] {
+            return llama_tokenize(vocab(), text.data(), int32_t(text.size()), tokens.data(), int32_t(tokens.size()),
+                                  add_special, parse_special);
+        };
+        try {
+            n = fill();
+            if (n < 0 && n != std::numeric_limits<int32_t>::min()) { // a space may be three tokens
+                tokens.resize(size_t(-n));
+                n = fill();
+            }
+        } catch (const std::exception & e) { // a vocabulary without a token for some byte
+            n = -1;
+            why = std::string(" (") + e.what() + ")";
+        }
     }
     if (n < 0) {
         throw model_error("text of " + std::to_string(text.size()) + " bytes cannot be tokenized" + why);

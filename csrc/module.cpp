@@ -6,6 +6,8 @@
 #include "ggml-rpc.h"
 #include "llama.h"
 
+#include <utility>
+
 namespace py = pybind11;
 
 void bind_gguf(py::module_ & m);
@@ -22,7 +24,7 @@ PYBIND11_MODULE(_core, m) {
     py::register_exception_translator([](std::exception_ptr p) {
         try {
             if (p) {
-                std::rethrow_exception(p);
+                std::rethrow_exception(std::move(p));
             }
         } catch (const personasteer::error & e) {
             // the text may quote the file, whose bytes need not be UTF-8

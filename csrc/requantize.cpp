@@ -19,7 +19,13 @@ ggml_type type_named(const std::string & name) {
 }
 
 std::vector<float> dequantize(ggml_type type, const std::string & data, int64_t n_per_row) {
-    const size_t row = n_per_row > 0 && n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
+    const int64_t n_blocks =
+        n_per_row > 0 && n_per_row % ggml_blck_size(type) == 0 ? n_per_row / ggml_blck_size(type) : 0;
+    if (n_blocks > 0 && data.empty()) {
+        return {};
+    }
+    const size_t most = data.size() / ggml_type_size(type);
+    const size_t row = size_t(n_blocks) <= most ? size_t(n_blocks) * ggml_type_size(type) : 0;
     if (row == 0 || data.size() % row != 0) {
         throw argument_error(std::to_string(data.size()) + " bytes are no rows of " + std::to_string(n_per_row) + " " +
                              ggml_type_name(type));

@@ -56,12 +56,12 @@ llama_context_ptr make_context(const model & m, const llama_context_params & cp)
 
 session::session(std::shared_ptr<model> m, const session_params & params)
     : mdl(std::move(m)), cfg(params),
-      regroups(llama_model_is_recurrent(mdl->get()) || llama_model_is_hybrid(mdl->get())),
-      slots(size_t(std::max(params.n_parallel, 1))) {
+      regroups(llama_model_is_recurrent(mdl->get()) || llama_model_is_hybrid(mdl->get())) {
     const llama_context_params cp = context_params(cfg);
     cfg.n_batch = int(cp.n_batch);
     wanted_tables.n_slots = cfg.n_parallel;
     ctx = make_context(*mdl, cp);
+    slots.resize(size_t(cfg.n_parallel)); // as many as llama.cpp takes
     const log_capture log;
     std::vector<llama_adapter_lora *> adapters;
     std::vector<float> scales;
@@ -77,7 +77,11 @@ session::session(std::shared_ptr<model> m, const session_params & params)
         ctx.get(),
         [](void * self) {
             const auto * asked = static_cast<session *>(self)->stop_asked;
-            return asked && (*asked)();
+            try {
+                return asked && (*asked)();
+            } catch (...) { // no exception may cross llama.cpp's frames: the decode ends as an interrupted one
+                return true;
+            }
         },
         this);
 }
@@ -87,18 +91,25 @@ session::~session() {
     ctx.reset(); // reads the chain and the bank until it is gone
 }
 
+std::unique_lock<std::mutex> session::locked() const {
+    if (stepping == std::this_thread::get_id()) {
+        throw model_error("a session cannot be used from within its own step");
+    }
+    return std::unique_lock<std::mutex>(mutex);
+}
+
 int64_t session::n_builds() const {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     return hook ? hook->n_builds() : 0;
 }
 
 int64_t session::n_attachments() const {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     return attachments;
 }
 
 size_t session::hook_bytes() const {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     return (bank ? bank->bytes() : 0) + (tap ? tap->bytes() : 0);
 }
 
@@ -107,7 +118,7 @@ bool session::any_request() const {
 }
 
 bool session::busy() const {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     return any_request();
 }
 
@@ -138,7 +149,7 @@ void session::check_computed(const std::vector<int> & layers) const {
 }
 
 void session::detach() {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     if (!hook) {
         return;
     }
@@ -180,7 +191,7 @@ void session::attach() {
 }
 
 void session::set_taps(tap_config config) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     if (config.empty() && wanted_taps.empty()) {
         return;
     }
@@ -205,7 +216,7 @@ void session::set_taps(tap_config config) {
 }
 
 void session::set_control_vector(const std::vector<float> & directions) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     if (cfg.hook) {
         throw model_error("a control vector is for sessions without the hook");
     }
@@ -226,7 +237,7 @@ void session::set_control_vector(const std::vector<float> & directions) {
 }
 
 void session::add_edit_layers(const std::vector<int> & layers) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     require_idle("attaching");
     const size_t before = wanted_layers.size();
     const std::vector<int> checked = checked_layers(layers);
@@ -237,7 +248,7 @@ void session::add_edit_layers(const std::vector<int> & layers) {
 }
 
 int session::submit(request r) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     const int n = int(r.tokens.size());
     if (n == 0) {
         throw context_error("the prompt is empty: it has no token");
@@ -321,6 +332,9 @@ void session::check_steering(const steering & s, int n_given) const {
         }
     }
     for (const mix_ptr & m : s.mixes) {
+        if (!m) {
+            throw vector_error("a mix of a steering is missing");
+        }
         if (m->layers().back() >= n_sites(mdl->n_layer())) {
             throw vector_error("site " + std::to_string(m->layers().back()) + " out of range 0.." +
                                std::to_string(n_sites(mdl->n_layer()) - 1));
@@ -343,7 +357,7 @@ void session::make_room(const steering & s, const readout * reads) {
 }
 
 bool session::steer(int id, steering st) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     for (slot & s : slots) {
         if (s.id == id) {
             check_steering(st, s.n_given);
@@ -364,7 +378,7 @@ bool session::steer(int id, steering st) {
 }
 
 std::vector<float> session::readings_of(int id, size_t from) const {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     for (const slot & s : slots) {
         if (s.id == id && s.req.reads) {
             const size_t per_token = s.req.reads->layers.size() * size_t(s.req.reads->n);
@@ -377,7 +391,7 @@ std::vector<float> session::readings_of(int id, size_t from) const {
 }
 
 bool session::cancel(int id) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     for (slot & s : slots) {
         if (s.id == id) {
             finish(s, "cancelled");
@@ -399,12 +413,12 @@ bool session::cancel(int id) {
 }
 
 void session::reset() {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     fail_all();
 }
 
 bool session::keep_prefix(int n) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     require_idle("forgetting texts");
     llama_synchronize(ctx.get());
     const auto mem = llama_get_memory(ctx.get());
@@ -435,8 +449,20 @@ void session::fail_all() {
     results.clear();
 }
 
+// No request is left: what one of them wanted in vain is not asked for again.
+void session::want_what_is_attached() {
+    renew = hook && hook->failed();
+    wanted_layers.clear();
+    wanted_tables = edit_capacity();
+    wanted_tables.n_slots = cfg.n_parallel;
+    if (bank && !renew) {
+        wanted_layers.insert(bank->layers().begin(), bank->layers().end());
+        wanted_tables = bank->capacity();
+    }
+}
+
 std::vector<result> session::take_results() {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     std::vector<result> out;
     out.swap(results);
     return out;
@@ -558,10 +584,8 @@ void session::admit() {
             }
         }
         slot & s = slots[size_t(target)];
-        if (target == source) {
-            if (!llama_memory_seq_rm(mem, target, n_reuse, -1)) {
-                n_reuse = 0;
-            }
+        if (target == source && !llama_memory_seq_rm(mem, target, n_reuse, -1)) {
+            n_reuse = 0;
         }
         if (target != source || n_reuse == 0) {
             llama_memory_seq_rm(mem, target, -1, -1);
@@ -684,15 +708,19 @@ void session::build_batch(std::vector<batch_item> & items, bool one_slot) {
 }
 
 std::vector<token_event> session::step(const std::function<bool()> & interrupted, const decide_fn & decide) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto lock = locked();
     std::vector<token_event> events;
+    stepping = std::this_thread::get_id();
     try {
         compute(interrupted, decide, events);
     } catch (...) { // no request is left half done: all are dropped, and the session can be used again
+        stepping = std::thread::id();
         stop_asked = nullptr;
         fail_all();
+        want_what_is_attached();
         throw;
     }
+    stepping = std::thread::id();
     return events;
 }
 
@@ -700,9 +728,10 @@ void session::compute(const std::function<bool()> & interrupted, const decide_fn
                       std::vector<token_event> & events) {
     // a request that touches blocks outside the attached set, or needs larger tables, has brought a new attachment
     const bool tables = mdl->may_offload() || cfg.native_on_cpu;
-    if (!wanted_layers.empty() &&
-        (!bank || bank->layers().size() != wanted_layers.size() || (tables && bank->capacity() != wanted_tables))) {
+    if (renew || (!wanted_layers.empty() && (!bank || bank->layers().size() != wanted_layers.size() ||
+                                             (tables && bank->capacity() != wanted_tables)))) {
         attach();
+        renew = false;
     }
     admit();
     std::vector<batch_item> items;
@@ -802,16 +831,14 @@ bool session::decode(std::vector<batch_item> & items, const std::function<bool()
         items.clear();
         return true;
     }
-    std::string why;
     if (rc == 2) {
-        why = "interrupted";
-    } else if (rc != 0) {
-        why = "llama.cpp cannot decode this batch (code " + std::to_string(rc) + ") " + log.errors();
-    } else if (hook) {
-        why = hook->problem();
+        throw model_error("interrupted");
     }
-    if (!why.empty()) {
-        throw model_error(why);
+    if (rc != 0) {
+        throw model_error("llama.cpp cannot decode this batch (code " + std::to_string(rc) + ") " + log.errors());
+    }
+    if (hook) {
+        hook->check();
     }
     if (hook && !hook->order_was(tokens, positions)) {
         return false;
@@ -984,7 +1011,7 @@ void session::collect(const std::vector<batch_item> & items, const decide_fn & d
             }
             const int index = items[i].index;
             if (index < s.n_given && in(s.req.outputs, index)) {
-                const float * row = llama_get_logits_ith(ctx.get(), int32_t(i));
+                const float * row = output_row(int(i));
                 if (s.req.keep_logits) {
                     s.res.logits.insert(s.res.logits.end(), row, row + n_vocab);
                 }
@@ -1009,6 +1036,14 @@ void session::collect(const std::vector<batch_item> & items, const decide_fn & d
         }
         begin = next;
     }
+}
+
+const float * session::output_row(int item) const {
+    const float * row = llama_get_logits_ith(ctx.get(), item);
+    if (!row) {
+        throw model_error("llama.cpp has no output row for a token of this batch");
+    }
+    return row;
 }
 
 // Whether the text is inside a thinking block after one more piece.
@@ -1049,7 +1084,7 @@ void session::take_token(slot & s, int output, std::vector<token_event> & events
     }
     double logprob = std::numeric_limits<double>::quiet_NaN();
     if (s.req.n_logprobs >= 0) {
-        const float * row = llama_get_logits_ith(ctx.get(), output);
+        const float * row = output_row(output);
         s.res.top_logprobs.emplace_back();
         logprob = log_probs(row, mdl->n_vocab(), token, s.req.n_logprobs, s.res.top_logprobs.back());
         s.res.logprobs.push_back(logprob);

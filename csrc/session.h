@@ -8,6 +8,7 @@
 
 #include "llama-cpp.h"
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -17,6 +18,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace personasteer {
@@ -164,6 +166,7 @@ class session {
         int slot, index, output;
     }; // token `index` of a slot; rank of its output row or -1
 
+    std::unique_lock<std::mutex> locked() const;
     void attach();
     void require_idle(const char * what) const;
     bool any_request() const;
@@ -186,17 +189,21 @@ class session {
     void collect(const std::vector<batch_item> & items, const decide_fn & decide, std::vector<token_event> & events);
     void collect_pools(slot & s, const std::vector<batch_item> & items, size_t begin, size_t end);
     void collect_raws(slot & s, const std::vector<batch_item> & items, size_t begin, size_t end);
+    const float * output_row(int item) const; // of the last decode
     void take_token(slot & s, int output, std::vector<token_event> & events);
     void finish(slot & s, const char * why, const std::string & error = "");
     static uint64_t key_at(const slot & s, size_t index);
     void fail_all();
+    void want_what_is_attached();
 
     std::shared_ptr<model> mdl;
     session_params cfg;
     bool regroups; // recurrent and hybrid models compute mixed batches in an order of their own
     mutable std::mutex mutex;
-    std::set<int> wanted_layers; // blocks that some request edits or reads; only grows
-    edit_capacity wanted_tables; // of devices other than the CPU; only grows
+    std::atomic<std::thread::id> stepping{std::thread::id()}; // who computes, if any, and must not wait for itself
+    // These only grow, but where a step fails and drops all requests.
+    std::set<int> wanted_layers; // blocks that some request edits or reads
+    edit_capacity wanted_tables; // of devices other than the CPU
     tap_config wanted_taps;
     std::unique_ptr<edit_bank> bank;
     std::unique_ptr<taps> tap;
@@ -209,6 +216,7 @@ class session {
     const std::function<bool()> * stop_asked = nullptr; // of the step under way
     int next_id = 0;
     int64_t attachments = 0;
+    bool renew = false; // the hook could not do what was asked for: a new one before the next decode
 };
 
 } // namespace personasteer

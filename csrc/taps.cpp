@@ -5,6 +5,8 @@
 
 namespace personasteer {
 
+static constexpr int pools_at_once = 3; // CUDA multiplies more columns at a time in TF32
+
 taps::taps(int n_embd_, tap_config config, int n_columns_)
     : n_embd(n_embd_), cfg(std::move(config)), n_columns(n_columns_) {}
 
@@ -14,6 +16,13 @@ size_t taps::bytes() const {
         n += ggml_backend_buffer_get_size(d.buffer.get());
     }
     return n;
+}
+
+int taps::nodes_per_layer() const {
+    constexpr int once = 8;
+    const bool all_on_cpu =
+        !devices.empty() && std::all_of(devices.begin(), devices.end(), [](const device & d) { return d.is_cpu; });
+    return all_on_cpu ? once : once + 4 * ((cfg.n_pools + pools_at_once - 1) / pools_at_once);
 }
 
 void taps::allocate(const placement & where) {
@@ -138,9 +147,8 @@ void taps::pool(ggml_context * ctx, device & d, int at, ggml_tensor * x, const g
         return;
     }
     ggml_tensor * xt = transposed(ctx, x);
-    constexpr int step = 3; // CUDA multiplies more columns at a time in TF32
-    for (int s = 0; s < cfg.n_pools; s += step) {
-        const int n = std::min(step, cfg.n_pools - s);
+    for (int s = 0; s < cfg.n_pools; s += pools_at_once) {
+        const int n = std::min(pools_at_once, cfg.n_pools - s);
         ggml_tensor * ws = ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], size_t(s) * w->nb[1]);
         ends.push_back(ggml_cpy(ctx, ggml_mul_mat(ctx, xt, ws), dst(s, n)));
     }

@@ -15,6 +15,7 @@ struct tap_config {
     int n_pools = 0;              // pools filled by one decode: weighted sums over its tokens
     std::vector<int> raw_layers;  // ascending; blocks whose output is kept for every token
 
+    static constexpr int max_pools = 1 << 20;
     bool empty() const { return pool_layers.empty() && raw_layers.empty(); }
     bool operator==(const tap_config & o) const {
         return pool_layers == o.pool_layers && n_pools == o.n_pools && raw_layers == o.raw_layers;
@@ -32,6 +33,7 @@ class taps {
     size_t bytes() const;
     void allocate(const placement & where);
     bool allocated() const { return !devices.empty() || cfg.empty(); }
+    int nodes_per_layer() const; // nodes a block adds, at most
 
     // weights[t * n_pools + s]: the share of token t in pool s, for the tokens of the next decode
     void set_pool_weights(const std::vector<float> & weights);

@@ -19,7 +19,7 @@ static double log_sum(const float * logits, int n) {
         for (int j = i, end = std::min(n, i + block); j < end; ++j) {
             // 2^x by splitting off the integer part; degree-5 polynomial, relative error below 3e-7
             const float x = std::max((logits[j] - top) * 1.44269504f, -126.0f);
-            const auto whole = int32_t(x - 0.5f);
+            const auto whole = int32_t(std::max(-126.0f, x) - 0.5f); // not of a NaN, which the result keeps
             const float f = x - float(whole);
             const float p =
                 1.0f +

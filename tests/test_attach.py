@@ -21,6 +21,7 @@ import pytest
 from samples import vector
 
 import personasteer as ps
+from personasteer import _core
 from personasteer._native import extra_buffers_work
 from personasteer.errors import ArgumentError, ModelError, VectorError
 
@@ -247,6 +248,40 @@ def test_the_bundled_model_chats_under_an_attached_steering(smollm2_path: Path) 
     ps.detach(llama)
     assert chat() == before != steered
     llama.close()
+
+
+def test_what_does_not_fit_the_context_is_refused_and_the_next_decode_is_steered(llama: llama_cpp.Llama) -> None:
+    hook: Any = ps.attach(llama, ps.Steering())._hook
+    mix = _core.Mix(key=7, layers=[2], data=np.ones((1, 64), np.float32))
+    other = _core.Mix(key=8, layers=[1], data=np.ones((1, 64), np.float32))
+
+    def arm(mixes: list[Any], slot: int = 0, **more: Any) -> None:
+        hook.arm(tokens=[1], positions=[0], slots=[slot], mixes=mixes, mix_of_token=[0], j=[0], **more)
+
+    def logits() -> np.ndarray:
+        llama._ctx.kv_cache_clear()
+        token = (llama_cpp.llama_token * 1)(1)
+        assert llama_cpp.llama_decode(llama._ctx.ctx, llama_cpp.llama_batch_get_one(token, 1)) == 0
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama._ctx.ctx), (llama.n_vocab(),)).copy()
+
+    arm([other])
+    first = logits()
+    hook.finish()
+    unsteered = logits()  # nobody said what its tokens get
+    for layers, width in ((0, 4), 64), ((-1,), 64), ((1, 0), 64), ((1, 1), 64), ((1,), 32), ((), 64):
+        reads = _core.Readout(list(layers), np.ones((len(layers), 1, width), np.float32))
+        with pytest.raises(VectorError, match="read-outs need ascending blocks"):
+            arm([mix], reads=reads)
+    for slot in (-1, 1):
+        with pytest.raises(VectorError, match=f"sequence {slot} is none of this context"):
+            arm([mix], slot=slot)
+    arm([mix])
+    steered = logits()
+    hook.finish()
+    ps.detach(llama)
+    plain = logits()
+    assert np.array_equal(unsteered, plain)
+    assert len({x.tobytes() for x in (plain, first, steered)}) == 3
 
 
 def test_an_attached_llama_that_is_collected_in_a_cycle_ends_well(tiny_path: Path) -> None:

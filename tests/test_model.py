@@ -304,6 +304,13 @@ def test_a_model_with_a_small_context_can_be_steered(tmp_path: Path) -> None:
         assert len(m.logits(["short"], steer=samples.vector() * 0.2)[0]) == len(m.tokenize("short"))
 
 
+def test_a_text_of_three_tokens_a_byte_is_tokenized(tiny_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "spaceless.gguf"
+    path.write_bytes(tiny_path.read_bytes().replace("▁".encode(), "€".encode()))  # a space is its three bytes now
+    with opened(path) as m:
+        assert m.tokenize(" " * 40, add_special=False)[-120:] == [0xE2 + 3, 0x96 + 3, 0x81 + 3] * 40
+
+
 # ---- chat and generate
 
 

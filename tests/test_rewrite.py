@@ -145,11 +145,26 @@ def test_what_ggml_cannot_write_is_an_error_and_no_crash(kind: str, rows: Any, w
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_bytes", "width"), [("q8_0", 33, 32), ("q8_0", 34, 31), ("f32", 7, 1), ("f32", 4, 0)]
+    ("kind", "n_bytes", "width"),
+    [("q8_0", 33, 32), ("q8_0", 34, 31), ("f32", 7, 1), ("f32", 4, 0), ("f32", 4, -1), ("f32", 8, 2**62 + 1)],
 )
 def test_bytes_that_are_no_rows_are_an_error(kind: str, n_bytes: int, width: int) -> None:
     with pytest.raises(ps.ArgumentError, match="are no rows"):
         _core.dequantize(kind, bytes(n_bytes), width)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1, 1), (-5, 3), (0,), (32, 2**62), (33,)])
+def test_a_new_tensor_of_an_impossible_shape_is_an_error_and_no_crash(q8_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ps.ArgumentError, match="tensor new has a shape that is none of q8_0"):
+        _core.change_gguf_header(str(q8_path), [], [], [("new", "q8_0", shape)])
+
+
+def test_key_values_that_would_spoil_a_file_are_errors(q8_path: Path) -> None:
+    array, uint32 = int(gguf.GGUFValueType.ARRAY), int(gguf.GGUFValueType.UINT32)
+    with pytest.raises(ps.ArgumentError, match="key-value odd is of a type that is not written"):
+        _core.change_gguf_header(str(q8_path), [], [("odd", array, uint32, bytes(7))], [])
+    with pytest.raises(ps.ArgumentError, match="alignment of a file cannot change"):
+        _core.change_gguf_header(str(q8_path), ["general.alignment"], [], [])
 
 
 def test_a_full_disk_leaves_no_file(q8_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

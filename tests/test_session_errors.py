@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import llama_cpp
 import numpy as np
 import oracle
 import pytest
 
 from personasteer import _core
+from personasteer._native import extra_buffers_work
 from personasteer.errors import ContextError, ModelError, VectorError
+from personasteer.tiny_model import write_tiny_model
 
 if TYPE_CHECKING:
     from conftest import Loaded
@@ -427,3 +432,99 @@ def test_reset_drops_queued_and_running_requests_and_their_results(tiny: Loaded)
     assert not session.busy
     assert session.take_results() == []
     assert_usable(session, tiny)
+
+
+# ---- what would end the process
+
+
+def everything(sites: range) -> Any:
+    """Every kind of term at each site: a gated turn, a gated addition and a gated window."""
+    terms = [[site, stage, 0, 1 if stage == 2 else -1, 2] for site in sites for stage in (0, 1, 2)]
+    numbers = np.tile(np.float32([0.0, 1.0, -0.1, 0.1, 0.5, 0.0]), (len(terms), 1))
+    vectors = np.random.default_rng(3).standard_normal((3, 64)).astype(np.float32)
+    return _core.Mix(key=5, terms=np.array(terms, np.int32), numbers=numbers, vectors=vectors)
+
+
+def test_more_edits_than_a_graph_has_room_for_are_refused_and_the_session_goes_on(tmp_path: Path) -> None:
+    core = _core.Model(str(write_tiny_model(tmp_path / "deep.gguf", n_layer=60)), use_extra_bufts=extra_buffers_work())
+    session = _core.Session(
+        model=core, n_ctx=64, n_parallel=1, n_batch=64, n_threads=1, n_outputs=64, native_on_cpu=True
+    )
+    given = {"tokens": [1, 70, 80], "mix_of_token": [0, 0, 0], "outputs": (0, 3), "keep_logits": True}
+    with pytest.raises(ModelError, match="graph has no room"):
+        run(session, mixes=[everything(range(121))], **given)
+    steered = run(session, mixes=[everything(range(4))], **given)["logits"]
+    plain = run(session, **{**given, "mix_of_token": []})["logits"]
+    assert np.isfinite(steered).all()
+    assert not np.array_equal(steered, plain)
+
+
+def test_what_is_missing_is_refused(tiny: Loaded) -> None:
+    session = session_of(tiny)
+    with pytest.raises(VectorError, match="a mix of a steering is missing"):
+        session.submit(tokens=[1], mixes=[None], mix_of_token=[0])
+    with pytest.raises(TypeError):
+        _core.Session(model=None, n_ctx=64, n_parallel=1, n_batch=64, n_threads=1, n_outputs=64)
+    with pytest.raises(TypeError):
+        _core.Session.self_test(None, 1)
+    with pytest.raises(ModelError, match="no model to borrow"):
+        _core.Model.borrow(0)
+    assert_usable(session, tiny)
+
+
+def test_sizes_beyond_all_bounds_are_refused(tiny: Loaded) -> None:
+    session = session_of(tiny, n_parallel=2)
+    with pytest.raises(VectorError, match="pools of a request are too many, 524288 fit"):
+        session.set_taps(pool_layers=[0], n_pools_per_request=2**31 - 1)
+    with pytest.raises(VectorError, match="pools come together"):
+        session.set_taps(pool_layers=[0], n_pools_per_request=-(2**31))
+    with pytest.raises(VectorError, match="block 2147483647 is beyond"):
+        _core.Mix(key=1, layers=[2**31 - 1], data=np.ones((1, 64), np.float32))
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot make a context"):
+        _core.Session(model=tiny.core, n_ctx=70, n_parallel=20_000_000, n_batch=2**31 - 1, n_threads=1, n_outputs=1)
+    assert_usable(session, tiny)
+
+
+def test_a_call_from_within_a_step_is_an_error_instead_of_waiting_for_itself(tiny: Loaded) -> None:
+    session = session_of(tiny)
+    reads = _core.Readout([0], np.ones((1, 1, 64), np.float32))
+    request = session.submit(tokens=tiny.tokens(5), max_tokens=3, response_begin=4, decides=True, reads=reads)
+    raised: list[Exception] = []
+
+    def step() -> None:
+        try:
+            session.step(lambda *_: session.cancel(request))
+        except ModelError as e:
+            raised.append(e)
+
+    stepping = threading.Thread(target=step, daemon=True)
+    stepping.start()
+    stepping.join(60)
+    assert [str(e) for e in raised] == ["a session cannot be used from within its own step"]
+    assert_usable(session, tiny)
+
+
+def test_states_that_are_not_finite_score_as_nan_and_spoil_nothing_else(tiny: Loaded) -> None:
+    session = session_of(tiny)
+    huge = mix_of(9, np.full((4, 64), 3e38, np.float32), [1, 2])  # the second one makes infinities
+    result = run(session, tokens=tiny.tokens(6), mixes=[huge], mix_of_token=[0] * 6, generated=[(0, 0, 0)],
+                 outputs=(0, 6), keep_scores=True, max_tokens=2, n_logprobs=3)  # fmt: skip
+    assert np.isnan(result["scores"]).all()
+    assert np.isnan(result["logprobs"]).all()
+    assert_usable(session, tiny)
+
+
+def test_a_log_capture_entered_twice_leaves_nothing_behind(tmp_path: Path) -> None:
+    lines: list[str] = []
+    log = _core.LogCapture()
+    log.__enter__()
+    log.__enter__()
+    missing = str(tmp_path / "missing.gguf").encode()
+    llama_cpp.llama_model_load_from_file(missing, llama_cpp.llama_model_default_params())
+    lines.append(log.errors().decode())
+    log.__exit__(None, None, None)
+    with _core.LogCapture() as other:  # the next one begins where nothing is kept
+        llama_cpp.llama_model_load_from_file(missing, llama_cpp.llama_model_default_params())
+        lines.append(other.errors().decode())
+    assert "missing.gguf" in lines[0]
+    assert lines[1] == lines[0]

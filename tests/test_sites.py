@@ -178,6 +178,17 @@ def test_an_architecture_without_a_site_is_refused_by_name(recurrent: Loaded) ->
         mamba.logits(["a b"], steer=ps.Ablate(everywhere(direction()), sites=("mid",)))
 
 
+def test_after_a_site_that_is_not_there_other_requests_go_on(recurrent: Loaded) -> None:
+    with ps.Model(recurrent.path, n_ctx=64) as mamba:
+        plain, steered = mamba.logits(["a b"]), mamba.logits(["a b"], steer=ps.Ablate(everywhere(direction())))
+        with pytest.raises(ps.ModelError, match=r"after the attention of block"):
+            mamba.logits(["a b"], steer=ps.Ablate(everywhere(direction()), sites=("mid",)))
+        assert np.array_equal(mamba.logits(["a b"])[0], plain[0])
+        again = mamba.logits(["a b"], steer=ps.Ablate(everywhere(direction())))
+        assert np.array_equal(again[0], steered[0])
+        assert not np.array_equal(steered[0], plain[0])
+
+
 def test_a_site_that_no_model_has_is_refused(tiny: Loaded) -> None:
     session = tiny.session()
     terms, numbers = np.array([[9, 1, -1, -1, 0]], np.int32), np.array([[0, 1, 0, 0, 1, 0]], np.float32)
