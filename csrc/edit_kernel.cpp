@@ -33,7 +33,7 @@ PERSONASTEER_INLINE float sum_of(const lanes & v) {
 
 // N products at once: x is read once for all of them
 template <int N> PERSONASTEER_INLINE void dots(const float * const * u, const float * x, int n_embd, float * out) {
-    lanes sum[N];
+    lanes sum[size_t(N)];
     for (int k = 0; k < N; ++k) {
         sum[k] = lanes{};
     }
