@@ -171,6 +171,13 @@ def test_an_open_gate_does_not_outgrow_the_scope_of_its_edit(model: ps.Model) ->
         assert same(complete(model, ps.When(condition(), inside, threshold=OPEN)), unsteered)
 
 
+def test_what_an_open_gate_has_steered_is_not_taken_over_as_unsteered(model: ps.Model) -> None:
+    steered = complete(model, ps.When(condition(), STRONG, np.full(4, -1e9)))
+    tokens = [*model.tokenize(PROMPT), *steered["tokens"]]
+    (after,) = model.run_requests([Request(tokens, share_prefix=True)], keep_cache=True)
+    assert after["n_reused"] == steered["n_prompt"] - 1
+
+
 def test_a_condition_is_read_on_the_whole_prompt_whatever_other_readings_may_leave_out(model: ps.Model) -> None:
     tokens = model.tokenize(PROMPT)
     n = len(tokens)

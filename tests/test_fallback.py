@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import oracle
@@ -14,8 +14,11 @@ import samples
 import tiny_models
 
 import personasteer as ps
-from personasteer import _native
+from personasteer import _core, _native
 from personasteer.engine import Request, Sampling
+
+if TYPE_CHECKING:
+    from conftest import Loaded
 
 TEXTS = ["the harbour was quiet", "two boats came back from the night", "how deep"]
 VECTOR = samples.vector(layers=(1, 2))
@@ -112,6 +115,24 @@ def test_requests_of_several_steerings_are_computed_one_steering_after_the_other
     nearly_none = [RAW * 1e-6, RAW * 2e-6]
     one, two = model.generate_batch(TEXTS[:1] * 2, steer=nearly_none, max_tokens=8, temperature=3.0, seed=1)
     assert one != two  # every request of a list has a random stream of its own
+
+
+def test_nothing_is_taken_over_from_under_another_control_vector(tiny: Loaded) -> None:
+    # a model whose cache keeps all of a text; the unlabelled one's does not
+    session = _core.Session(model=tiny.core, n_ctx=64, n_parallel=1, n_batch=64, n_threads=1, n_outputs=1, hook=False)
+    tokens = tiny.tokens(20)
+
+    def reused() -> int:
+        session.submit(tokens=tokens, reuse_prefix=True)
+        while session.busy:
+            session.step()
+        return int(session.take_results()[0]["n_reused"])
+
+    assert [reused(), reused()] == [0, 19]
+    session.set_control_vector(tiny.directions()[1:])
+    assert [reused(), reused()] == [0, 19]
+    session.set_control_vector(-tiny.directions()[1:])
+    assert reused() == 0
 
 
 def test_a_steered_text_is_greedy_under_the_control_vector(path: Path, model: ps.Model) -> None:

@@ -200,7 +200,8 @@ def test_the_numbers_of_a_vector_are_its_own_and_stay_what_they_are() -> None:
 
 def test_layers_are_sorted_and_named_once() -> None:
     assert samples.vector(layers=(2, 1, 2)).layers == (1, 2)
-    assert samples.vector(layers=(1,)).at([3, 2]).layers == (2, 3)
+    moved = samples.vector(layers=(1, 2), weights={1: 0.2, 2: 0.8}).at([3, 2])
+    assert (moved.layers, moved.weights) == ((2, 3), {})  # what the blocks shared elsewhere does not count here
 
 
 def test_a_list_of_lists_makes_a_vector_and_text_does_not() -> None:
