@@ -872,11 +872,13 @@ def test_requests_in_another_order_in_the_batch_each_get_the_same(
         results = engine.run(session, small.model, requests)
         return [results[list(places).index(q)]["logits"] for q in range(4)]
 
-    # llama.cpp itself sums a sequence's cached tokens in another order where they stand elsewhere in the cache: the
-    # logits, of about 4, differ by up to LIMIT. Another request's steering moves them by 0.1 and more.
-    for steered in (False, True):
-        for first, second in zip(logits(range(4), steered), logits(order, steered), strict=True):
-            assert np.abs(first - second).max() < 2e-3
+    def moved(steered: bool) -> float:
+        pairs = zip(logits(range(4), steered), logits(order, steered), strict=True)
+        return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+    # at these shapes llama.cpp's own rows are the same to the bit wherever a request stands; on a CPU where they are
+    # not, edits add little to that
+    assert moved(True) <= 4 * moved(False)
     assert all(np.abs(a - b).max() > 0.02 for a, b in zip(logits(order, True), logits(order, False), strict=True))
 
 
