@@ -1,10 +1,12 @@
-"""How fast is the server with sixteen personas, against the engine's own loop? And what does another mix cost?
+"""How fast is the server with sixteen personas, beside its engine and llama-server? What does a new mix cost?
 
-    python benchmarks/serve.py [MODEL.gguf] [--llama-server PROGRAM]
+    python benchmarks/serve.py [MODEL.gguf] [--llama-server PROGRAM] [--pairs 30] [--save NAME]
+    python benchmarks/serve.py --table NAME
 
 Throughput: the same sixteen requests, each with an addition of its own strength, by one client over HTTP as streams,
-and through Session in this process; interleaved, the ratio is of tokens per second. The server and its client share the
-cores with the engine. Change: GET /v1/steering, POST with no edit and with a new mix, and what a new mix does to the
+and through Session in this process; and the same requests unsteered to llama-server, which has one steering for all
+that it is started with. Interleaved; the ratio is of tokens per second. The servers and their client share the cores
+with the engine. Change: GET /v1/steering, POST with no edit and with a new mix, and what a new mix does to the
 first token of the next request; beside it llama-server, stopped and started with another control vector.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -19,14 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import results
 
 import personasteer as ps
+from personasteer.evaluate.overhead import ratio
 from personasteer.model import demo_model_path
 
 N, N_TOKENS = 16, 48
@@ -67,12 +72,15 @@ async def one(host: str, port: int, data: dict[str, Any]) -> int:
     return int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
 
 
-async def served(url: str) -> float:
+async def served(url: str, *, steered: bool = True) -> float:
     """Tokens per second of sixteen streams."""
     host, _, port = url.removeprefix("http://").partition(":")
-    begin = time.perf_counter()
     more = {"stream": True, "stream_options": {"include_usage": True}}
-    n = sum(await asyncio.gather(*(one(host, int(port), body(i, **more)) for i in range(N))))
+    bodies = [body(i, **more) for i in range(N)]
+    if not steered:
+        bodies = [{k: v for k, v in b.items() if k != "steering"} for b in bodies]
+    begin = time.perf_counter()
+    n = sum(await asyncio.gather(*(one(host, int(port), b) for b in bodies)))
     return n / (time.perf_counter() - begin)
 
 
@@ -131,6 +139,29 @@ def changes(url: str, n: int) -> dict[str, float]:
     return {name: float(np.median(x)) for name, x in posts.items()} | {"later": float(np.median(later))}
 
 
+@contextlib.contextmanager
+def llama_server(program: str, model: str, threads: int, *more: str) -> Iterator[str]:
+    """The address of a llama-server that is ready."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    command = [program, "-m", model, "--port", str(port), "-c", "4096", "-np", str(N), "-t", str(threads), *more]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").status_code == 200:
+                        break
+                time.sleep(0.005)
+            else:
+                raise SystemExit(f"{program} ended with {process.returncode}")
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def restarts(program: str, model: str, n: int, threads: int) -> float:
     """Seconds to the first token of llama-server, stopped and started with another control vector."""
     seconds = []
@@ -141,43 +172,17 @@ def restarts(program: str, model: str, n: int, threads: int) -> float:
             data = rng.standard_normal((m.n_layer, m.n_embd)).astype(np.float32)
             files.append(Path(folder) / f"{k}.gguf")
             ps.PersonaVector(data, (m.n_layer // 2,)).save(files[-1])
-        process = None
         for i in range(n):
-            with socket.create_server(("127.0.0.1", 0)) as s:
-                port = s.getsockname()[1]
             begin = time.perf_counter()
-            if process is not None:
-                process.terminate()
-                process.wait()
-            command = [program, "-m", model, "--port", str(port), "-c", "4096", "-np", str(N), "-t", str(threads),
-                       "--control-vector-scaled", f"{files[i % 2]}:0.1"]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                while True:
-                    try:
-                        if client.get("/health").status_code == 200:
-                            break
-                    except httpx.TransportError:
-                        pass
-                    time.sleep(0.005)
-                first_token(client, QUESTIONS[0])
-            if i:
+            with llama_server(program, model, threads, "--control-vector-scaled", f"{files[i % 2]}:0.1") as url:
+                with httpx.Client(base_url=url, timeout=60) as client:
+                    first_token(client, QUESTIONS[0])
                 seconds.append(time.perf_counter() - begin)
-        assert process is not None
-        process.terminate()
-        process.wait()
     return float(np.median(seconds))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(demo_model_path()))
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--changes", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--llama-server", help="the program, for the row of restarts")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         path = Path(folder) / "v.gguf"
         with ps.Model(args.model, n_ctx=256, n_parallel=N, n_threads=args.threads) as model:
             rng = np.random.default_rng(0)
@@ -189,26 +194,66 @@ def main() -> None:
             with httpx.Client(base_url=url, timeout=60) as client:
                 first_token(client, "Hello")
             ready = time.perf_counter() - began
-
-            rates = np.empty((args.pairs, 2))
-            asyncio.run(served(url))
-            engine(model, vector)
+            ways: dict[str, Callable[[], float]] = {
+                "server": lambda: asyncio.run(served(url)),
+                "engine": lambda: engine(model, vector),
+            }
+            if args.llama_server:
+                other = running.enter_context(llama_server(args.llama_server, args.model, args.threads))
+                ways["llama-server, unsteered"] = lambda: asyncio.run(served(other, steered=False))
+            rates: dict[str, list[float]] = {name: [] for name in ways}
+            for rate in ways.values():
+                rate()
             for i in range(args.pairs):
-                for which in (0, 1)[:: 1 if i % 2 else -1]:
-                    rates[i, which] = engine(model, vector) if which else asyncio.run(served(url))
+                for name in list(ways)[:: 1 if i % 2 else -1]:
+                    rates[name].append(ways[name]())
+            name = f"{model.name} ({model.description})"
         changed = changes(url, args.changes)
         process.terminate()
         process.wait()
-    ratio = rates[:, 0] / rates[:, 1]
-    low, middle, high = np.percentile(ratio, [25, 50, 75])
-    print(f"{Path(args.model).name}, {args.threads} threads")
-    print(f"start to first token: {ready:.2f} s")
-    print(f"16 streams: {np.median(rates[:, 0]):.0f} tokens/s, engine {np.median(rates[:, 1]):.0f}; ratio {middle:.3f}"
-          f" (quartiles {low:.3f} to {high:.3f}, {args.pairs} pairs)")  # fmt: skip
-    print("; ".join(f"{name} {1e3 * changed[name]:.2f} ms" for name in changed if name != "later"), end="; ")
-    print(f"the first token after a new mix comes {1e3 * changed['later']:+.2f} ms later than after the same one")
+    content = {"model": name, "threads": args.threads, "pairs": args.pairs, "rates": rates, "ready": ready,
+               "changes": changed}  # fmt: skip
     if args.llama_server:
-        print(f"llama-server, started again: {restarts(args.llama_server, args.model, 6, args.threads):.2f} s")
+        content["restart"] = restarts(args.llama_server, args.model, 6, args.threads)
+    return content
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| sixteen streams | tokens/s | of the engine | 95 % |", "| --- | ---: | ---: | --- |"]
+    for name, rates in content["rates"].items():
+        middle, low, high = ratio(list(zip(rates, content["rates"]["engine"], strict=True)))
+        lines.append(f"| {name} | {np.median(rates):.0f} | {middle:.3f} | {low:.3f} … {high:.3f} |")
+    lines += ["", "| another steering | |", "| --- | ---: |"]
+    lines += [
+        f"| {name} /v1/steering | {1e3 * s:.2f} ms |" for name, s in content["changes"].items() if name != "later"
+    ]
+    lines.append(
+        f"| how much later the first token comes after a new mix | {1e3 * content['changes']['later']:+.2f} ms |"
+    )
+    if "restart" in content:
+        lines.append(f"| llama-server, started again with another vector | {1e3 * content['restart']:.0f} ms |")
+    return "\n".join(
+        [*lines, "", f"From the start of `personasteer serve` to the first token: {content['ready']:.2f} s."]
+    )
+
+
+def describe(content: dict[str, Any]) -> str:
+    """What the table is of."""
+    return f"{content['model']}, {content['threads']} threads, {content['pairs']} pairs. {content['machine']}."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(demo_model_path()))
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--changes", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="beside it, unsteered, and started again")
+    results.options(parser)
+    args = parser.parse_args(arguments)
+    content = results.measured_or_saved(args, measure)
+    print(f"{describe(content)}\n\n{table(content)}")
 
 
 if __name__ == "__main__":
