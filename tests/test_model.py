@@ -580,6 +580,12 @@ def test_an_error_in_a_callback_comes_out_and_leaves_the_model_usable(model: ps.
     assert result["finish"] == "given"  # nothing of the interrupted ones is left to go on with
 
 
+def test_a_capture_after_detaching_is_the_one_before(model: ps.Model) -> None:
+    before = model.capture(TEXTS)
+    model.detach()
+    assert np.array_equal(model.capture(TEXTS), before, equal_nan=True)
+
+
 def test_progress_counts_the_finished_requests(model: ps.Model) -> None:
     seen: list[tuple[int, int]] = []
     model.capture(TEXTS, progress=lambda done, total: seen.append((done, total)))
