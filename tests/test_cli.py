@@ -501,6 +501,15 @@ def test_an_error_with_debug_shows_its_traceback() -> None:
     assert "TraitError" in done.stderr
 
 
+def test_ctrl_c_while_the_command_line_is_loaded_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")  # what the first import of the command line meets
+    root = Path(personasteer.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    command = [sys.executable, "-P", "-m", "personasteer", "traits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr, done.stdout) == (1, "personasteer: interrupted\n", "")
+
+
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     code = "from personasteer.cli import main; main()"
     with subprocess.Popen(

@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line; the exit code. Any failure is one line on stderr."""
     logging.basicConfig(stream=sys.stderr, format="personasteer: %(message)s", level=logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache folder may be where nothing can be written
     codecs.register_error("personasteer", in_plain_letters)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not takes_unicode(stream):
