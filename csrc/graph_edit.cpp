@@ -124,7 +124,7 @@ placement graph_edit::find_placement(ggml_cgraph * gf, const std::vector<int> & 
         if (!where[size_t(il)]) {
             where[size_t(il)] = ggml_backend_cpu_buffer_type();
         }
-        where[size_t(n_layer + il)] = where[size_t(il)];
+        where[size_t(n_layer) + size_t(il)] = where[size_t(il)];
         begin = std::max(begin, end);
     }
     where.back() = ggml_backend_cpu_buffer_type(); // llama.cpp looks tokens up on the CPU
