@@ -6,20 +6,24 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace personasteer {
 
-// log sum exp(logits). exp in float keeps the loop vectorizable, the sum is double.
+// log sum exp(logits), NaN where one is. exp in float keeps the loop vectorizable, the sum is double.
 static double log_sum(const float * logits, int n) {
     const float top = *std::max_element(logits, logits + n);
     constexpr int block = 256;
     double sum = 0.0;
+    int n_nan = 0;
     for (int i = 0; i < n; i += block) {
         float partial = 0.0f;
         for (int j = i, end = std::min(n, i + block); j < end; ++j) {
             // 2^x by splitting off the integer part; degree-5 polynomial, relative error below 3e-7
-            const float x = std::max((logits[j] - top) * 1.44269504f, -126.0f);
-            const auto whole = int32_t(std::max(-126.0f, x) - 0.5f); // not of a NaN, which the result keeps
+            const float exponent = (logits[j] - top) * 1.44269504f;
+            n_nan += std::isnan(exponent);
+            const float x = std::max(-126.0f, exponent); // a number, even of a NaN
+            const auto whole = int32_t(x - 0.5f);
             const float f = x - float(whole);
             const float p =
                 1.0f +
@@ -32,7 +36,7 @@ static double log_sum(const float * logits, int n) {
         }
         sum += double(partial);
     }
-    return double(top) + std::log(sum);
+    return n_nan > 0 ? std::numeric_limits<double>::quiet_NaN() : double(top) + std::log(sum);
 }
 
 static llama_sampler_ptr make_chain(const sampling_params & p, int n_vocab) {
