@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
 def test_a_document_s_tables_are_what_their_commands_print(name: str) -> None:
     text = (ROOT / name).read_text("utf-8")
-    assert text.count("<!-- python ") == text.count("<!-- end -->") == len(tables.MARKED.findall(text))
+    begun, ended = (len(re.findall(f"^<!-- {what} ?.*-->$", text, re.MULTILINE)) for what in ("python", "end"))
+    assert begun == ended == len(tables.MARKED.findall(text))
     assert tables.filled(text) == text
 
 
