@@ -15,7 +15,7 @@ from personasteer.evaluate.overhead import machine
 from personasteer.files import atomic_write
 
 FOLDER = Path(__file__).with_name("results")
-PEERS = ("torch", "transformers", "repeng", "peft")
+PEERS = ("torch", "transformers", "repeng")
 
 
 def command() -> str:
