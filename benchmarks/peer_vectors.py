@@ -38,6 +38,7 @@ from personasteer.derive import Elicited, Selection, from_elicited
 from personasteer.engine import Request
 from personasteer.evaluate import bootstrap_interval, cell_log_odds, make_cells
 from personasteer.model import demo_model_path
+from personasteer.statistics import divergence, log_softmax
 from personasteer.traits import Trait, neutral_pairs
 
 TRAITS = ("pessimistic", "pirate", "formal", "warm", "poetic")
@@ -130,14 +131,9 @@ def kl_of_system(model: ps.Model, system: str) -> float:
             tokens, n_prompt = model.pair_tokens(question, answer, prompt)
             tokens = tokens[: n_prompt + methods.NEUTRAL["n_tokens"]]
             requests.append(Request(tokens, n_prompt, outputs=(n_prompt - 1, len(tokens) - 1), keep_logits=True))
-    rows = [_log_softmax(r["logits"]) for r in model.run_alone(requests)]
-    each = [(np.exp(p) * (p - q)).sum(1) for p, q in zip(rows[::2], rows[1::2], strict=True)]
+    rows = [log_softmax(r["logits"]) for r in model.run_alone(requests)]
+    each = [divergence(p, q) for p, q in zip(rows[::2], rows[1::2], strict=True)]
     return float(np.concatenate(each).mean())
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(1, keepdims=True)))
 
 
 def table(content: dict[str, Any]) -> str:

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import results
+from derive import cosines
 from rpc_workers import workers
 
 import personasteer as ps
 from personasteer.evaluate.overhead import PHASES, Mode, Runner, interleave, random_vectors, ratio
 from personasteer.model import demo_model_path
+from personasteer.statistics import divergence, log_softmax
 
 TEXTS = (
     "The weather report for tomorrow says that",
@@ -54,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": f"{here.name} ({here.description})",
             "pairs": pairs,
             "to_the_bit": [bool(np.array_equal(steered[split][k], plain[split][k])) for k in (0, 3)],
-            "states_cosine": float(_cosines(states[split], states[here]).min()),
+            "states_cosine": float(cosines(states[split], states[here]).min()),
             "kl": {
                 what: [_kl(a, b) for a, b in zip(one[here], one[split], strict=True)]
                 for what, one in (("unsteered", plain), ("steered", steered))
@@ -80,15 +82,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))
-
-
 def _kl(a: np.ndarray, b: np.ndarray) -> float:
     """Mean KL of the next token, in nats."""
-    p, q = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (a, b))
-    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
-    return float((np.exp(p) * (p - q)).sum(1).mean())
+    return float(divergence(log_softmax(a), log_softmax(b)).mean())
 
 
 def table(content: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from plain import PlainContext
 
 import personasteer as ps
 from personasteer.cli._common import model_path
+from personasteer.evaluate.overhead import ratio
 from personasteer.screen.journal import Packed
 from personasteer.screen.packs import best_fit
 from personasteer.screen.score import Scorer, axis_of
@@ -100,13 +101,10 @@ def prefill(args: argparse.Namespace) -> None:
             f"{model.name} ({model.description}), {len(packs)} packs of {total / len(packs):.0f} new tokens on average"
         )
         print("| | new tokens/s | rows' tokens/s | of llama.cpp | 95 % |\n| --- | ---: | ---: | ---: | --- |")
-        reference = np.array(seconds["llama.cpp"])
         for name, values in seconds.items():
-            ratios = reference / np.array(values)
-            draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-            low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+            median, low, high = ratio(list(zip(seconds["llama.cpp"], values, strict=True)))
             rows = f"{given / sum(values):.0f}" if name in scorers else ""
-            print(f"| {name} | {total / sum(values):.0f} | {rows} | {np.median(ratios):.3f} | {low:.3f} … {high:.3f} |")
+            print(f"| {name} | {total / sum(values):.0f} | {rows} | {median:.3f} | {low:.3f} … {high:.3f} |")
         bare.close()
         again.close()
 

@@ -18,6 +18,7 @@ from plain import PlainContext
 
 import personasteer as ps
 from personasteer.engine import Request, Sampling
+from personasteer.evaluate.overhead import ratio
 from personasteer.model import demo_model_path
 
 N, N_PROMPT, N_TOKENS = 16, 16, 32
@@ -78,13 +79,11 @@ def main() -> None:
             for which in (0, 1)[:: 1 if i % 2 else -1]:
                 seconds[i, which] = bare(context, prompts) if which else ours(many, requests)
         alone = float(np.median([sum(ours(one, [r]) for r in requests) for _ in range(2)]))
-        ratios = seconds[:, 1] / seconds[:, 0]
-        draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-        low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+        median, low, high = ratio([(theirs, own) for own, theirs in seconds.tolist()])
         rate = N * N_TOKENS / np.median(seconds, axis=0)
         print(f"{model.name} ({model.description}), {N} requests of {N_PROMPT} + {N_TOKENS} tokens, {args.pairs} pairs")
         print(f"ours {rate[0]:.0f} tokens/s, bare loop {rate[1]:.0f} tokens/s")
-        print(f"ratio {np.median(ratios):.3f}, 95 % interval {low:.3f} ... {high:.3f}")
+        print(f"ratio {median:.3f}, 95 % interval {low:.3f} ... {high:.3f}")
         slower = alone / np.median(seconds[:, 0])
         print(
             f"one request after the other {N * N_TOKENS / alone:.0f} tokens/s: all at once {slower:.2f} times as fast"
