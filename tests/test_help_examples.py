@@ -59,7 +59,7 @@ SHORTER = {
     "bundle chat": "-n 4",
 }
 NOT_RUN = {"demo": "two minutes on the bundled model: test_demo.py", "serve": "until it is stopped: test_serve.py"}
-TRAINS = ("finetune", "realign")
+NEEDS = {"finetune": "peft", "realign": "peft", "diff": "torch"}
 LIBRARY = ["formal", "pessimistic", "warm"]  # instead of all: a letter is a token
 
 
@@ -125,7 +125,7 @@ def test_every_verb_has_an_example_of_itself(path: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [pytest.param(x, marks=[pytest.mark.torch] if words_of(x) in TRAINS else []) for x in EXAMPLES]
+    "line", [pytest.param(x, marks=[pytest.mark.torch] if words_of(x) in NEEDS else []) for x in EXAMPLES]
 )
 def test_an_example_does_what_it_says(
     line: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -134,8 +134,8 @@ def test_an_example_does_what_it_says(
     check(line)
     if verb in NOT_RUN:
         return
-    if verb in TRAINS:
-        pytest.importorskip("peft")
+    if verb in NEEDS:
+        pytest.importorskip(NEEDS[verb])
     folder = shutil.copytree(place, tmp_path / "place")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PERSONASTEER_REGISTRY", str(folder / "registry.sqlite"))
