@@ -38,13 +38,14 @@ SHAPE = (64, 8)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    path, pairs = args.model or str(demo_model_path()), args.pairs
+    path = args.model or str(demo_model_path())
+    with workers(Path(args.program), 2) as addresses:  # outlive every context: llama.cpp aborts without them
+        return _compare(path, addresses, args.pairs)
+
+
+def _compare(path: str, addresses: list[str], pairs: int) -> dict[str, Any]:
     options: dict[str, Any] = {"n_ctx": SHAPE[0] + SHAPE[1] + 8}
-    with (
-        workers(Path(args.program), 2) as addresses,
-        ps.Model(path, rpc=addresses, **options) as split,
-        ps.Model(path, n_gpu_layers=0, **options) as here,
-    ):
+    with ps.Model(path, rpc=addresses, **options) as split, ps.Model(path, n_gpu_layers=0, **options) as here:
         vectors = random_vectors(split, 16)
         here.mixes = split.mixes
         caps = ps.Cap(vectors[1], np.zeros(here.n_layer))
@@ -56,6 +57,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": f"{here.name} ({here.description})",
             "pairs": pairs,
             "to_the_bit": [bool(np.array_equal(steered[split][k], plain[split][k])) for k in (0, 3)],
+            "largest_difference": max(
+                float(np.abs(a - b).max())
+                for one in (plain, steered)
+                for a, b in zip(one[split], one[here], strict=True)
+            ),
             "states_cosine": float(cosines(states[split], states[here]).min()),
             "kl": {
                 what: [_kl(a, b) for a, b in zip(one[here], one[split], strict=True)]
@@ -117,8 +123,10 @@ def table(content: dict[str, Any]) -> str:
     equal = "equal to the bit" if all(content["to_the_bit"]) else "NOT equal to the bit"
     lines += [
         "",
-        f"Unsteered and strength 0 beside steered texts: {equal} to the same batch unsteered. States captured at all "
-        f"blocks: cosine with those captured here at least {content['states_cosine']:.6f}.",
+        f"Largest difference of a logit from the same file in this process, steered and unsteered: "
+        f"{content['largest_difference']:.2g}. Unsteered and strength 0 beside steered texts: {equal} to the same "
+        f"batch unsteered. States captured at all blocks: cosine with those captured here at least "
+        f"{content['states_cosine']:.6f}.",
     ]
     return "\n".join(lines)
 

@@ -10,7 +10,8 @@ using namespace py::literals;
 using namespace personasteer;
 
 void bind_attachment(py::module_ & m) {
-    py::class_<attachment>(m, "Attachment", "The hook in a llama.cpp context of somebody else's.")
+    py::class_<attachment>(m, "Attachment", py::release_gil_before_calling_cpp_dtor(),
+                           "The hook in a llama.cpp context of somebody else's.")
         .def(py::init([](uintptr_t ctx) {
                  if (ctx == 0) {
                      throw model_error("there is no context to attach to");

@@ -28,7 +28,9 @@ void bind_model(py::module_ & m) {
         .def("__exit__", [](kept_log & s, const py::args &) { s.log.reset(); })
         .def("errors", [](const kept_log & s) { return py::bytes(s.log ? s.log->errors() : ""); });
 
-    py::class_<model, std::shared_ptr<model>>(m, "Model", "A loaded GGUF file.")
+    // freeing a model may wait for a thread of llama.cpp's, whose log messages go to Python
+    py::class_<model, std::shared_ptr<model>>(m, "Model", py::release_gil_before_calling_cpp_dtor(),
+                                              "A loaded GGUF file.")
         .def(py::init([](const std::string & path, int n_gpu_layers, bool use_mmap, bool use_extra_bufts,
                          const std::vector<std::string> & rpc) {
                  personasteer::model_params p;

@@ -159,7 +159,8 @@ void bind_session(py::module_ & m) {
 
     // Every call lets go of the GIL before it takes the session's lock: a step under way may need the GIL for signals.
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
-    py::class_<session>(m, "Session", "Many requests over one llama.cpp context.")
+    py::class_<session>(m, "Session", py::release_gil_before_calling_cpp_dtor(),
+                        "Many requests over one llama.cpp context.")
         .def(py::init([](std::shared_ptr<model> mdl, int n_ctx, int n_parallel, int n_batch, int n_threads,
                          int n_outputs, bool hook, bool native_on_cpu, int n_cells, int n_blocks) {
                  session_params p;

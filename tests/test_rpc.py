@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +100,34 @@ def test_a_worker_that_is_not_there_is_named(tiny_path: Path, capsys: pytest.Cap
         ps.Model(tiny_path, rpc=["127.0.0.1:1"])
     assert run(["generate", "-m", str(tiny_path), "-p", "a", "--rpc", "127.0.0.1:1"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.llama_cpp_programs
+def test_a_context_that_outlives_its_workers_ends_the_process_and_does_not_hang(tiny_path: Path) -> None:
+    folder = os.environ.get("PERSONASTEER_LLAMA_CPP_BIN")
+    if not folder or not (program := Path(folder) / "ggml-rpc-server").exists():
+        pytest.skip("PERSONASTEER_LLAMA_CPP_BIN names no folder with ggml-rpc-server")
+    if not has_rpc():
+        pytest.skip("llama-cpp-python was built without GGML_RPC")
+    code = (
+        "import sys, personasteer as ps\n"
+        "model = ps.Model(sys.argv[1], n_ctx=64, rpc=sys.argv[2:])\n"
+        "model.logits(['hello'])\n"
+        "print('computed', flush=True)\n"
+        "sys.stdin.read()\n"
+        "model.close()\n"
+    )
+    with workers(program, 1) as addresses:
+        command = [sys.executable, "-c", code, str(tiny_path), *addresses]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert child.stdout
+        assert child.stdout.readline() == "computed\n"
+    try:
+        child.communicate(timeout=60)  # the worker is gone; how llama.cpp ends the process is its own
+    finally:
+        child.kill()
 
 
 def answering(server: socket.socket, answer: bytes) -> None:
