@@ -1,8 +1,9 @@
-"""What steering and capture cost against plain llama.cpp: the table of benchmarks/README.md.
+"""What steering and capture cost against plain llama.cpp.
 
-    python benchmarks/overhead.py [MODEL.gguf ...]
+    python benchmarks/overhead.py [MODEL.gguf] [--pairs 30] [--save NAME]
+    python benchmarks/overhead.py --table NAME
 
-Interleaved pairs of runs on the same model and settings; ratios, never absolute claims. Without arguments: the bundled
+Interleaved pairs of runs on the same model and settings; ratios, never absolute claims. Without a model: the bundled
 demo model. Nothing else should compute meanwhile.
 """
 
@@ -10,35 +11,56 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import Any
+
+import results
 
 import personasteer as ps
-from personasteer.evaluate.overhead import OPERATORS, about, as_markdown, measure_overhead
+from personasteer.evaluate.overhead import OPERATORS, OverheadRow, as_json, as_markdown, measure_overhead
 from personasteer.model import demo_model_path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", help="GGUF files; the demo model without")
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    n_ctx = args.prompt_tokens + args.decode_tokens + 8
+    with ps.Model(args.model or str(demo_model_path()), n_ctx=n_ctx, n_parallel=1) as model:
+        rows = measure_overhead(
+            model,
+            operators=args.operators.split(","),
+            ks=[int(k) for k in args.ks.split(",")],
+            pairs=args.pairs,
+            prompt_tokens=args.prompt_tokens,
+            decode_tokens=args.decode_tokens,
+            progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr),
+        )
+        return {
+            "model": f"{model.name} ({model.description})",
+            "threads": model.n_threads,
+            "prompt_tokens": args.prompt_tokens,
+            "decode_tokens": args.decode_tokens,
+            **as_json(rows),
+        }
+
+
+def describe(content: dict[str, Any]) -> str:
+    """What the table is of."""
+    return (
+        f"{content['model']}, a prompt of {content['prompt_tokens']} tokens, then {content['decode_tokens']} one by "
+        f"one, {min(r['pairs'] for r in content['rows'])} pairs, {content['threads']} threads. {content['machine']}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a GGUF file; the demo model without")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--decode-tokens", type=int, default=12)
     parser.add_argument("--ks", default="1,8,64", help="vectors in the steering")
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    args = parser.parse_args()
-    for path in args.models or [demo_model_path()]:
-        n_ctx = args.prompt_tokens + args.decode_tokens + 8
-        with ps.Model(path, n_ctx=n_ctx, n_parallel=1) as model:
-            rows = measure_overhead(
-                model,
-                operators=args.operators.split(","),
-                ks=[int(k) for k in args.ks.split(",")],
-                pairs=args.pairs,
-                prompt_tokens=args.prompt_tokens,
-                decode_tokens=args.decode_tokens,
-                progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr),
-            )
-            what = about(model, rows, args.prompt_tokens, args.decode_tokens)
-            print(f"\n{what}\n\n{as_markdown(rows)}", flush=True)
+    results.options(parser)
+    content = results.measured_or_saved(parser.parse_args(arguments), measure)
+    print(f"{describe(content)}\n\n{as_markdown([OverheadRow(**row) for row in content['rows']])}")
 
 
 if __name__ == "__main__":

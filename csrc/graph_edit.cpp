@@ -48,12 +48,7 @@ std::string graph_edit::describe(int site) const {
 
 graph_edit::graph_edit(int n_layer_, int n_embd_, int n_columns_, int n_blocks_, edit_bank * bank_, taps * tap_)
     : n_layer(n_layer_), n_embd(n_embd_), n_columns(n_columns_), n_blocks(n_blocks_ > 0 ? n_blocks_ : n_layer_),
-      bank(bank_), tap(tap_) {
-    order_ctx = make_tensor_context(2);
-    seen_tokens = ggml_new_tensor_1d(order_ctx.get(), GGML_TYPE_I32, n_columns);
-    seen_positions = ggml_new_tensor_1d(order_ctx.get(), GGML_TYPE_I32, n_columns);
-    order_buffer = allocate_tensors(order_ctx.get(), ggml_backend_cpu_buffer_type());
-
+      bank(bank_), tap(tap_), seen_tokens(size_t(n_columns)), seen_positions(size_t(n_columns)) {
     interface.name = [](const llama_sampler *) { return "personasteer"; };
     interface.apply = [](llama_sampler *, llama_token_data_array *) {};
     interface.backend_init = [](llama_sampler *, ggml_backend_buffer_type_t, uint32_t) { return true; };
@@ -238,15 +233,11 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
 
     check_room(ctx, gf, nodes_shared);
     const int checks_begin = ggml_graph_n_nodes(gf);
-    const auto copy_input = [&](ggml_tensor * src, ggml_tensor * dst) {
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, src, ggml_view_1d(ctx, dst, in.n_tokens, 0)));
-    };
-    copy_input(tokens, seen_tokens);
-    ggml_tensor * positions = ggml_graph_get_tensor(gf, "inp_pos");
-    copies_positions = positions && positions->ne[0] == in.n_tokens && positions->type == GGML_TYPE_I32;
-    if (copies_positions) {
-        copy_input(positions, seen_positions);
-    }
+    ggml_tensor * order[2] = {tokens, ggml_graph_get_tensor(gf, "inp_pos")};
+    copies_positions = order[1] && order[1]->ne[0] == in.n_tokens && order[1]->type == GGML_TYPE_I32;
+    // one task: copies by ggml wake all threads, which costs milliseconds where devices or other processes compute
+    ggml_build_forward_expand(
+        gf, ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, order, copies_positions ? 2 : 1, note_order, 1, this));
 
     // Later readers of a block's output read the edit instead.
     const std::vector<ggml_tensor *> all(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
@@ -267,6 +258,10 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     for (ggml_tensor * leaf : leaves) {
         ggml_build_forward_order(gf, leaf);
     }
+    // the order check comes first, with the lookup of the tokens: at the end it would be one more split for the CPU
+    for (auto i = size_t(checks_begin); i < all.size(); ++i) {
+        ggml_build_forward_order(gf, all[i]);
+    }
     const int last = n_blocks < n_layer ? output_at[size_t(n_blocks) - 1] : -1; // nothing is read behind it
     for (ggml_tensor * node : before) {
         ggml_build_forward_order(gf, node);
@@ -278,9 +273,6 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         if (last >= 0 && node == before[size_t(last)]) {
             break;
         }
-    }
-    for (auto i = size_t(checks_begin); i < all.size(); ++i) {
-        ggml_build_forward_order(gf, all[i]);
     }
 }
 
@@ -294,17 +286,29 @@ void graph_edit::backend_apply(llama_sampler * smpl, ggml_context * ctx, ggml_cg
     }
 }
 
+// src[0]: the tokens as the graph has them; src[1]: their positions
+void graph_edit::note_order(ggml_tensor * dst, int ith, int, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    auto * self = static_cast<graph_edit *>(userdata);
+    const auto note = [](const ggml_tensor * src, std::vector<int32_t> & into) {
+        if (src) {
+            std::memcpy(into.data(), src->data, size_t(src->ne[0]) * sizeof(int32_t));
+        }
+    };
+    note(dst->src[0], self->seen_tokens);
+    note(dst->src[1], self->seen_positions);
+}
+
 void graph_edit::arm_order_check() {
-    const std::vector<int32_t> unset(size_t(n_columns), -1);
-    ggml_backend_tensor_set(seen_tokens, unset.data(), 0, unset.size() * sizeof(int32_t));
-    ggml_backend_tensor_set(seen_positions, unset.data(), 0, unset.size() * sizeof(int32_t));
+    std::fill(seen_tokens.begin(), seen_tokens.end(), -1);
+    std::fill(seen_positions.begin(), seen_positions.end(), -1);
 }
 
 bool graph_edit::order_was(const std::vector<llama_token> & tokens, const std::vector<llama_pos> & positions) const {
-    const auto * t = static_cast<const int32_t *>(seen_tokens->data);
-    const auto * p = static_cast<const int32_t *>(seen_positions->data);
-    return std::equal(tokens.begin(), tokens.end(), t) &&
-           (!copies_positions || std::equal(positions.begin(), positions.end(), p));
+    return std::equal(tokens.begin(), tokens.end(), seen_tokens.begin()) &&
+           (!copies_positions || std::equal(positions.begin(), positions.end(), seen_positions.begin()));
 }
 
 } // namespace personasteer

@@ -42,6 +42,7 @@ class graph_edit {
     bool order_was(const std::vector<llama_token> & tokens, const std::vector<llama_pos> & positions) const;
 
   private:
+    static void note_order(ggml_tensor * dst, int ith, int nth, void * userdata);
     static void backend_apply(llama_sampler * smpl, ggml_context * ctx, ggml_cgraph * gf, llama_sampler_data * data);
     void apply(ggml_context * ctx, ggml_cgraph * gf);
     void fill_probe(ggml_context * ctx, ggml_cgraph * gf) const;
@@ -59,12 +60,9 @@ class graph_edit {
     taps * tap;
     llama_sampler_i interface{};
     llama_sampler * sampler_chain = nullptr;
-    int64_t builds = 0;         // graphs of the model built since the attachment
-    std::exception_ptr failure; // of the last build
-    ggml_context_ptr order_ctx;
-    ggml_backend_buffer_ptr order_buffer;
-    ggml_tensor * seen_tokens = nullptr;    // I32 [n_columns], copied by the graph from its own inputs
-    ggml_tensor * seen_positions = nullptr; // I32 [n_columns]
+    int64_t builds = 0;                               // graphs of the model built since the attachment
+    std::exception_ptr failure;                       // of the last build
+    std::vector<int32_t> seen_tokens, seen_positions; // noted by the graph from its own inputs, [n_columns]
     bool copies_positions = false;
 };
 
