@@ -6,14 +6,15 @@ gives when it is computed anew.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -24,6 +25,9 @@ import personasteer as ps
 from personasteer import _core
 from personasteer._native import extra_buffers_work
 from personasteer.errors import ArgumentError, ModelError, VectorError
+
+if TYPE_CHECKING:
+    from conftest import Loaded
 
 pytestmark = pytest.mark.skipif(not extra_buffers_work(), reason="a stock Llama crashes on this build of llama.cpp")
 
@@ -282,6 +286,59 @@ def test_what_does_not_fit_the_context_is_refused_and_the_next_decode_is_steered
     plain = logits()
     assert np.array_equal(unsteered, plain)
     assert len({x.tobytes() for x in (plain, first, steered)}) == 3
+
+
+@contextlib.contextmanager
+def two_sequences(path: Path) -> Iterator[Callable[..., None]]:
+    """Decodes (token, position, sequence)s under a mix, in a context that computes sequences side by side."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.kv_unified = 128, 2, False
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    context = llama_cpp.llama_init_from_model(model, params)
+    address = ctypes.cast(context, ctypes.c_void_p).value
+    hook: Any = _core.Attachment(address)
+
+    def decode(*tokens: tuple[int, int, int], layers: Sequence[int] = (2,)) -> None:
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, 1
+            batch.seq_id[i][0] = sequence
+        ids, positions, slots = (list(x) for x in zip(*tokens, strict=True))
+        mix = _core.Mix(key=7, layers=list(layers), data=np.ones((len(layers), 64), np.float32))
+        none = [0] * len(tokens)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        hook.arm(tokens=ids, positions=positions, slots=slots, mixes=[mix], mix_of_token=none, j=none)
+        assert llama_cpp.llama_decode(context, batch) == 0
+        llama_cpp.llama_batch_free(batch)
+        hook.finish()
+
+    try:
+        yield decode
+    finally:
+        hook = None  # before the context that it is in
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+
+
+def test_a_batch_that_llama_cpp_reorders_is_refused_after_its_decode(tiny_path: Path) -> None:
+    with two_sequences(tiny_path) as decode:
+        decode((1, 0, 0), (2, 1, 0), (3, 0, 1), (4, 1, 1))
+        decode((3, 0, 0), (1, 0, 1))
+        for tokens in (
+            ((1, 0, 0), (3, 0, 1), (2, 1, 0), (4, 1, 1)),
+            ((3, 0, 1), (1, 0, 0)),  # their positions are in order
+            ((1, 0, 0), (2, 1, 0), (5, 2, 0), (3, 0, 1)),
+        ):
+            with pytest.raises(ModelError, match="in another token order than given"):
+                decode(*tokens)
+
+
+def test_a_graph_that_could_not_be_edited_is_told_after_its_decode(recurrent: Loaded) -> None:
+    with two_sequences(recurrent.path) as decode:
+        n_layer = recurrent.n_layer
+        with pytest.raises(ModelError, match="after the attention of block 1"):
+            decode((1, 0, 0), layers=(n_layer + 1,))
 
 
 def test_an_attached_llama_that_is_collected_in_a_cycle_ends_well(tiny_path: Path) -> None:
