@@ -130,6 +130,10 @@ def _expected(model: ps.Model, mode: Mode, phase: str, n_context: int) -> float:
     return 1 + (alone - 1) * weights / (weights + key_value_bytes(model, n_context))
 
 
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['x'] / 1e6:.0f}M" if row["question"] == "model" else str(row["x"])
+
+
 def table(content: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -137,7 +141,7 @@ def table(content: dict[str, Any]) -> str:
         "| --- " + "| ---: " * 2 + "| --- | ---: | ---: | --- | ---: |",
     ]
     for r in content["rows"]:
-        cells = [r["question"], f"{r['x'] / 1e6:.0f}M" if r["question"] == "model" else str(r["x"])]
+        cells = [r["question"], _label(r)]
         for phase in PHASES:
             if phase not in r:
                 cells += ["", "", ""]
@@ -174,8 +178,7 @@ def figure(content: dict[str, Any]) -> Any:
             axes.plot(x, [r[phase]["expected"] for r in known], color=colour, linewidth=1.2, label=f"{phase}, expected")
         axes.axhline(1, color="0.4", linewidth=0.8, zorder=0)
         axes.set_xscale("log", base=10 if question == "model" else 2)
-        if question != "model":
-            axes.set_xticks([r["x"] for r in rows], [str(r["x"]) for r in rows])
+        axes.set_xticks([r["x"] for r in rows], [_label(r) for r in rows])
         axes.minorticks_off()
         axes.set_xlabel(label, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
