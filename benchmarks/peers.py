@@ -311,7 +311,7 @@ def _check(model: ps.Model, captured: Bare, c: Any) -> float:
 def table(content: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| | prefill, tokens/s | of unsteered | 95 % | decode, tokens/s | of unsteered | 95 % |",
+        "| | prefill, tokens/s | its time, of unsteered | 95 % | decode, tokens/s | its time, of unsteered | 95 % |",
         "| --- | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     for row in content["rows"]:
