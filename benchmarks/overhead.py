@@ -17,7 +17,7 @@ from typing import Any
 import results
 
 import personasteer as ps
-from personasteer.evaluate.overhead import OPERATORS, OverheadRow, as_json, as_markdown, measure_overhead
+from personasteer.evaluate.overhead import OPERATORS, OverheadRow, as_json, as_markdown, measure_overhead, sentence
 from personasteer.model import demo_model_path
 
 
@@ -44,10 +44,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def describe(content: dict[str, Any]) -> str:
     """What the table is of."""
-    return (
-        f"{content['model']}, a prompt of {content['prompt_tokens']} tokens, then {content['decode_tokens']} one by "
-        f"one, {min(r['pairs'] for r in content['rows'])} pairs, {content['threads']} threads. {content['machine']}."
-    )
+    pairs = min(r["pairs"] for r in content["rows"])
+    given = (content[k] for k in ("model", "prompt_tokens", "decode_tokens"))
+    return sentence(*given, pairs, content["threads"], content["machine"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ import results
 from plain import PlainContext
 
 import personasteer as ps
-from personasteer.evaluate.overhead import N_PERSONAS, PHASES, Mode, Runner, interleave, random_vectors, ratio
+from personasteer.evaluate.overhead import N_PERSONAS, PHASES, Mode, Runner, interleave, random_vectors, ratio, sentence
 from personasteer.model import demo_model_path
 
 N_PROMPT, N_DECODE = 128, 12
@@ -325,10 +325,8 @@ def table(content: dict[str, Any]) -> str:
 
 def describe(content: dict[str, Any]) -> str:
     """What the table is of."""
-    return (
-        f"{content['model']}, a prompt of {N_PROMPT} tokens, then {N_DECODE} one by one, {content['pairs']} pairs, "
-        f"{content['threads']} threads. {content['machine']}."
-    )
+    pairs, threads, where = (content[k] for k in ("pairs", "threads", "machine"))
+    return sentence(content["model"], N_PROMPT, N_DECODE, pairs, threads, where)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

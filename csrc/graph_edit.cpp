@@ -232,12 +232,12 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     }
 
     check_room(ctx, gf, nodes_shared);
-    const int checks_begin = ggml_graph_n_nodes(gf);
     ggml_tensor * order[2] = {tokens, ggml_graph_get_tensor(gf, "inp_pos")};
-    copies_positions = order[1] && order[1]->ne[0] == in.n_tokens && order[1]->type == GGML_TYPE_I32;
+    notes_positions = order[1] && order[1]->ne[0] == in.n_tokens && order[1]->type == GGML_TYPE_I32;
     // one task: copies by ggml wake all threads, which costs milliseconds where devices or other processes compute
-    ggml_build_forward_expand(
-        gf, ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, order, copies_positions ? 2 : 1, note_order, 1, this));
+    ggml_tensor * check =
+        ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, order, notes_positions ? 2 : 1, note_order, 1, this);
+    ggml_build_forward_expand(gf, check);
 
     // Later readers of a block's output read the edit instead.
     const std::vector<ggml_tensor *> all(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
@@ -259,9 +259,7 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         ggml_build_forward_order(gf, leaf);
     }
     // the order check comes first, with the lookup of the tokens: at the end it would be one more split for the CPU
-    for (auto i = size_t(checks_begin); i < all.size(); ++i) {
-        ggml_build_forward_order(gf, all[i]);
-    }
+    ggml_build_forward_order(gf, check);
     const int last = n_blocks < n_layer ? output_at[size_t(n_blocks) - 1] : -1; // nothing is read behind it
     for (ggml_tensor * node : before) {
         ggml_build_forward_order(gf, node);
@@ -308,7 +306,7 @@ void graph_edit::arm_order_check() {
 
 bool graph_edit::order_was(const std::vector<llama_token> & tokens, const std::vector<llama_pos> & positions) const {
     return std::equal(tokens.begin(), tokens.end(), seen_tokens.begin()) &&
-           (!copies_positions || std::equal(positions.begin(), positions.end(), seen_positions.begin()));
+           (!notes_positions || std::equal(positions.begin(), positions.end(), seen_positions.begin()));
 }
 
 } // namespace personasteer

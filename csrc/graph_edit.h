@@ -63,7 +63,7 @@ class graph_edit {
     int64_t builds = 0;                               // graphs of the model built since the attachment
     std::exception_ptr failure;                       // of the last build
     std::vector<int32_t> seen_tokens, seen_positions; // noted by the graph from its own inputs, [n_columns]
-    bool copies_positions = false;
+    bool notes_positions = false;
 };
 
 } // namespace personasteer

@@ -31,13 +31,18 @@ def has_rpc() -> bool:
 
 
 @pytest.fixture(scope="module")
-def split(tiny_path: Path) -> Iterator[ps.Model]:
-    """The tiny model, two of its four blocks on each of two workers."""
+def program() -> Path:
     folder = os.environ.get("PERSONASTEER_LLAMA_CPP_BIN")
-    if not folder or not (program := Path(folder) / "ggml-rpc-server").exists():
+    if not folder or not (found := Path(folder) / "ggml-rpc-server").exists():
         pytest.skip("PERSONASTEER_LLAMA_CPP_BIN names no folder with ggml-rpc-server")
     if not has_rpc():
         pytest.skip("llama-cpp-python was built without GGML_RPC")
+    return found
+
+
+@pytest.fixture(scope="module")
+def split(program: Path, tiny_path: Path) -> Iterator[ps.Model]:
+    """The tiny model, two of its four blocks on each of two workers."""
     with workers(program, 2) as addresses, ps.Model(tiny_path, n_ctx=64, rpc=addresses) as model:
         yield model
 
@@ -103,12 +108,7 @@ def test_a_worker_that_is_not_there_is_named(tiny_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.llama_cpp_programs
-def test_a_context_that_outlives_its_workers_ends_the_process_and_does_not_hang(tiny_path: Path) -> None:
-    folder = os.environ.get("PERSONASTEER_LLAMA_CPP_BIN")
-    if not folder or not (program := Path(folder) / "ggml-rpc-server").exists():
-        pytest.skip("PERSONASTEER_LLAMA_CPP_BIN names no folder with ggml-rpc-server")
-    if not has_rpc():
-        pytest.skip("llama-cpp-python was built without GGML_RPC")
+def test_a_context_that_outlives_its_workers_ends_the_process_and_does_not_hang(program: Path, tiny_path: Path) -> None:
     code = (
         "import sys, personasteer as ps\n"
         "model = ps.Model(sys.argv[1], n_ctx=64, rpc=sys.argv[2:])\n"

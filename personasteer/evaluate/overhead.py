@@ -445,9 +445,17 @@ def machine() -> str:
 
 def about(model: Model, rows: Sequence[OverheadRow], prompt_tokens: int, decode_tokens: int) -> str:
     """What the rows are of: a sentence for below or above their table."""
+    pairs = min(r.pairs for r in rows)
+    return sentence(
+        f"{model.name} ({model.description})", prompt_tokens, decode_tokens, pairs, model.n_threads, machine()
+    )
+
+
+def sentence(model: str, prompt_tokens: int, decode_tokens: int, pairs: int, threads: int, where: str) -> str:
+    """What runs were of: the model, their shape, how many, and on which machine."""
     return (
-        f"{model.name} ({model.description}), a prompt of {prompt_tokens} tokens, then {decode_tokens} one by one, "
-        f"{min(r.pairs for r in rows)} pairs, {model.n_threads} threads. {machine()}."
+        f"{model}, a prompt of {prompt_tokens} tokens, then {decode_tokens} one by one, {pairs} pairs, {threads} "
+        f"threads. {where}."
     )
 
 
