@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", help="a GGUF file; the demo model without")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--decode-tokens", type=int, default=12)
+    parser.add_argument("--decode-tokens", type=int, default=40)
     parser.add_argument("--ks", default="1,8,64", help="vectors in the steering")
     parser.add_argument("--operators", default=",".join(OPERATORS))
     results.options(parser)

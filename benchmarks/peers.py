@@ -3,7 +3,7 @@
     python benchmarks/peers.py [MODEL.gguf] [--llama-bench PROGRAM] [--torch] [--pairs 30] [--save NAME]
     python benchmarks/peers.py --table NAME
 
-A prompt of 128 tokens, then 12 tokens one by one, on the same file with the same number of threads. Every run stands
+A prompt of 128 tokens, then 40 tokens one by one, on the same file with the same number of threads. Every run stands
 right beside one of our engine without the hook, which the ratios are to; tokens per second are medians.
 
 - llama.cpp: its own program llama-bench; a bare loop; its control vector at all blocks but the first; a callback in C
@@ -38,7 +38,7 @@ import personasteer as ps
 from personasteer.evaluate.overhead import N_PERSONAS, PHASES, Mode, Runner, interleave, random_vectors, ratio, sentence
 from personasteer.model import demo_model_path
 
-N_PROMPT, N_DECODE = 128, 12
+N_PROMPT, N_DECODE = 128, 40
 CALLBACK = """
 #include "ggml-backend.h"
 #include <stdlib.h>

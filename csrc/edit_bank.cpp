@@ -73,17 +73,27 @@ int edit_bank::nodes_per_layer() const {
     return all_fused ? 2 : device_edit::nodes_per_layer;
 }
 
-// src[0] is h; where the block keeps only the tokens with an output row, src[1] says which these are
-void edit_bank::fused(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static float * row_of(const ggml_tensor * t, int64_t row) {
+    return reinterpret_cast<float *>(static_cast<char *>(t->data) + size_t(row) * t->nb[1]);
+}
+
+// src[0] is h, or with `sum` src[0] + src[1] is; where the block keeps only the tokens with an output row, the one
+// behind says which these are
+template <bool sum> void edit_bank::fused(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto * s = static_cast<const site *>(userdata);
     const ggml_tensor * h = dst->src[0];
-    const ggml_tensor * out_ids = dst->src[1];
+    const ggml_tensor * out_ids = dst->src[sum ? 2 : 1];
     const bool in_place = dst->data == h->data;
-    const auto row_bytes = size_t(dst->ne[0]) * sizeof(float);
     for (int64_t row = ith; row < dst->ne[1]; row += nth) {
-        auto * x = reinterpret_cast<float *>(static_cast<char *>(dst->data) + size_t(row) * dst->nb[1]);
-        if (!in_place) {
-            std::memcpy(x, static_cast<const char *>(h->data) + size_t(row) * h->nb[1], row_bytes);
+        float * x = row_of(dst, row);
+        const float * from = row_of(h, row);
+        if (sum) {
+            const float * other = row_of(dst->src[1], row);
+            for (int64_t i = 0; i < dst->ne[0]; ++i) {
+                x[i] = from[i] + other[i];
+            }
+        } else if (!in_place) {
+            std::memcpy(x, from, size_t(dst->ne[0]) * sizeof(float));
         }
         const int64_t column = out_ids ? static_cast<const int32_t *>(out_ids->data)[row] : row;
         const token_edit & t = s->bank->host_tokens[size_t(column)];
@@ -101,19 +111,34 @@ void edit_bank::fused(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
+// h = a + b, row by row, and nobody outside the graph reads it
+static bool is_plain_sum(const ggml_tensor * h) {
+    if (h->op != GGML_OP_ADD || (h->flags & GGML_TENSOR_FLAG_OUTPUT)) {
+        return false;
+    }
+    return std::all_of(h->src, h->src + 2, [h](const ggml_tensor * part) {
+        return part->type == GGML_TYPE_F32 && part->nb[0] == sizeof(float) && ggml_are_same_shape(part, h);
+    });
+}
+
 ggml_tensor * edit_bank::edit(ggml_context * ctx, int il, ggml_tensor * h, bool in_place, const graph_inputs & in,
                               std::vector<ggml_tensor *> & ends) {
     for (site & s : sites) {
         if (s.il != il) {
             continue;
         }
-        ggml_tensor * args[2] = {h, in.out_ids};
-        const bool cut = h->ne[1] != in.n_tokens;
-        if (in_place) {
-            return ggml_custom_inplace(ctx, h, args + 1, cut ? 1 : 0, fused, GGML_N_TASKS_MAX, &s);
+        const int cut = h->ne[1] != in.n_tokens ? 1 : 0;
+        if (in_place && is_plain_sum(h)) { // a node and a meeting of the threads less
+            ggml_tensor * args[3] = {h->src[0], h->src[1], in.out_ids};
+            return ggml_custom_4d(ctx, GGML_TYPE_F32, h->ne[0], h->ne[1], 1, 1, args, 2 + cut, fused<true>,
+                                  GGML_N_TASKS_MAX, &s);
         }
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, h->ne[0], h->ne[1], 1, 1, args, cut ? 2 : 1, fused, GGML_N_TASKS_MAX,
-                              &s);
+        ggml_tensor * args[2] = {h, in.out_ids};
+        if (in_place) {
+            return ggml_custom_inplace(ctx, h, args + 1, cut, fused<false>, GGML_N_TASKS_MAX, &s);
+        }
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, h->ne[0], h->ne[1], 1, 1, args, 1 + cut, fused<false>,
+                              GGML_N_TASKS_MAX, &s);
     }
     for (const auto & d : devices) {
         if (position_in(d->layers(), il) >= 0) {

@@ -34,7 +34,8 @@ class edit_bank {
 
     // nodes an edited block adds, at most
     int nodes_per_layer() const;
-    // h' from h, reading on the way; in_place: h may be overwritten. Nodes that h' does not need are left in `ends`.
+    // h' from h, or from what h is the sum of, reading on the way; in_place: h may be overwritten, or not be computed
+    // at all. Nodes that h' does not need are left in `ends`.
     ggml_tensor * edit(ggml_context * ctx, int il, ggml_tensor * h, bool in_place, const graph_inputs & in,
                        std::vector<ggml_tensor *> & ends);
 
@@ -43,7 +44,7 @@ class edit_bank {
         edit_bank * bank;
         int il;
     };
-    static void fused(ggml_tensor * dst, int ith, int nth, void * userdata);
+    template <bool sum> static void fused(ggml_tensor * dst, int ith, int nth, void * userdata);
 
     int n_embd;
     int n_columns; // tokens in a ubatch, at most

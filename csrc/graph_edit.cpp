@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -239,8 +240,19 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, order, notes_positions ? 2 : 1, note_order, 1, this);
     ggml_build_forward_expand(gf, check);
 
-    // Later readers of a block's output read the edit instead.
+    // Later readers of a block's output read the edit instead; so does an edit that stands for a sum with it.
     const std::vector<ggml_tensor *> all(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
+    for (const ggml_tensor * h : before) {
+        const auto at = behind.find(h);
+        const auto [begin, end] = at == behind.end() ? std::pair(0, 0) : at->second;
+        for (int i = begin; i < end; ++i) {
+            for (ggml_tensor *& src : all[size_t(i)]->src) {
+                if (const auto it = edited.find(src); src && src != h && it != edited.end()) {
+                    src = it->second;
+                }
+            }
+        }
+    }
     for (ggml_tensor * node : before) {
         for (ggml_tensor *& src : node->src) {
             if (const auto it = edited.find(src); src && it != edited.end()) {
@@ -250,6 +262,11 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
         if (const auto it = edited.find(node->view_src); node->view_src && it != edited.end()) {
             node->view_src = it->second->view_src ? it->second->view_src : it->second; // a view has no views
         }
+    }
+
+    std::unordered_set<const ggml_tensor *> read; // a block's output that only its edit stands for is not computed
+    for (const ggml_tensor * node : all) {
+        read.insert(std::begin(node->src), std::end(node->src));
     }
 
     // Every new node right behind its block: the buffer of a block's output is free again soon after. Expanding anew
@@ -262,7 +279,9 @@ void graph_edit::apply(ggml_context * ctx, ggml_cgraph * gf) {
     ggml_build_forward_order(gf, check);
     const int last = n_blocks < n_layer ? output_at[size_t(n_blocks) - 1] : -1; // nothing is read behind it
     for (ggml_tensor * node : before) {
-        ggml_build_forward_order(gf, node);
+        if (read.count(node) > 0 || edited.count(node) == 0) {
+            ggml_build_forward_order(gf, node);
+        }
         if (const auto it = behind.find(node); it != behind.end()) {
             for (int i = it->second.first; i < it->second.second; ++i) {
                 ggml_build_forward_order(gf, all[size_t(i)]);

@@ -92,4 +92,6 @@ void log_capture::install() {
     llama_log_set(on_log, nullptr);
 }
 
+void log_capture::drop_others() { previous = nullptr; }
+
 } // namespace personasteer

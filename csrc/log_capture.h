@@ -18,6 +18,8 @@ class log_capture {
 
     // call once, after llama_cpp has set its own callback
     static void install();
+    // from now on other lines go nowhere: a command says its one line itself
+    static void drop_others();
 
   private:
     friend void capture_line(int level, const char * text);

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "errors.h"
+#include "fatal.h"
 #include "log_capture.h"
 
 #include "ggml-rpc.h"
@@ -32,6 +33,8 @@ PYBIND11_MODULE(_core, m) {
             PyErr_SetObject(py::module_::import("personasteer.errors").attr(e.name).ptr(), text.ptr());
         }
     });
+    m.def("end_in_one_line", &personasteer::end_in_one_line,
+          "End with a line and exit code 1 where a mapped file is cut short or llama.cpp gives up.");
     llama_backend_init();
     personasteer::log_capture::install();
     bind_gguf(m);

@@ -18,6 +18,8 @@ from personasteer.files import read_cache, write_cache
 
 log = logging.getLogger("personasteer")
 
+is_command = False  # set by the command line, whose process is our own to end
+
 
 @functools.cache
 def load_core() -> ModuleType:
@@ -48,6 +50,8 @@ def load_core() -> ModuleType:
             f"run `pip install llama-cpp-python=={core.LLAMA_CPP_PYTHON}`; a personasteer for another version is to be "
             "built against it: `pip install --force-reinstall --no-deps .` in a clone that names that version"
         )
+    if is_command:
+        core.end_in_one_line()
     return core
 
 

@@ -60,7 +60,8 @@ class Model:
         n_gpu_layers: blocks kept on the GPU, where llama-cpp-python was built for one; -1 is all.
         seed: default seed of sampling.
         use_mmap: map the file instead of reading it. Replace a file that is in use by renaming another one onto it: one
-            that is written over changes the weights at once, and one that is cut short ends the process (SIGBUS).
+            that is written over changes the weights at once, and one that is cut short ends the process (SIGBUS; a
+            command with one line and exit code 1).
         repack: let llama.cpp keep repacked copies of the weights for this CPU: faster, and more memory.
         lora: LoRA adapters (GGUF files) applied beside the steering: paths, or (path, scale) pairs.
         rpc: "host:port" of llama.cpp's RPC workers (ggml-rpc-server) that hold the blocks on the GPU's side of

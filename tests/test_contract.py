@@ -97,6 +97,23 @@ def test_an_addition_equals_the_control_vector_of_llama_cpp_in_prefill_and_in_ev
     assert (np.abs(unsteered - expected).max(axis=1) > 1e-3).all()  # the vector was really at work in each row
 
 
+@pytest.mark.parametrize("name", ["recurrent", "hybrid", "sliding"])  # mamba adds to the block before directly
+def test_an_addition_at_every_block_equals_the_control_vector_in_other_kinds_of_blocks(
+    name: str, native: bool, request: pytest.FixtureRequest
+) -> None:
+    loaded: Loaded = request.getfixturevalue(name)
+    tokens, v, layers = loaded.tokens(20), loaded.directions(), layer_range("all but 0", loaded.n_layer)
+    plain = loaded.plain_context(watch=True)
+    plain.set_cvec(v, layers[0], layers[-1])
+    (expected,), (states,) = plain.compute([tokens], [(12, 20)])
+    session = loaded.session(native=native)
+    session.set_taps(raw_layers=layers)
+    (result,) = run(session, text_request(tokens, (12, 20), mix_of(1, v, layers), raws=[(0, 20)]))
+
+    assert np.array_equal(result["logits"], expected)
+    assert np.array_equal(result["raw"], states[layers], equal_nan=True)
+
+
 def test_greedy_generation_under_an_addition_is_what_llama_cpp_generates_under_the_control_vector(
     loaded: Loaded, native: bool
 ) -> None:

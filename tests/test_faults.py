@@ -58,8 +58,10 @@ def command(given: Path, folder: Path, line: str) -> list[str]:
     return [sys.executable, "-P", "-c", MAIN, *line.split()]
 
 
-def interrupt(given: Path, folder: Path, line: str, by: signal.Signals) -> tuple[float, int, str]:
-    """Sends a signal once the command has computed for half a second: (seconds until it ended, exit code, stderr).
+def interrupt(
+    given: Path, folder: Path, line: str, act: Callable[[subprocess.Popen[str]], object]
+) -> tuple[float, int, str]:
+    """Acts once the command has computed for half a second: (seconds until it ended, exit code, stderr).
 
     Seconds of the process itself: others may hold the machine.
     """
@@ -71,15 +73,15 @@ def interrupt(given: Path, folder: Path, line: str, by: signal.Signals) -> tuple
             time.sleep(0.02)
         begun = seconds_used(process)
         while seconds_used(process) < begun + 0.5:
-            assert process.poll() is None, "it ended before the signal"
+            assert process.poll() is None, "it ended before"
             time.sleep(0.02)
-        sent = used = seconds_used(process)
-        process.send_signal(by)
+        acted = used = seconds_used(process)
+        act(process)
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             used = max(used, seconds_used(process))
             time.sleep(0.02)
         _, err = process.communicate()
-    return used - sent, process.returncode, err
+    return used - acted, process.returncode, err
 
 
 def made(folder: Path) -> set[str]:
@@ -101,10 +103,18 @@ COMPUTING = {
 def test_a_signal_while_a_command_computes_ends_it_with_one_line_and_no_file(
     given: Path, tmp_path: Path, verb: str, by: signal.Signals
 ) -> None:
-    took, code, err = interrupt(given, tmp_path, COMPUTING[verb], by)
+    took, code, err = interrupt(given, tmp_path, COMPUTING[verb], lambda process: process.send_signal(by))
     assert (code, err) == (1, "personasteer: interrupted\n")
     assert took < 2
     assert made(tmp_path) <= {"o"}  # a folder of results is there, and empty
+
+
+def test_a_model_cut_short_under_a_command_ends_it_with_one_line_and_no_file(given: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "m.gguf"
+    shutil.copy(given / "m.gguf", mine)
+    _, code, err = interrupt(given, tmp_path, COMPUTING["capture"], lambda _: os.truncate(mine, 4096))
+    assert (code, err) == (1, "personasteer: a file in use was cut short, or cannot be read (SIGBUS)\n")
+    assert made(tmp_path) == {"m.gguf"}
 
 
 # ---- a disk that fills

@@ -130,6 +130,25 @@ def test_a_context_that_outlives_its_workers_ends_the_process_and_does_not_hang(
         child.kill()
 
 
+@pytest.mark.llama_cpp_programs
+def test_a_command_whose_worker_ends_under_it_says_so_in_one_line(program: Path, tiny_path: Path) -> None:
+    with workers(program, 1) as addresses:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "personasteer", "generate", "-m", str(tiny_path), "-p", "hello",
+             "-n", "2000", "-c", "2048", "--rpc", *addresses],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert child.stdout
+        assert child.stdout.read(1)
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 1
+    assert err.startswith("personasteer: llama.cpp: ggml-rpc.cpp:")
+    assert err.count("\n") == 1
+
+
 def answering(server: socket.socket, answer: bytes) -> None:
     connection, _ = server.accept()
     with connection:

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from personasteer import _native
 from personasteer.cli._common import harmless, in_plain_letters, takes_unicode
 from personasteer.errors import ArgumentError, PersonasteerError, TraitError
 
@@ -59,6 +60,7 @@ for _verb in VERBS:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; exits the process."""
+    _native.is_command = True
     sys.exit(run(arguments))
 
 
