@@ -1,6 +1,7 @@
 """What do steering and capture cost by what people use today, and by ours?
 
-    python benchmarks/peers.py [MODEL.gguf] [--llama-bench PROGRAM] [--torch] [--pairs 30] [--save NAME]
+    python benchmarks/peers.py [MODEL.gguf] [--llama-bench PROGRAM [--weights FILE.gguf ..]] [--torch] [--pairs 30]
+        [--save NAME]
     python benchmarks/peers.py --table NAME
 
 A prompt of 128 tokens, then 40 tokens one by one, on the same file with the same number of threads. Every run stands
@@ -8,6 +9,7 @@ right beside one of our engine without the hook, which the ratios are to; tokens
 
 - llama.cpp: its own program llama-bench; a bare loop; its control vector at all blocks but the first; a callback in C
   (cb_eval) that copies every block's output, as llama.cpp's own tools capture; the same callback in Python by ctypes.
+  With --weights, llama-bench also on other files of the same weights, which are named as their files are.
 - transformers on the file's dequantized weights, in float32 and in bfloat16: unsteered; repeng's ControlModel with one
   direction at all blocks; forward hooks that take the mean of every block's output. (--torch; a llama file.)
 - Ours: additions, caps, readings, the mean of all block outputs but the last, sixteen personas in one batch.
@@ -210,6 +212,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         peers: dict[str, Any] = {}
         if args.llama_bench:
             peers["llama-bench"] = LlamaBench(args.llama_bench, args.model, model.n_threads)
+            for path in args.weights:
+                name = f"llama-bench, weights as {Path(path).stem}"
+                peers[name] = LlamaBench(args.llama_bench, path, model.n_threads)
         peers["llama.cpp, a bare loop"] = bare()
         peers["llama.cpp, its control vector"] = controlled
         peers["llama.cpp, capture by a callback in C"] = captured
@@ -333,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a GGUF file; the demo model without")
     parser.add_argument("--llama-bench", metavar="PROGRAM")
+    parser.add_argument("--weights", metavar="FILE", nargs="+", default=[], help="the same weights in other types")
     parser.add_argument("--torch", action="store_true", help="needs torch, transformers and repeng")
     parser.add_argument("--pairs", type=int, default=30)
     results.options(parser)

@@ -24,6 +24,7 @@ from samples import vector
 import personasteer as ps
 from personasteer import _core
 from personasteer._native import extra_buffers_work
+from personasteer.engine import Request, Sampling
 from personasteer.errors import ArgumentError, ModelError, VectorError
 
 if TYPE_CHECKING:
@@ -154,6 +155,20 @@ def test_a_prefix_computed_under_another_steering_or_another_prompt_is_not_reuse
     assert everywhere == fresh(strong() * 0.6) != expected
 
 
+def test_an_attached_edit_fades_and_begins_as_a_model_s_does(llama: llama_cpp.Llama, tiny_path: Path) -> None:
+    given = llama.tokenize(PROMPT.encode())
+    with ps.Model(tiny_path, n_ctx=256, n_threads=2) as model:
+        answers = []
+        for time in ({}, {"half_life": 4.0}, {"start": 8}, {"stop": 6}):
+            edit = ps.Add(strong(), 0.8, scope="response", **time)  # type: ignore[arg-type]
+            ps.attach(llama, edit)
+            request = Request(given, len(given), ps.Steering([edit]), 24, Sampling(temperature=0), ignore_end=True)
+            (result,) = model.run_requests([request])
+            answers.append(tokens_of(llama))
+            assert answers[-1] == list(result["tokens"])
+    assert len({tuple(a) for a in answers}) == 4
+
+
 @pytest.mark.parametrize("above", [True, False])
 def test_a_condition_on_the_prompt_opens_or_leaves_the_text_as_it_was(llama: llama_cpp.Llama, above: bool) -> None:
     v = strong()
@@ -176,9 +191,10 @@ def test_long_prompts_are_cut_to_one_ubatch_and_larger_decodes_are_refused(tiny_
     narrow = open_llama(tiny_path, n_batch=16, n_ubatch=16)
     ps.attach(narrow, strong() * 0.5)
     assert steered == tokens_of(narrow, PROMPT * 2)
-    wide._batch.set_batch(batch=[5] * 20, n_past=0, logits_all=False)
-    with pytest.raises(ModelError, match="20 tokens is more than n_ubatch = 16"):
-        wide._ctx.decode(wide._batch)
+    for n in (17, 20):
+        wide._batch.set_batch(batch=[5] * n, n_past=0, logits_all=False)
+        with pytest.raises(ModelError, match=f"{n} tokens is more than n_ubatch = 16"):
+            wide._ctx.decode(wide._batch)
     ps.detach(wide)
     assert wide.n_batch == 128
 
@@ -329,6 +345,8 @@ def test_a_batch_that_llama_cpp_reorders_is_refused_after_its_decode(tiny_path: 
             ((1, 0, 0), (3, 0, 1), (2, 1, 0), (4, 1, 1)),
             ((3, 0, 1), (1, 0, 0)),  # their positions are in order
             ((1, 0, 0), (2, 1, 0), (5, 2, 0), (3, 0, 1)),
+            ((1, 0, 0), (3, 1, 1), (2, 1, 0), (4, 2, 1)),  # the positions stay in order, the tokens do not
+            ((1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1)),  # the tokens stay in order, the positions do not
         ):
             with pytest.raises(ModelError, match="in another token order than given"):
                 decode(*tokens)

@@ -110,6 +110,21 @@ def test_a_prefix_that_is_not_there_is_not_kept(tiny: Loaded) -> None:
         running.keep_prefix(4)
 
 
+def test_what_follows_a_kept_prefix_is_forgotten(tiny: Loaded) -> None:
+    running = session(tiny)
+    tokens = tiny.tokens(10)
+    for n_kept in (0, 4):
+        running.submit(tokens=tokens, outputs=(9, 10), keep_logits=True, reuse_prefix=True)
+        while running.busy:
+            running.step()
+        (result,) = running.take_results()
+        assert result["n_reused"] == n_kept
+        if not n_kept:
+            expected = result["logits"]
+            assert running.keep_prefix(4)
+    np.testing.assert_allclose(result["logits"], expected, rtol=0, atol=2e-3)
+
+
 def test_a_recurrent_state_cannot_go_back_to_a_prefix(recurrent: Loaded) -> None:
     running = session(recurrent)
     readings(running, [recurrent.tokens(10)], readout(recurrent, 0))

@@ -305,10 +305,11 @@ def taken_over(loaded: Loaded, edits: Sequence[Any], then: Sequence[Any], **more
     n, n_new = 10, 6
     first = Request(loaded.tokens(n), n, ps.Steering(edits), n_new, GREEDY, ignore_end=True)
     steered = Compiled(first, steerable(loaded))
-    first_id = session.submit(**steered.arguments(0))
+    decided = steered._native(steered._compile(ps.Steering(more["decided"]))) if "decided" in more else None
+    first_id = session.submit(**steered.arguments(0) | {"decides": decided is not None})
     n_steps = 0
     while session.busy:
-        session.step()
+        session.step(lambda *_: tuple(decided.values()) if decided else None)
         n_steps += 1
         if n_steps == more.get("resteer_after"):
             session.steer(id=first_id, **steered.resteer(ps.Steering(more["resteer"])))
@@ -356,6 +357,12 @@ def test_what_was_steered_midway_is_taken_over_up_to_there(tiny: Loaded) -> None
     assert taken_over(tiny, one, one, resteer_after=3, resteer=two)[0] == 12
     assert taken_over(tiny, one, two, resteer_after=3, resteer=two)[0] == 0
     assert taken_over(tiny, one, one, resteer_after=3, resteer=one)[0] == 15
+
+
+def test_what_a_decision_on_the_prompt_steered_is_taken_over_as_steered(tiny: Loaded) -> None:
+    response = [ps.Add(vector_for(tiny, 0), 0.2, scope="response")]
+    assert taken_over(tiny, [], [], decided=response)[0] == 9  # the prompt's last token begins the response
+    assert taken_over(tiny, [], response, n_prompt=10, decided=response)[0] == 15
 
 
 def test_a_request_under_the_steering_of_a_running_one_shares_its_prompt(session: Session) -> None:

@@ -211,6 +211,90 @@ def test_read_outs_of_another_width_out_of_order_or_of_a_block_twice_are_refused
     assert_usable(session, tiny)
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["fused", "generic"])
+def test_a_request_reads_its_own_directions_where_another_one_read_before(tiny: Loaded, native: bool) -> None:
+    session, tokens = session_of(tiny, native_on_cpu=native), tiny.tokens(6)
+    found = []
+    for seed in (1, 2):
+        reads = _core.Readout([1], tiny.directions(seed=seed)[None, 1:2].reshape(1, 1, -1))
+        found.append(run(session, tokens=tokens, reads=reads)["readings"])
+        np.testing.assert_array_equal(
+            found[-1], run(session_of(tiny, native_on_cpu=native), tokens=tokens, reads=reads)["readings"]
+        )
+    assert not np.array_equal(*found)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["fused", "generic"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_gate_is_closed_at_its_threshold(tiny: Loaded, sign: float, native: bool) -> None:
+    tokens, vectors = tiny.tokens(6), np.stack([np.zeros(64, np.float32), np.ones(64, np.float32)])
+    session, logits = session_of(tiny, native_on_cpu=native), []
+    for key, gate_at in (1, 0.0), (2, -sign):  # each token reads 0
+        mix = _core.Mix(key, [(1, 1, 0, -1, 1)], [(gate_at, sign, 0.0, 0.0, 1.0, 0.0)], vectors)
+        session.reset()
+        logits.append(run(session, **whole_text(tokens, mix))["logits"])
+    session.reset()
+    plain = run(session, **whole_text(tokens))["logits"]
+    np.testing.assert_array_equal(logits[0], plain)
+    assert np.abs(logits[1] - plain).max() > 0.02
+
+
+def test_a_response_begins_at_the_last_given_token_where_nothing_else_is_said(tiny: Loaded) -> None:
+    tokens, mix = tiny.tokens(6), mix_of(3, 20 * tiny.directions(), [1, 2])
+    found = {}
+    for begin in (1, 2, 3):
+        for said in (-1, 5):
+            result = run(session_of(tiny), tokens=tokens, mixes=[mix], mix_of_token=[-1] * 6, generated=[(begin, 0, 0)],
+                         max_tokens=6, n_logprobs=0, ignore_end=True, response_begin=said)  # fmt: skip
+            found[begin, said] = tuple(result["logprobs"])
+    assert all(found[begin, -1] == found[begin, 5] for begin in (1, 2, 3))
+    assert len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize("wanted", ["pools", "raws", "outputs"])
+def test_a_text_that_was_computed_before_is_taken_over_up_to_what_is_wanted_of_it(tiny: Loaded, wanted: str) -> None:
+    session, tokens = session_of(tiny), tiny.tokens(8)
+    session.set_taps(pool_layers=[1], n_pools_per_request=1, raw_layers=[1])
+    request: dict[str, Any] = {"tokens": tokens, "reuse_prefix": True, "keep_logits": wanted == "outputs"}
+    request[wanted] = (3, 6) if wanted == "outputs" else [(3, 6)]
+    first, again = run(session, **request), run(session, **request)
+    assert (first["n_reused"], again["n_reused"]) == (0, 3)
+    assert again["pool_counts"] == first["pool_counts"]
+    for what in ("pool_sums", "raw", "logits"):
+        np.testing.assert_allclose(again[what], first[what], rtol=0, atol=5e-3)  # 16-bit keys and values of before
+
+
+def test_the_same_is_captured_again_after_detaching(tiny: Loaded) -> None:
+    session, tokens = session_of(tiny), tiny.tokens(8)
+    found = []
+    for _ in range(2):
+        session.set_taps(raw_layers=[1])
+        found.append(run(session, tokens=tokens, raws=[(0, 8)])["raw"])
+        session.detach()
+        session.reset()
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found[0]).all()
+
+
+def test_a_score_is_the_log_probability_of_the_token_that_follows(tiny: Loaded) -> None:
+    tokens = tiny.tokens(8)
+    result = run(session_of(tiny), **whole_text(tokens), keep_scores=True)
+    logits = result["logits"].astype(np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+    expected -= logits.max(1, keepdims=True)
+    np.testing.assert_allclose(result["scores"][:-1], expected[range(7), tokens[1:]], rtol=0, atol=1e-4)
+    assert np.isnan(result["scores"][-1])
+
+
+def test_where_the_cache_is_full_the_longest_request_ends_and_the_others_go_on(tiny: Loaded) -> None:
+    session = _core.Session(model=tiny.core, n_ctx=240, n_parallel=2, n_batch=64, n_threads=1, n_outputs=2, n_cells=256)
+    long, short = (session.submit(tokens=tiny.tokens(n), max_tokens=80, ignore_end=True) for n in (150, 60))
+    results = finish(session)
+    assert (results[long]["finish"], results[long]["error"]) == ("error", "the KV cache is full")
+    assert (results[short]["finish"], len(results[short]["tokens"])) == ("length", 80)
+    assert len(results[long]["tokens"]) < 80
+
+
 def test_the_first_token_to_read_is_not_negative(tiny: Loaded) -> None:
     with pytest.raises(ContextError, match="first token to read is negative"):
         session_of(tiny).submit(tokens=[3, 4], reads_from=-1)
