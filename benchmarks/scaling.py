@@ -7,7 +7,7 @@ Each point is a steering run right beside the same llama.cpp without the hook, i
 with over time without. The first four questions are asked of the first model (the demo model without), the last one of
 all.
 
-- vectors: K caps at all blocks, a prompt of 128 tokens and 12 decodes.
+- vectors: K caps at all blocks, a prompt of 128 tokens and 40 decodes.
 - blocks: 8 caps at some of the blocks.
 - batch: so many sequences, each with an addition and a cap of its own at all blocks.
 - context: 8 caps at all blocks, decodes after a prompt of so many tokens; 8 decodes a pair, both sides in turn.
@@ -42,7 +42,7 @@ from personasteer.evaluate.overhead import (
 from personasteer.files import atomic_write
 from personasteer.model import demo_model_path
 
-SHAPE = (128, 12)
+SHAPE = (128, 40)
 KS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (1, 4, 16, 32)
 CONTEXTS = (128, 1024, 4096)

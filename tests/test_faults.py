@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -107,6 +108,53 @@ def test_a_signal_while_a_command_computes_ends_it_with_one_line_and_no_file(
     assert (code, err) == (1, "personasteer: interrupted\n")
     assert took < 2
     assert made(tmp_path) <= {"o"}  # a folder of results is there, and empty
+
+
+# every look at the wall clock is years from the one before
+JUMPING = """
+import datetime, itertools, time
+true, looks = time.time, itertools.count()
+time.time = lambda: true() + (10 if next(looks) % 2 else -20) * 365 * 86400
+time.time_ns = lambda: int(time.time() * 1e9)
+class Jumping(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(time.time(), tz)
+datetime.datetime = Jumping
+"""
+
+
+def contents(file: Path) -> object:
+    data = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return data
+    header = 8 + int.from_bytes(data[:8], "little")  # whose keys stand in another order each time
+    return json.loads(data[8:header]), data[header:]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "capture -m m.gguf -f few.txt -o o.safetensors -t 1",
+        "chat -m m.gguf -v v.gguf:0.2 -p sea -n 4 --json -t 1",
+        "calibrate v.gguf -m m.gguf --trait pessimistic -o o.gguf -t 1",
+    ],
+    ids=["capture", "chat", "calibrate"],
+)
+def test_a_clock_that_jumps_changes_nothing(given: Path, tmp_path: Path, line: str) -> None:
+    results = []
+    for prelude in ("", JUMPING):
+        folder = tmp_path / ("jumping" if prelude else "steady")
+        folder.mkdir()
+        run = command(given, folder, line)
+        (folder / "few.txt").write_text("the sea\na boat at night\n")
+        run[run.index(MAIN)] = prelude + MAIN
+        done = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=100)
+        files = {name: contents(folder / name) for name in made(folder)}
+        results.append((done.returncode, done.stdout, done.stderr, files))
+    steady, jumping = results
+    assert steady[0] == 0, steady[2]
+    assert jumping == steady
 
 
 def test_a_model_cut_short_under_a_command_ends_it_with_one_line_and_no_file(given: Path, tmp_path: Path) -> None:
